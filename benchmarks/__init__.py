@@ -1,0 +1,1 @@
+"""Side-by-side studies and their dated results; run each as `python -m benchmarks.NAME`."""

@@ -1,0 +1,56 @@
+"""What dispatch adds to a kernel in eager mode: `dispatch.linear` against the kernel itself, on tiny shapes."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.record import write_record
+from loka.dispatch.linear import linear
+from loka.kernel_registry.registry import default_registry
+from loka.timing import measure
+
+KERNEL = "emulated.linear.rowwise"
+
+
+def study(rows: int, budget_s: float) -> dict[str, Any]:
+    """Time one tiny linear layer, forward only, in microseconds."""
+    x, weight = torch.randn(rows, 16), torch.randn(16, 16)
+    kernel = default_registry().get(KERNEL).load()
+
+    def without_grad(call: Callable[[], object]) -> Callable[[int], object]:
+        def run(_: int) -> object:
+            with torch.no_grad():
+                return call()
+
+        return run
+
+    times = measure(
+        {
+            "torch.nn.functional.linear": without_grad(lambda: F.linear(x, weight)),
+            "dispatch.linear, high precision": without_grad(lambda: linear(x, weight, None, "", "", "")),
+            f"{KERNEL} itself": without_grad(lambda: kernel(x, weight, product="fprop", out_dtype=torch.float32)),
+            f"dispatch.linear, {KERNEL}": without_grad(lambda: linear(x, weight, None, KERNEL, "", "")),
+        },
+        device="cpu",
+        budget_s=budget_s,
+        min_repetitions=200,
+    )
+    added = times[f"dispatch.linear, {KERNEL}"].median_us - times[f"{KERNEL} itself"].median_us
+    return {**{f"{name}, us": value for name, value in times.items()}, "dispatch adds per call, us": added}
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a smoke run, without meaning")
+    quick = parser.parse_args().quick
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    write_record("dispatch_cost", {"shape": "8x16x16"}, study(8, 0.5 if quick else 10.0))
+
+
+if __name__ == "__main__":
+    main()

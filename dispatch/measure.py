@@ -1,0 +1,201 @@
+"""Speed of every kernel that could serve a model's products, on the shapes the model has.
+
+A shape is timed once, whoever has it: speed, unlike error, does not depend on the site. Kernels take high-precision
+operands, laid out as training lays them out (a gradient's operands are transposed views), so amax, cast, transpose and
+padding are inside the time. All kernels of a shape are timed against each other in one session; where one is missing
+among the known times, the whole shape is timed again.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loka.bounds import Bound
+from loka.dispatch.decide import request_of, row_error_limit
+from loka.dispatch.profile import TimeTable, time_key
+from loka.errors import KernelError
+from loka.formats import Pass
+from loka.hardware import DeviceInfo, device_info
+from loka.kernel_registry.registry import Registry
+from loka.kernel_registry.spec import GemmRequest, Kernel, KernelSpec
+from loka.probes.evidence import ProductEvidence, RunEvidence
+from loka.probes.records import Timing
+from loka.timing import MIN_REPETITIONS, Candidate, measure, num_inputs
+
+logger = logging.getLogger("loka.dispatch")
+
+# Called with shapes done, shapes in all, and the shape that is timed next.
+Progress = Callable[[int, int, str], None]
+
+# Whether a and b of a pass are transposed views of what training holds: dX = dY W^T reads W [n, k] along n, and
+# dW = dY^T X reads both activations along the batch.
+_TRANSPOSED: Final[dict[Pass, tuple[bool, bool]]] = {
+    "fprop": (False, False),
+    "dgrad": (False, True),
+    "wgrad": (True, True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A product to be timed, without its site, and the kernels to time on it, the baseline first."""
+
+    request: GemmRequest
+    kernels: tuple[KernelSpec, ...]
+
+
+def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit on it
+    evidence: RunEvidence,
+    registry: Registry,
+    device: torch.device | str,
+    *,
+    budget_s: float,
+    bound: Bound | None = None,
+    known: Iterable[Timing] = (),
+    on_progress: Progress | None = None,
+) -> list[Timing]:
+    """Time baseline and candidates on every distinct linear product, the largest share of the work first.
+
+    Only what is not `known` is timed, and with a `bound` only kernels whose recipe is safe at some site of the shape.
+    Shapes that do not fit what is left of `budget_s` are left out and logged. Operands are N(0, 1).
+    """
+    device = torch.device(device)
+    info = device_info(device)
+    shapes = _missing(_shapes(evidence, registry, info, bound), TimeTable(known))
+    deadline = time.perf_counter() + budget_s
+    timings: list[Timing] = []
+    for done, shape in enumerate(shapes):
+        if on_progress is not None:
+            on_progress(done, len(shapes), _label(shape.request))
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            logger.warning("%d of %d shapes left untimed: %g s are spent", len(shapes) - done, len(shapes), budget_s)
+            break
+        timings += _time_shape(shape, device, info, share_s=left / (len(shapes) - done), left_s=left)
+    if on_progress is not None and shapes:
+        on_progress(len(shapes), len(shapes), "done")
+    return timings
+
+
+def _shapes(evidence: RunEvidence, registry: Registry, info: DeviceInfo, bound: Bound | None) -> list[_Shape]:
+    """Return the distinct shapes with something to compare, those with most floating-point operations first."""
+    limit = None if bound is None else row_error_limit(bound)
+    kernels: dict[tuple[object, ...], dict[str, KernelSpec]] = {}
+    requests: dict[tuple[object, ...], GemmRequest] = {}
+    flops: dict[tuple[object, ...], float] = {}
+    for product in evidence.products:
+        request = request_of(product)
+        if request.op != "linear" or not request.m * request.n * request.k:
+            continue
+        key = time_key("", request)
+        requests.setdefault(key, request)
+        flops[key] = flops.get(key, 0.0) + product.flops
+        found = kernels.setdefault(key, {})
+        for spec in registry.candidates(request.op):
+            servable = registry.unavailable(spec, info) is None and spec.cannot(request) is None
+            if servable and (limit is None or _safe(product, spec, limit)):
+                found[spec.name] = spec
+    order = sorted((key for key in requests if kernels[key]), key=lambda key: (-flops[key], str(key)))
+    return [
+        _Shape(
+            requests[key], (registry.baseline(requests[key]), *(kernels[key][name] for name in sorted(kernels[key])))
+        )
+        for key in order
+    ]
+
+
+def _safe(product: ProductEvidence, spec: KernelSpec, limit: float) -> bool:
+    return any(each.recipe == spec.recipe and each.verdict(limit) == "safe" for each in product.recipes)
+
+
+def _missing(shapes: list[_Shape], known: TimeTable) -> list[_Shape]:
+    return [shape for shape in shapes if any(known.lookup(spec.name, shape.request) is None for spec in shape.kernels)]
+
+
+def _time_shape(
+    shape: _Shape, device: torch.device, info: DeviceInfo, *, share_s: float, left_s: float
+) -> list[Timing]:
+    """Time one shape within `share_s` seconds; nothing when even the fewest repetitions exceed `left_s`."""
+    request = shape.request
+    start = time.perf_counter()
+    dtype: torch.dtype = getattr(torch, request.dtype)
+    with torch.no_grad():
+        operands = draw_operands(request, dtype, device)
+        calls = {}
+        for spec in shape.kernels:
+            call = _runnable(spec, request, operands, dtype)
+            if call is not None:
+                calls[spec.name] = call
+        once_s = time.perf_counter() - start
+        if shape.kernels[0].name not in calls or len(calls) < 2:
+            return []
+        needed_s, left_s = once_s * (MIN_REPETITIONS + 1), left_s - once_s
+        if needed_s > left_s:
+            logger.warning("%s left untimed: it needs %.2g s, %.2g s are left", _label(request), needed_s, left_s)
+            return []
+        measured = measure(calls, device=device, budget_s=max(0.0, share_s - once_s), inputs=len(operands))
+    created = datetime.now(UTC).isoformat()
+    return [
+        Timing(
+            kernel=name,
+            product=request.product,
+            batch=request.batch,
+            m=request.m,
+            n=request.n,
+            k=request.k,
+            dtype=request.dtype,
+            device=str(info),
+            median_us=result.median_us,
+            spread_us=result.spread_us,
+            repetitions=result.repetitions,
+            values="normal",
+            created=created,
+        )
+        for name, result in measured.items()
+    ]
+
+
+def _runnable(
+    spec: KernelSpec, request: GemmRequest, operands: list[tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> Candidate | None:
+    """Load a kernel and run it once; None, and a line in the log, when it cannot do what its row says."""
+    try:
+        call = partial(_run, spec.load(), operands, request.product, dtype)
+        call(0)
+        if operands[0][0].is_cuda:
+            torch.cuda.synchronize()
+    except (KernelError, RuntimeError, ValueError) as error:
+        logger.warning("%s left untimed on %s: %s", spec.name, _label(request), error)
+        return None
+    return call
+
+
+def _run(
+    kernel: Kernel, operands: list[tuple[Tensor, Tensor]], product: Pass, dtype: torch.dtype, index: int
+) -> Tensor:
+    a, b = operands[index]
+    return kernel(a, b, product=product, out_dtype=dtype)
+
+
+def draw_operands(request: GemmRequest, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Draw a [m, k] and b [n, k] from N(0, 1), laid out as in training; as many copies as leave the cache cold."""
+    generator = torch.Generator(device).manual_seed(0)
+    transposed_a, transposed_b = _TRANSPOSED[request.product]
+    shape_a, shape_b = (request.m, request.k), (request.n, request.k)
+    a = torch.randn(shape_a[::-1] if transposed_a else shape_a, generator=generator, device=device).to(dtype)
+    b = torch.randn(shape_b[::-1] if transposed_b else shape_b, generator=generator, device=device).to(dtype)
+    copies = num_inputs(a.nbytes + b.nbytes, device)
+    # Other addresses are what makes a read cold; other values would only cost time to draw.
+    pairs = [(a, b), *((a.clone(), b.clone()) for _ in range(copies - 1))]
+    return [(x.t() if transposed_a else x, y.t() if transposed_b else y) for x, y in pairs]
+
+
+def _label(request: GemmRequest) -> str:
+    return f"{request.product} {request.m}x{request.k}x{request.n} {request.dtype}"

@@ -1,0 +1,89 @@
+"""What a plan means for the code that runs it: per site, the kernel of each pass; and whether they can run here.
+
+A plan may come from another device. A kernel that is not available here is an error, unless the caller asks for
+emulation: then the emulated kernel of the same recipe stands in, with the same numerics and none of the speed.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import nn
+
+from loka.dispatch.linear import HIGH_PRECISION, load
+from loka.dispatch.plan import Plan
+from loka.errors import PlanError, nearest
+from loka.hardware import DeviceInfo, device_info
+from loka.kernel_registry.registry import default_registry
+from loka.kernel_registry.spec import GemmRequest
+
+log: Final = logging.getLogger("loka.dispatch")
+
+
+@dataclass(frozen=True, slots=True)
+class SiteKernels:
+    """Names of the kernels of one site, in the order of `dispatch.linear`; "" is high precision."""
+
+    fprop: str = HIGH_PRECISION
+    dgrad: str = HIGH_PRECISION
+    wgrad: str = HIGH_PRECISION
+
+    @property
+    def planned(self) -> bool:
+        """Whether any pass leaves high precision."""
+        return (self.fprop, self.dgrad, self.wgrad) != (HIGH_PRECISION,) * 3
+
+    def as_tuple(self) -> tuple[str, str, str]:
+        """Return (fprop, dgrad, wgrad)."""
+        return self.fprop, self.dgrad, self.wgrad
+
+
+def site_kernels(plan: Plan, device: torch.device, *, emulate: bool = False) -> dict[str, SiteKernels]:
+    """Return the kernels of every site that leaves high precision in some pass.
+
+    Raises PlanError when a kernel cannot run here or serve its product, KernelError when it cannot be loaded.
+    """
+    here = device_info(device)
+    names: dict[str, dict[str, str]] = {}
+    for decision in plan.decisions:
+        if decision.recipe is None:
+            continue
+        kernel = _runnable(decision.kernel, decision.recipe, decision.request, here, emulate=emulate)
+        load(kernel)  # now, where it can be refused, and not in the middle of a step
+        request = decision.request
+        names.setdefault(request.site, {})[request.product] = kernel
+        log.info("%s %s: %s (%s)", request.site, request.product, kernel, decision.why)
+    return {site: SiteKernels(**kernels) for site, kernels in names.items()}
+
+
+def _runnable(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo, *, emulate: bool) -> str:
+    """Return the kernel, or the emulated one of its recipe; raise PlanError where neither serves the product here."""
+    reason = _why_not(kernel, recipe, request, here)
+    if reason is None:
+        return kernel
+    stand_in = f"emulated.linear.{recipe}"
+    if not emulate or _why_not(stand_in, recipe, request, here) is not None:
+        raise PlanError(
+            f"The plan runs {kernel} on {request.site}.{request.product}, and on {here} it cannot: {reason}. Make a "
+            "plan for this device with `loka plan`, or ask for emulate=True to run the same recipes in emulated "
+            "numerics, without their speed."
+        )
+    log.info("%s cannot run on %s (%s): %s stands in", kernel, here, reason, stand_in)
+    return stand_in
+
+
+def _why_not(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo) -> str | None:
+    """Return why a kernel cannot serve a product under a recipe here, or None. Plans come from elsewhere."""
+    registry = default_registry()
+    if kernel not in registry:
+        return f"it is not among the known kernels.{nearest(kernel, registry.names())}".removesuffix(".")
+    spec = registry.get(kernel)
+    if spec.recipe != recipe:
+        return f"its recipe here is {spec.recipe}, not {recipe}"
+    return registry.unavailable(spec, here) or spec.cannot(request)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter, the CPU when it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

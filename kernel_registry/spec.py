@@ -1,0 +1,139 @@
+"""What a kernel is: one frozen row of facts, answering two questions in words.
+
+`unavailable(device)` says why a kernel cannot run on a device at all, `cannot(request)` why it cannot serve one product
+there; None means it can. A kernel's implementation is a lazy "module:function" with one signature for every pass:
+
+    def kernel(a, b, *, product, out_dtype) -> Tensor
+
+    a [m, k], b [n, k]  the operands in high precision, possibly strided views; never modified
+    product             "fprop", "dgrad" or "wgrad"; names the roles of a and b (formats.PASS_OPERANDS)
+    out_dtype           dtype of the result, out[m, n] = sum_k a[m, k] * b[n, k]
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from loka.errors import KernelError
+from loka.formats import PASSES, RECIPES, Pass
+from loka.hardware import DeviceInfo
+
+# "other" is any product that has no name here; only `torch.native.other` serves it.
+Op = Literal["linear", "bmm", "grouped_linear", "convolution", "other"]
+
+
+class Kernel(Protocol):
+    """A GEMM: out[m, n] = sum_k a[m, k] * b[n, k]."""
+
+    def __call__(self, a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Compute the product."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GemmRequest:
+    """One product to be served: out[m, n] = sum_k a[m, k] * b[n, k], `batch` times, with operands of `dtype`."""
+
+    site: str
+    product: Pass
+    op: Op
+    m: int
+    n: int
+    k: int
+    dtype: str  # "float32", "bfloat16", ...
+    batch: int = 1
+
+    def __str__(self) -> str:
+        """Return e.g. `up.fprop linear 2048x256x768 bfloat16` (m x k x n)."""
+        batch = f"{self.batch}x" if self.batch > 1 else ""
+        return f"{self.site}.{self.product} {self.op} {batch}{self.m}x{self.k}x{self.n} {self.dtype}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelSpec:
+    """One implementation of one op under one recipe by one library, named `library.op.recipe`.
+
+    `recipe` is None for a high-precision kernel, which is its site's baseline. `device_types` lists where it can run;
+    `min_capability` is the CUDA compute capability it needs; `alignment` divides k and n (0: no demand); no `dtypes`
+    means any; `module` must be importable; `source` says where each constant comes from. `defect` is why nothing can
+    be done with this row at all: it stands for a plugin that failed to load.
+    """
+
+    name: str
+    op: Op
+    recipe: str | None
+    implementation: str  # "module:function"
+    passes: tuple[Pass, ...] = PASSES
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    device_types: tuple[str, ...] = ("cpu", "cuda")
+    min_capability: tuple[int, int] | None = None
+    alignment: int = 0
+    module: str = ""
+    traceable: bool = True  # plain aten and triton ops, which Inductor can fuse with their neighbours
+    source: str = ""
+    defect: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the name against the fields, so that a row cannot say two things."""
+        parts = self.name.split(".")
+        if len(parts) < 2 or ":" not in self.implementation:
+            raise KernelError(
+                f"Kernel {self.name!r} needs a name 'library.op[.recipe]' and an implementation 'module:function', "
+                f"not {self.implementation!r}."
+            )
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise KernelError(f"Kernel {self.name!r} names the recipe {self.recipe!r}; known: {', '.join(RECIPES)}.")
+
+    @property
+    def library(self) -> str:
+        """The library that implements it: the first part of the name."""
+        return self.name.split(".", 1)[0]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it computes in high precision."""
+        return self.recipe is None and not self.defect
+
+    def unavailable(self, device: DeviceInfo) -> str | None:
+        """Return why this kernel cannot run on `device`, or None."""
+        if self.defect:
+            return self.defect
+        if device.type not in self.device_types:
+            return f"needs {' or '.join(self.device_types)}, this device is {device.type}"
+        if device.type == "cuda" and self.min_capability and (device.capability or (0, 0)) < self.min_capability:
+            need = ".".join(map(str, self.min_capability))
+            have = ".".join(map(str, device.capability)) if device.capability else "none"
+            return f"needs CUDA compute capability {need}, this device has {have}"
+        if self.module and importlib.util.find_spec(self.module.split(".")[0]) is None:
+            return f"the package {self.module.split('.')[0]!r} is not installed"
+        return None
+
+    def cannot(self, request: GemmRequest) -> str | None:
+        """Return why this kernel cannot serve `request`, or None."""
+        if request.op != self.op:
+            return f"computes {self.op}, not {request.op}"
+        if request.product not in self.passes:
+            return f"serves {', '.join(self.passes)}, not {request.product}"
+        if request.op == "linear" and request.batch != 1:
+            return f"computes one product per call, not a batch of {request.batch}"
+        if self.dtypes and request.dtype not in self.dtypes:
+            return f"takes {', '.join(self.dtypes)}, not {request.dtype}"
+        if self.alignment and (request.k % self.alignment or request.n % self.alignment):
+            return f"k and n must be multiples of {self.alignment}, they are {request.k} and {request.n}"
+        return None
+
+    def load(self) -> Kernel:
+        """Import and return the implementation; raise KernelError with the reason when that fails."""
+        module, _, function = self.implementation.partition(":")
+        try:
+            loaded: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise KernelError(
+                f"Kernel {self.name} could not be loaded from {self.implementation!r}: {error}. "
+                "Install its library or leave this kernel out of the plan."
+            ) from error
+        return cast(Kernel, loaded)

@@ -1,0 +1,37 @@
+"""The baselines: torch's own matrix product, in the dtype that the model runs.
+
+TF32 and reduced-precision accumulation follow the process's own settings, as they do without LoKA.
+"""
+
+import torch
+from torch import Tensor
+
+from loka.formats import Pass
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a [.., m, k] times b [.., n, k], summed over k, in the operands' own dtype, under autocast too."""
+    if torch.is_autocast_enabled(a.device.type):
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.matmul(a, b.mT)
+    return torch.matmul(a, b.mT)
+
+
+def mm_fp32(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply a [m, k] and b [n, k] in fp32 (TF32 where the process allows it)."""
+    return matmul(a.float(), b.float()).to(out_dtype)
+
+
+def mm_bf16(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply a [m, k] and b [n, k] in bf16; operands of another dtype are cast, as autocast does."""
+    return matmul(a.bfloat16(), b.bfloat16()).to(out_dtype)
+
+
+def mm_fp16(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply a [m, k] and b [n, k] in fp16; operands of another dtype are cast, as autocast does."""
+    return matmul(a.half(), b.half()).to(out_dtype)
+
+
+def native(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply a [.., m, k] and b [.., n, k] in the dtype they have: the product behind an op that stays as written."""
+    return matmul(a, b).to(out_dtype)

@@ -1,0 +1,73 @@
+"""Facts about the device: what it is called, what it can do. Nothing here touches CUDA until it is asked."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceInfo:
+    """One device, as far as kernels and plans need to know it."""
+
+    type: str  # "cpu" or "cuda"
+    name: str
+    capability: tuple[int, int] | None = None  # CUDA compute capability; None on a CPU and on ROCm
+
+    def __str__(self) -> str:
+        """Return e.g. `cpu (AMD EPYC 9R14)` or `cuda (NVIDIA H200, sm_90)`."""
+        detail = f", sm_{self.capability[0]}{self.capability[1]}" if self.capability else ""
+        return f"{self.type} ({self.name}{detail})"
+
+
+def device_info(device: torch.device | str = "cpu") -> DeviceInfo:
+    """Describe a torch device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        # ROCm calls itself cuda, and its gfx version looks like a compute capability: gfx942 reads (9, 4).
+        capability = torch.cuda.get_device_capability(device) if torch.version.hip is None else None
+        return DeviceInfo(type="cuda", name=torch.cuda.get_device_name(device), capability=capability)
+    return DeviceInfo(type=device.type, name=_cpu_name())
+
+
+def current_device() -> torch.device:
+    """Return where a model would run by default: the current CUDA device, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def cache_bytes(device: torch.device | str = "cpu") -> int:
+    """Return the size of the last cache before memory, in bytes: what inputs have to exceed to be read cold."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return max(_cpu_cache_sizes(), default=_UNKNOWN_CACHE)
+
+
+# Where the system does not say: as large as the caches that common servers give to one core complex.
+_UNKNOWN_CACHE: Final[int] = 32 * 2**20
+_SUFFIXES: Final[dict[str, int]] = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def _cpu_cache_sizes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[int]:
+    """Return the sizes of one core's caches, as Linux states them (e.g. `32768K`)."""
+    sizes = []
+    for entry in root.glob("index*/size"):
+        try:
+            text = entry.read_text(encoding="ascii").strip()
+            sizes.append(int(text.rstrip("KMG")) * _SUFFIXES.get(text[-1:], 1))
+        except (OSError, ValueError):
+            continue  # one unreadable level; the others still say something
+    return sizes
+
+
+def _cpu_name() -> str:
+    """Return the processor's model name, as Linux states it, else what Python knows."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,276 @@
+"""Capture: see every matrix product of a step, forward and backward, and know which site and pass it belongs to.
+
+On a sampled step a `TorchDispatchMode` is entered around the root's forward and around backward; on all other steps
+nothing is installed. A mode is always left in the scope that entered it.
+
+How a product finds its site and pass:
+- forward: by its weight operand (`SiteMap`), else by the running module.
+- backward: autograd numbers its nodes, and the number of the node that runs is the number that was current when the
+  forward product was dispatched. Which factor's gradient it is follows from the factor it shares with it (`Forward`).
+- recompute under activation checkpointing runs during backward with grad mode on: it renews the numbers, and is not
+  counted again.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from loka.formats import Pass
+from loka.probes.convolution import convolution_gemm, convolution_gradients
+from loka.probes.products import (
+    CONVOLUTION,
+    CONVOLUTION_BACKWARD,
+    COPIES,
+    FUSED,
+    PRODUCTS,
+    Factor,
+    Factors,
+    Forward,
+    Gemm,
+    factors_of,
+    gemm,
+    owed_gradients,
+)
+from loka.probes.sites import OUTSIDE, SiteKey, SiteMap, is_plain
+from loka.probes.storage import Place
+
+# What a dispatch mode costs per aten op; charged to the probe.
+MODE_COST_S: Final[float] = 3e-6
+# By identity: the packets live as long as torch does, and hashing one runs Python code at every op.
+_OF_INTEREST: Final[frozenset[int]] = frozenset(id(packet) for packet in (*PRODUCTS, *COPIES, *FUSED))
+_PLAIN_TYPES: Final[frozenset[type]] = frozenset({Tensor, nn.Parameter})
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """One product, seen once."""
+
+    key: SiteKey
+    product: Pass
+    parameter: str
+    gemm: Gemm
+
+
+class Observer(Protocol):
+    """What receives sightings. It may read the tensors only before it returns."""
+
+    def saw(self, sighting: Sighting) -> None:
+        """Take note of one product."""
+
+    def lost(self) -> None:
+        """Take note of a backward product whose forward was not sampled."""
+
+    def hidden(self, site: str, op: str) -> None:
+        """Take note of an operator that computes its products out of sight."""
+
+    def failed(self, error: Exception) -> None:
+        """Take note that looking at a product failed; the model's own result is not affected."""
+
+
+class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
+    """Watch the products of one step and tell the observer; the results are exactly the model's own."""
+
+    def __init__(self, sites: SiteMap, observer: Observer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self.sites = sites
+        self.observer = observer
+        self.probe_s = 0.0
+        self.own_s = 0.0
+        self._create_graph = False
+        self._grad_enabled = False
+        self._nodes: dict[int, list[Forward]] = {}
+        self._seen: dict[int, set[tuple[int, Factor]]] = {}  # by number: gradients of its products that were seen
+        self._recomputed: dict[int, int] = {}  # by number of a checkpoint's node: products it has computed again
+
+    @contextmanager
+    def building_graph(self, create_graph: bool) -> Iterator[None]:
+        """Say whether the backward inside builds a graph: then grad mode is on without any recompute."""
+        before, self._create_graph = self._create_graph, create_graph
+        try:
+            yield
+        finally:
+            self._create_graph = before
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Keep torch from wrapping every dispatch: it costs 10 us an op, and the first one imports Dynamo.
+
+        Nothing can be compiled in here: a capture runs under the eager stance, or before anything was compiled at all.
+        """
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _PLAIN_TYPES.issuperset(types):
+            if FakeTensor in types:
+                return func(*args, **kwargs)  # shapes only, e.g. DTensor working out a layout
+            return NotImplemented  # a tensor subclass: let it unpack; its local products come by again
+        self.probe_s += MODE_COST_S
+        packet = func._overloadpacket
+        if id(packet) not in _OF_INTEREST and not torch.is_inference_mode_enabled():
+            return func(*args, **kwargs)
+        if packet in PRODUCTS:
+            started = time.perf_counter()
+            result = func(*args, **kwargs)
+            self.own_s += time.perf_counter() - started
+            self._look(lambda: self._attribute(packet, args, kwargs))
+            return result
+        if packet in COPIES:
+            result = func(*args, **kwargs)
+            self._look(lambda: self.sites.alias(result, args[0]))
+            return result
+        if packet in FUSED:
+            self._look(lambda: self._hidden(packet))
+        elif torch.is_inference_mode_enabled() and _is_composite(func):
+            # Under inference mode composite ops (linear, matmul) arrive whole; take them apart to see the product.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+    def _look(self, at: Callable[[], None]) -> None:
+        """Look at something that has just happened, out of sight of every mode; charge the time to the probe."""
+        started = time.perf_counter()
+        self._grad_enabled = torch.is_grad_enabled()
+        try:
+            with _disable_current_modes(), torch.no_grad():
+                at()
+        except Exception as error:  # noqa: BLE001 - a probe must never stop the training it watches; it is told and ends
+            self.observer.failed(error)
+        self.probe_s += time.perf_counter() - started
+
+    def _attribute(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        node = torch._C._current_autograd_node()
+        if packet is CONVOLUTION_BACKWARD:
+            self._convolution_backward(node, args)
+            return
+        if packet is CONVOLUTION:
+            factors = Factors("convolution", args[0], args[1])
+        else:
+            factors = factors_of(packet, args, kwargs)
+        if packet is not torch.ops.aten._scaled_mm and not (is_plain(factors.p) and is_plain(factors.q)):
+            return
+        if node is None:
+            self._forward(factors, args)
+        elif self._grad_enabled and not self._create_graph:
+            self._recompute(node, factors)
+        elif packet is not CONVOLUTION:
+            self._backward(node, factors)
+
+    def _hidden(self, packet: Any) -> None:
+        key, module = self.sites.nameless()
+        if self.sites.admits(module, key.owner):
+            self.observer.hidden(key.owner, packet.__name__)
+
+    # --- forward ---
+
+    def _forward(self, factors: Factors, args: tuple[Any, ...]) -> None:
+        forward = self._identify(factors)
+        if forward is None:
+            return
+        self._remember(forward)
+        if forward.admitted:
+            if factors.op == "convolution":
+                found = convolution_gemm(args)
+            else:
+                found = gemm(factors, a_is_p=not forward.weight_is_p)
+            self.observer.saw(Sighting(forward.key, "fprop", forward.parameter, found))
+
+    def _identify(self, factors: Factors) -> Forward | None:
+        """Find the site of a forward product: that of its weight operand, else that of the running module."""
+        owner = self.sites.find(factors.q)
+        weight_is_p = owner is None and (owner := self.sites.find(factors.p)) is not None
+        if owner is not None:
+            key, module, parameter = SiteKey(owner.site), owner.module, owner.parameter
+        elif self.sites.inside_module or self._grad_enabled:
+            key, module = self.sites.nameless()
+            parameter = ""
+        else:
+            return None  # an optimiser's own arithmetic, in a step scope that encloses it
+        admitted = self.sites.admits(module, key.owner if key.owner != OUTSIDE else "")
+        p, q = Place.of(factors.p, keep=True), Place.of(factors.q, keep=True)
+        return Forward(key, parameter, p, q, weight_is_p, admitted)
+
+    def _remember(self, forward: Forward) -> None:
+        number = torch._C._autograd._get_sequence_nr() - 1
+        self._nodes.setdefault(number, []).append(forward)
+
+    def _recompute(self, node: Any, factors: Factors) -> None:
+        """Renew what backward will look for; a product without a weight is the next one that the checkpoint ran."""
+        number = node._sequence_nr()
+        originals, position = self._nodes.get(number, ()), self._recomputed.get(number, 0)
+        p, q = Place.of(factors.p, keep=True), Place.of(factors.q, keep=True)
+        if position < len(originals):
+            original = originals[position]
+            if (original.p.shape, original.q.shape) == (p.shape, q.shape):
+                self._recomputed[number] = position + 1
+                self._remember(Forward(original.key, original.parameter, p, q, original.weight_is_p, original.admitted))
+                return
+        forward = self._identify(factors)
+        if forward is not None:
+            self._remember(forward)
+
+    # --- backward ---
+
+    def _backward(self, node: Any, factors: Factors) -> None:
+        number = node._sequence_nr()
+        first, second = Place.of(factors.p), Place.of(factors.q)
+        candidates = self._nodes.get(number, [])
+        if any(forward.repeats(first, second) for forward in candidates):
+            return
+        seen = self._seen.setdefault(number, set())
+        owed = owed_gradients(node)
+        ranking = []
+        for index, forward in enumerate(candidates):
+            missing = [factor for factor in owed if (index, factor) not in seen]
+            ranking.append((-forward.shared(first, second), not missing, index, missing[0] if missing else "p"))
+        for _, _, index, expected in sorted(ranking):
+            forward = candidates[index]
+            named = forward.classify(first, second, expected)
+            if named is None:
+                continue
+            factor, saved_first = named
+            seen.add((index, factor))
+            if len(seen) == len(owed) * len(candidates):
+                seen.clear()  # the graph may be run backward again
+            if forward.admitted:
+                # The rows of a gradient's product are those of the other factor: grad_output's.
+                found = gemm(factors, a_is_p=not saved_first)
+                self.observer.saw(Sighting(forward.key, forward.pass_of(factor), forward.parameter, found))
+            return
+        if not candidates and not _multiplies_for_others(node):
+            self.observer.lost()
+
+    def _convolution_backward(self, node: Any, args: tuple[Any, ...]) -> None:
+        candidates = self._nodes.get(node._sequence_nr(), []) if node is not None else []
+        if not candidates:
+            self.observer.lost()
+            return
+        places = Place.of(args[1]), Place.of(args[2])
+        forward = max(reversed(candidates), key=lambda forward: forward.shared(*places))
+        if forward.admitted:
+            for product, gradient in convolution_gradients(args):
+                self.observer.saw(Sighting(forward.key, product, forward.parameter, gradient))
+
+
+def _multiplies_for_others(node: Any) -> bool:
+    """Whether products under this node are no gradients of its own.
+
+    Where it only stores a gradient, they are those of a hook, e.g. an optimiser in backward; where it is a checkpoint,
+    those of another checkpoint inside it, which runs its forward without gradient again.
+    """
+    return str(node.name()).endswith(("AccumulateGrad", "CheckpointFunctionBackward"))
+
+
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))

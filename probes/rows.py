@@ -1,0 +1,183 @@
+"""The one place where a record becomes rows of the probe database, and rows become a record again.
+
+Columns are named like the fields of the records, so most of this is tables of names. NULL in a float column is NaN.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, cast
+
+from sqlalchemy import Connection, Table, select
+
+from loka.formats import Role
+from loka.numerics import ProductError
+from loka.probes.records import (
+    Environment,
+    Event,
+    OperandRecord,
+    ProductRecord,
+    RunInfo,
+    RunProgress,
+    RunStatus,
+    StepRecord,
+    Timing,
+)
+from loka.probes.schema import ABSENT, COUNTS, METRICS, errors, operand_recipes, operands, samples
+
+# A row as it comes back, by column name.
+Row = Mapping[Any, Any]
+
+_RUN_FIELDS: Final = ("id", "created", "model", "every", "overhead_budget", "world_size")
+_ENVIRONMENT_FIELDS: Final = ("device", "torch", "python", "loka")
+_PROGRESS_FIELDS: Final = (
+    *("steps", "sampled_steps", "skipped_samples", "unattributed", "wall_s", "probe_s"),
+    *("weights_changed", "status", "reason"),
+)
+# What makes one row of `products`.
+STATIC_FIELDS: Final = ("site", "product", "op", "dtype", "parameter", "unmeasured")
+_SAMPLE_FIELDS: Final = ("batch", "m", "n", "k", "calls")
+_OPERAND_FIELDS: Final = ("role", "amax", "rms", "zeros", "nan", "inf", "elements")
+_TIMING_FIELDS: Final = (
+    *("kernel", "product", "dtype", "device", "values", "created", "batch", "m", "n", "k", "repetitions"),
+    *("median_us", "spread_us"),
+)
+
+
+def number(value: float | None) -> float:
+    """Return a stored float: NULL is NaN."""
+    return math.nan if value is None else float(value)
+
+
+def _take(record: object, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}
+
+
+def run_row(info: RunInfo) -> dict[str, Any]:
+    """Return the columns of `runs` that are known when a run starts."""
+    return {
+        **_take(info, _RUN_FIELDS),
+        **_take(info.environment, _ENVIRONMENT_FIELDS),
+        "fingerprint": json.dumps({name: list(shape) for name, shape in info.fingerprint.items()}),
+        "recipes": json.dumps(list(info.recipes)),
+    }
+
+
+def progress_row(progress: RunProgress) -> dict[str, Any]:
+    """Return the columns of `runs` that change while a run goes on."""
+    return _take(progress, _PROGRESS_FIELDS)
+
+
+def run_info(row: Row) -> RunInfo:
+    """Return what was known at the start of the run in this row."""
+    return RunInfo(
+        **{**{name: row[name] for name in _RUN_FIELDS}, "overhead_budget": number(row["overhead_budget"])},
+        environment=Environment(**{name: row[name] for name in _ENVIRONMENT_FIELDS}),
+        fingerprint={name: tuple(shape) for name, shape in json.loads(row["fingerprint"]).items()},
+        recipes=tuple(json.loads(row["recipes"])),
+    )
+
+
+def run_progress(row: Row) -> RunProgress:
+    """Return the running totals of the run in this row, as they were written."""
+    values = {name: row[name] for name in _PROGRESS_FIELDS}
+    values |= {"wall_s": number(row["wall_s"]), "probe_s": number(row["probe_s"])}
+    return RunProgress(**{**values, "status": cast(RunStatus, row["status"])})
+
+
+def event_row(run: int, event: Event) -> dict[str, Any]:
+    """Return one row of `events`."""
+    return {"run": run, "step": event.step, "kind": event.kind, "message": event.message}
+
+
+def timing_row(timing: Timing) -> dict[str, Any]:
+    """Return one row of `timings`."""
+    return _take(timing, _TIMING_FIELDS)
+
+
+def timing(row: Row) -> Timing:
+    """Return the timing in this row."""
+    values = {name: row[name] for name in _TIMING_FIELDS}
+    return Timing(**{**values, "median_us": number(row["median_us"]), "spread_us": number(row["spread_us"])})
+
+
+def static_key(product: ProductRecord) -> tuple[str, ...]:
+    """Return the values of STATIC_FIELDS: products that agree in them share a row of `products`."""
+    return (product.site, product.product, product.op, product.dtype, product.parameter, product.unmeasured)
+
+
+def recipe_names(step: StepRecord) -> set[str]:
+    """Return every recipe that a step names anywhere."""
+    names: set[str] = set()
+    for product in step.products:
+        names.update(product.errors)
+        for operand in product.operands:
+            names.update(operand.underflow, operand.saturation)
+    return names
+
+
+def step_rows(
+    key: int, step: StepRecord, product_keys: Mapping[tuple[str, ...], int], recipe_keys: Mapping[str, int]
+) -> Iterator[tuple[Table, list[dict[str, Any]]]]:
+    """Yield the rows that hold a step, table by table in an order that foreign keys allow; `key` is steps.number."""
+    rows: dict[Table, list[dict[str, Any]]] = {samples: [], operands: [], operand_recipes: [], errors: []}
+    for position, product in enumerate(step.products):
+        place = {"step": key, "position": position}
+        rows[samples].append({**place, "product": product_keys[static_key(product)], **_take(product, _SAMPLE_FIELDS)})
+        for slot, operand in enumerate(product.operands):
+            rows[operands].append({**place, "slot": slot, **_take(operand, _OPERAND_FIELDS)})
+            under, clipped = operand.underflow, operand.saturation
+            for name in {**under, **clipped}:
+                shares = {"underflow": under.get(name, ABSENT), "saturation": clipped.get(name, ABSENT)}
+                rows[operand_recipes].append({**place, "slot": slot, "recipe": recipe_keys[name], **shares})
+        for name, error in product.errors.items():
+            rows[errors].append({**place, "recipe": recipe_keys[name], **_take(error, METRICS + COUNTS)})
+    yield from ((table, found) for table, found in rows.items() if found)
+
+
+def operand_record(row: Row, shares: list[tuple[str, float, float]]) -> OperandRecord:
+    """Return the operand in this row of `operands`; `shares` are (recipe, underflow, saturation) of it."""
+    return OperandRecord(
+        role=cast(Role, row["role"]),
+        amax=number(row["amax"]),
+        rms=number(row["rms"]),
+        zeros=number(row["zeros"]),
+        nan=row["nan"],
+        inf=row["inf"],
+        elements=row["elements"],
+        underflow={name: under for name, under, _ in shares if under != ABSENT},
+        saturation={name: clipped for name, _, clipped in shares if clipped != ABSENT},
+    )
+
+
+def _product_error(row: Row) -> ProductError:
+    counts: dict[str, Any] = {name: row[name] for name in COUNTS}
+    return ProductError(**{**counts, **{name: number(row[name]) for name in METRICS}})
+
+
+def step_products(
+    connection: Connection, key: int, static: Mapping[int, Row], recipe_names: Mapping[int, str]
+) -> tuple[ProductRecord, ...]:
+    """Return the products of the step whose steps.number is `key`; `static` are the run's rows of `products`."""
+    shares = defaultdict(list)
+    for row in connection.execute(select(operand_recipes).where(operand_recipes.c.step == key)).mappings():
+        share = (recipe_names[row["recipe"]], number(row["underflow"]), number(row["saturation"]))
+        shares[row["position"], row["slot"]].append(share)
+    found = defaultdict(list)
+    query = select(operands).where(operands.c.step == key).order_by(operands.c.position, operands.c.slot)
+    for row in connection.execute(query).mappings():
+        found[row["position"]].append(operand_record(row, shares[row["position"], row["slot"]]))
+    measured: defaultdict[int, dict[str, ProductError]] = defaultdict(dict)
+    for row in connection.execute(select(errors).where(errors.c.step == key)).mappings():
+        measured[row["position"]][recipe_names[row["recipe"]]] = _product_error(row)
+    rows = connection.execute(select(samples).where(samples.c.step == key).order_by(samples.c.position)).mappings()
+    return tuple(
+        ProductRecord(
+            **{name: row[name] for name in _SAMPLE_FIELDS},
+            **{name: static[row["product"]][name] for name in STATIC_FIELDS},
+            operands=tuple(found[row["position"]]),
+            errors=measured[row["position"]],
+        )
+        for row in rows
+    )

@@ -1,0 +1,47 @@
+"""From a database to a report: evidence, the decisions that the stored times allow, one document."""
+
+import os
+
+import torch
+
+from loka.bounds import Bound
+from loka.dispatch.decide import Decision
+from loka.dispatch.planner import PlanOptions, decide_all
+from loka.errors import EvidenceError
+from loka.hardware import current_device
+from loka.kernel_registry.registry import default_registry
+from loka.probes.database import open_database, read_timings
+from loka.probes.evidence import collect_evidence
+from loka.reports.record import build_report
+from loka.reports.words import Report
+
+
+def report_of(
+    db: str | os.PathLike[str],
+    bound: Bound,
+    *,
+    run: str | None = None,
+    device: torch.device | str | None = None,
+) -> Report:
+    """Build the report of a run (the newest unless named); nothing is measured and nothing is written.
+
+    Kernels and their gains are those that the times in the database for this device allow. Raises DatabaseError,
+    EvidenceError.
+    """
+    engine = open_database(db, create=False)
+    try:
+        evidence = collect_evidence(engine, run, confidence=bound.confidence)
+        options = PlanOptions(device=current_device() if device is None else torch.device(device), measure=False)
+        timings = read_timings(engine, str(options.info))
+    finally:
+        engine.dispose()
+    decisions: dict[tuple[str, str], Decision] = {}
+    if evidence.products and bound.row_error is not None:
+        made = decide_all(evidence, bound, default_registry(), timings, options)
+        decisions = {(each.request.site, each.request.product): each for each in made.decisions}
+    elif bound.row_error is None:
+        raise EvidenceError(
+            f"A report within {bound} needs loss evidence, which this database does not hold. Bound the error of each "
+            "product instead: --bound row_error=0.05."
+        )
+    return build_report(evidence, bound, decisions)

@@ -1,0 +1,109 @@
+"""`loka explain`: every candidate of one site, with its time, its error and why it won or lost."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from loka.dispatch.decide import Candidate, Decision
+from loka.dispatch.plan import Plan
+from loka.errors import EvidenceError, nearest
+from loka.formats import Pass
+
+
+def decisions_of(plan: Plan, site: str, product: Pass | None = None) -> tuple[Decision, ...]:
+    """Return a plan's decisions on one site; raise EvidenceError naming the nearest sites."""
+    found = [each for each in plan.decisions if each.request.site == site]
+    if not found:
+        sites = sorted({each.request.site for each in plan.decisions})
+        raise EvidenceError(f"The run has no site {site!r} among its {len(sites)}.{nearest(site, sites)}")
+    chosen = tuple(each for each in found if product is None or each.request.product == product)
+    if not chosen:
+        seen = ", ".join(each.request.product for each in found)
+        raise EvidenceError(f"{site} was not seen in {product}; the run saw {seen}. Probe a loop that runs that pass.")
+    return chosen
+
+
+def explain_text(decisions: Sequence[Decision]) -> Group:
+    """Render each decision: what was chosen, every candidate in a table, and why each of them lost."""
+    return Group(*(part for decision in decisions for part in _decision(decision)))
+
+
+def _decision(decision: Decision) -> list[RenderableType]:
+    heading = Text(str(decision.request), style="bold")
+    why = Text(f"{decision.kernel}: {decision.why}")
+    reasons = [
+        Padding(Text.assemble((candidate.kernel, "bold"), f": {candidate.reason}"), (0, 0, 0, 2))
+        for candidate in decision.rejected
+    ]
+    return [heading, why, _table(decision), *reasons, Text(f"times: {decision.time_source}\n")]
+
+
+def _table(decision: Decision) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("kernel", no_wrap=True)
+    for name in ("time us", "row error", "upper"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    table.add_row(
+        decision.kernel, _number(decision.time_us), "", _number(decision.error_upper), "[bold green]chosen[/]"
+    )
+    for candidate in decision.rejected:
+        table.add_row(
+            escape(candidate.kernel),
+            _number(candidate.time_us),
+            _number(candidate.error_mean),
+            _number(candidate.error_upper),
+            candidate.code or "admissible",
+        )
+    return table
+
+
+def explain_json(decisions: Sequence[Decision]) -> str:
+    """Return the same as JSON: one object per decision, `rejected` with code and reason."""
+    return json.dumps([_plain(decision) for decision in decisions], indent=2, allow_nan=False)
+
+
+def _plain(decision: Decision) -> dict[str, Any]:
+    request = decision.request
+    return {
+        "site": request.site,
+        "pass": request.product,
+        "op": request.op,
+        "m": request.m,
+        "n": request.n,
+        "k": request.k,
+        "dtype": request.dtype,
+        "chosen": decision.kernel,
+        "recipe": decision.recipe,
+        "why": decision.why,
+        "time_us": decision.time_us,
+        "baseline": decision.baseline,
+        "baseline_time_us": decision.baseline_time_us,
+        "time_source": decision.time_source,
+        "error_upper": decision.error_upper,
+        "horizon": decision.horizon,
+        "rejected": [_candidate(candidate) for candidate in decision.rejected],
+    }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "kernel": candidate.kernel,
+        "recipe": candidate.recipe,
+        "code": candidate.code,
+        "reason": candidate.reason,
+        "time_us": candidate.time_us,
+        "spread_us": candidate.spread_us,
+        "error_mean": candidate.error_mean,
+        "error_upper": candidate.error_upper,
+    }
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,151 @@
+"""The report as one HTML file that needs nothing but a browser: no network, no other file.
+
+The table is written out here and is complete without scripts. A script adds sorting, filters and the details of a
+product, which it reads from the report embedded as JSON; "Save JSON" gives that report back in schema 1.
+
+Thousands of products repeat the same keys and words, so the embedded copy of `sites` is packed: `shapes` lists the key
+tuples and `strings` the distinct strings. An object is [shape, value, ...], a list [-1, item, ...], a string its index
+in base 36; numbers, booleans and null stand for themselves, numbers in six digits.
+
+Names are untrusted. The template escapes everything; the JSON has no `<`; a content security policy admits the script
+and the style of this file by their hashes, and nothing else.
+"""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from loka.reports.words import (
+    ORDER,
+    VERDICTS,
+    Report,
+    Row,
+    best_recipe,
+    chosen_kernel,
+    error,
+    events,
+    notes,
+    percent,
+    plain,
+    run_facts,
+    shape,
+    site_name,
+    speedup,
+)
+from loka.reports.words import ordered as in_order
+
+_TEMPLATES: Final[Path] = Path(__file__).parent / "templates"
+_DIGITS: Final[str] = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def render(report: Report) -> str:
+    """Return the report as a self-contained HTML page."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = (_inline(name) for name in ("report.css", "report.js"))
+    position = {id(row): index for index, row in enumerate(report["sites"])}
+    return environment.get_template("report.html").render(
+        report=report,
+        headline=plain(report["summary"]["headline"]),
+        facts=run_facts(report),
+        notes=notes(report),
+        events=events(report),
+        order=ORDER,
+        verdicts=VERDICTS,
+        shares=_shares(report),
+        decided=any(row["kernels"] for row in report["sites"]),
+        rows=[(position[id(row)], row["verdict"], _cells(row)) for row in in_order(report)],
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=_embed(report),
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Return the cells of a row, the kernel and its speed-up last."""
+    recipe, kernel = best_recipe(row), chosen_kernel(row)
+    return (
+        site_name(row),
+        row["pass"],
+        shape(row),
+        percent(row["flop_share"]),
+        plain(row["best"] or "-"),
+        error(recipe, "mean"),
+        error(recipe, "upper_tolerance"),
+        row["verdict"],
+        plain(row["chosen"] or "-"),
+        speedup(kernel["speedup"] if kernel else None),
+    )
+
+
+def _shares(report: Report) -> list[tuple[str, int, float, float, str]]:
+    """Return (verdict, products, start, width, FLOP share in words) of each part of the bar, in percent of the bar."""
+    parts: list[tuple[str, int, float, float, str]] = []
+    start = 0.0
+    for verdict in reversed(VERDICTS):
+        share = report["summary"]["flop_shares"][verdict]
+        count = report["summary"]["verdicts"][verdict]
+        parts.append((verdict, count, round(start, 3), round(100.0 * share, 3), percent(share)))
+        start += 100.0 * share
+    return parts
+
+
+def _inline(name: str) -> Markup:
+    """Return a file of ours to be placed in the page unescaped."""
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # no foreign text in it
+
+
+def _hash(text: str) -> str:
+    """Return the source expression by which a content security policy admits an inline script or style."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _embed(report: Report) -> Markup:
+    """Return the report as JSON, sites packed, that cannot end the script element it stands in."""
+    packed = {**report, **pack(report["sites"])}
+    text = json.dumps(packed, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def pack(sites: list[Any]) -> dict[str, Any]:
+    """Return `sites` packed as the module describes, with the `strings` and `shapes` that unpack it."""
+    strings: dict[str, str] = {}  # string -> index in base 36
+    shapes: dict[tuple[str, ...], int] = {}
+
+    def visit(value: Any) -> Any:
+        kind = type(value)
+        if kind is str:
+            found = strings.get(value)
+            if found is None:
+                found = strings[value] = _base36(len(strings))
+            return found
+        if kind is float:
+            return float(f"{value:.6g}")
+        if kind is dict:
+            return [shapes.setdefault(tuple(value), len(shapes)), *map(visit, value.values())]
+        if kind is list:
+            return [-1, *map(visit, value)]
+        return value
+
+    return {"sites": visit(sites), "strings": list(strings), "shapes": [list(shape) for shape in shapes]}
+
+
+def _base36(index: int) -> str:
+    digits = ""
+    while True:
+        index, digit = divmod(index, 36)
+        digits = _DIGITS[digit] + digits
+        if not index:
+            return digits

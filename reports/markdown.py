@@ -1,0 +1,106 @@
+"""The report as GitHub-flavoured Markdown, for a pull request or a wiki.
+
+Names are untrusted: they stand in code spans, where nothing is a link, a mention or HTML, and every character that
+could end the span or the table cell is written as an entity.
+"""
+
+import re
+from typing import Final
+
+from loka.reports.words import (
+    ORDER,
+    Report,
+    Row,
+    best_recipe,
+    chosen_kernel,
+    error,
+    events,
+    notes,
+    number,
+    ordered,
+    percent,
+    plain,
+    run_facts,
+    shape,
+    site_name,
+    speedup,
+)
+
+_HEADER: Final[tuple[tuple[str, str], ...]] = (
+    ("verdict", "---"),
+    ("site", "---"),
+    ("pass", "---"),
+    ("m x k x n", "--:"),
+    ("FLOPs", "--:"),
+    ("best recipe", "---"),
+    ("mean", "--:"),
+    ("upper", "--:"),
+)
+_DECIDED: Final[tuple[tuple[str, str], ...]] = (("kernel", "---"), ("time [us]", "--:"), ("speed", "--:"))
+_MARK: Final[dict[str, str]] = {"safe": "safe", "unsafe": "**unsafe**", "undecided": "_undecided_"}
+
+
+def render(report: Report) -> str:
+    """Return the report as Markdown."""
+    blocks = ["# FP8 safety report", _text(report["summary"]["headline"])]
+    blocks.append("\n".join(f"- {label}: {_text(value)}" for label, value in run_facts(report)))
+    if report["sites"]:
+        blocks += [_table(report), _legend(report)]
+    for title, lines in (("Notes", notes(report)), ("Events", events(report))):
+        if lines:
+            blocks += [f"## {title}", "\n".join(f"- {_text(line)}" for line in lines)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _legend(report: Report) -> str:
+    limit = report["bound"]["row_error"]
+    against = f", compared with the bound of {limit:g}" if limit is not None else ""
+    return (
+        f"{ORDER} mean: row_error of the best recipe over steps; upper: its tolerance for 99 % of steps{against}; "
+        "speed: against the baseline."
+    )
+
+
+def _table(report: Report) -> str:
+    rows = ordered(report)
+    decided = any(row["kernels"] for row in rows)
+    header = _HEADER + _DECIDED if decided else _HEADER
+    lines = [_line([name for name, _ in header]), _line([rule for _, rule in header])]
+    return "\n".join([*lines, *(_line(_cells(row, decided)) for row in rows)])
+
+
+def _cells(row: Row, decided: bool) -> list[str]:
+    recipe, kernel = best_recipe(row), chosen_kernel(row)
+    cells = [
+        _MARK[row["verdict"]],
+        _code(site_name(row)),
+        row["pass"],
+        shape(row),
+        percent(row["flop_share"]),
+        _code(plain(row["best"])) if row["best"] else "-",
+        error(recipe, "mean"),
+        error(recipe, "upper_tolerance"),
+    ]
+    if decided and kernel:
+        cells += [_code(plain(kernel["kernel"])), number(kernel["time_us"]), speedup(kernel["speedup"])]
+    return cells + ["-"] * (len(_DECIDED) if decided and not kernel else 0)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _code(name: str) -> str:
+    """Return a name as a code span that stays inside its cell."""
+    if "`" in name or "\\" in name:
+        return f"<code>{re.sub(r'[^0-9A-Za-z_. ]', _entity, name)}</code>"
+    return f"`{name.replace('|', chr(92) + '|')}`"
+
+
+def _text(words: str) -> str:
+    """Return words that mean nothing to Markdown, HTML or GitHub (links, mentions, references)."""
+    return re.sub(r"[\\`*\[\]|@#&]|<(?=[A-Za-z/!?])", _entity, plain(words)).replace("://", ":&#47;/")
+
+
+def _entity(match: re.Match[str]) -> str:
+    return f"&#{ord(match.group())};"

@@ -1,0 +1,246 @@
+"""The report as plain data: evidence, a bound and decisions in, one JSON document (schema 1) out.
+
+Everything a renderer shows is in this document and nothing else is: a report can be kept, diffed and rendered again
+without the database. It is valid JSON: what is not a finite number is null, `note` says why, and `infinite` names the
+fields that were infinite rather than missing.
+
+A recipe's verdict is that of its interval. A product's verdict is the best over its recipes: safe if any recipe is
+safe, unsafe if every recipe is unsafe, else undecided.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from loka.bounds import Bound
+from loka.dispatch.decide import Candidate, Decision
+from loka.errors import ArgumentError
+from loka.probes.evidence import ProductEvidence, RecipeEvidence, RunEvidence
+from loka.probes.records import OperandRecord
+from loka.reports.summary import summarise
+from loka.reports.words import Report
+
+SCHEMA: Final[int] = 1
+
+# A candidate that lost on speed alone could run; every other code keeps it out.
+_ADMISSIBLE: Final[frozenset[str | None]] = frozenset({None, "slower", "tie", "no_gain"})
+_RANK: Final[dict[str, int]] = {"safe": 0, "undecided": 1, "unsafe": 2}
+_NO_LOSS: Final[str] = "the bound limits the loss, of which this run holds no evidence"
+_NO_DECISIONS: Final[dict[tuple[str, str], Decision]] = {}
+
+
+def build_report(
+    evidence: RunEvidence, bound: Bound, decisions: Mapping[tuple[str, str], Decision] = _NO_DECISIONS
+) -> Report:
+    """Judge a run against a bound; `decisions` by (site, pass) add the kernels and what they gain.
+
+    `sites` holds one entry per (site, pass), in the order of the evidence. `row_error` of a recipe is its gated error,
+    whose metric `gate` names. Times are in microseconds per call. `bound.confidence` is that of the intervals; raises
+    ArgumentError when the bound asks for more than the evidence was condensed at.
+    """
+    if bound.confidence > evidence.confidence:
+        raise ArgumentError(
+            f"The bound asks for {100 * bound.confidence:g} % confidence, the evidence was condensed at "
+            f"{100 * evidence.confidence:g} %. Read the evidence again with confidence={bound.confidence:g}."
+        )
+    judged = replace(bound, confidence=evidence.confidence)
+    limits = {
+        "row_error": bound.row_error,
+        "loss": bound.loss,
+        "confidence": evidence.confidence,
+        "family": evidence.family,
+        "text": str(judged),
+    }
+    rows = [_product(product, bound, decisions.get((product.site, product.product))) for product in evidence.products]
+    return {
+        "schema": SCHEMA,
+        "run": _run(evidence),
+        "bound": limits,
+        "summary": summarise(rows, limits, decisions),
+        "sites": rows,
+        "events": [{"step": event.step, "kind": event.kind, "message": event.message} for event in evidence.events],
+    }
+
+
+def _run(evidence: RunEvidence) -> dict[str, Any]:
+    info, progress = evidence.info, evidence.progress
+    return {
+        "id": info.id,
+        "created": info.created,
+        "steps": progress.steps,
+        "sampled_steps": progress.sampled_steps,
+        "device": info.environment.device,
+        "torch": info.environment.torch,
+        "world_size": info.world_size,
+        "overhead_fraction": _finite(progress.overhead_fraction),
+        "model": info.model,
+        "status": progress.status,
+        "reason": progress.reason,
+        "skipped_samples": progress.skipped_samples,
+        "unattributed": progress.unattributed,
+        "weights_changed": progress.weights_changed,
+        "python": info.environment.python,
+        "loka": info.environment.loka,
+    }
+
+
+def _product(product: ProductEvidence, bound: Bound, decision: Decision | None) -> dict[str, Any]:
+    recipes = [_recipe(recipe, bound) for recipe in product.recipes]
+    verdict = _best_verdict(entry["verdict"] for entry in recipes)
+    best = min(recipes, key=_badness, default=None)
+    return {
+        "site": product.site,
+        "pass": product.product,
+        "op": product.op,
+        "batch": product.batch,
+        "m": product.m,
+        "n": product.n,
+        "k": product.k,
+        "m_min": product.m_min,
+        "m_max": product.m_max,
+        "dtype": product.dtype,
+        "parameter": product.parameter,
+        "calls": _finite(product.calls),
+        "flops": _finite(product.flops),
+        "flop_share": _finite(product.flop_share),
+        "verdict": verdict,
+        "reason": _reason(verdict, product, best, bound),
+        "best": best["recipe"] if best else None,
+        "operands": {role: _operand(operand) for role, operand in product.operands.items()},
+        "recipes": recipes,
+        "kernels": _kernels(decision) if decision else [],
+        "chosen": decision.kernel if decision else None,
+    }
+
+
+def _recipe(recipe: RecipeEvidence, bound: Bound) -> dict[str, Any]:
+    interval = recipe.error
+    numbers = {
+        "row_error.mean": interval.mean,
+        "row_error.low": interval.low,
+        "row_error.high": interval.high,
+        "row_error.p99": interval.p99,
+        "row_error.upper_tolerance": interval.upper_tolerance,
+        "sqnr_db": recipe.sqnr_db,
+        "relative_error": recipe.relative_error,
+        "mere": recipe.mere,
+    }
+    note, infinite = _explain(numbers, recipe.note)
+    return {
+        "recipe": recipe.recipe,
+        "format": recipe.format,
+        "verdict": recipe.verdict(bound.row_error) if bound.row_error is not None else "undecided",
+        "n": recipe.samples,
+        "row_error": {
+            name.partition(".")[2]: _finite(value) for name, value in numbers.items() if name.startswith("row_error.")
+        },
+        "gate": recipe.gate,
+        "horizon": recipe.horizon,
+        "loss": None,  # a run without a loss hook has no loss evidence
+        "sqnr_db": _finite(recipe.sqnr_db),
+        "relative_error": _finite(recipe.relative_error),
+        "mere": _finite(recipe.mere),
+        "note": note,
+        "infinite": infinite,
+    }
+
+
+def _operand(operand: OperandRecord) -> dict[str, Any]:
+    shares = {
+        **{f"underflow.{recipe}": share for recipe, share in operand.underflow.items()},
+        **{f"saturation.{recipe}": share for recipe, share in operand.saturation.items()},
+    }
+    numbers = {"amax": operand.amax, "rms": operand.rms, "zeros": operand.zeros, **shares}
+    note, _ = _explain(numbers, "")
+    return {
+        "amax": _finite(operand.amax),
+        "rms": _finite(operand.rms),
+        "zeros": _finite(operand.zeros),
+        "nan": operand.nan,
+        "inf": operand.inf,
+        "elements": operand.elements,
+        "underflow": {recipe: _finite(share) for recipe, share in operand.underflow.items()},
+        "saturation": {recipe: _finite(share) for recipe, share in operand.saturation.items()},
+        "note": note,
+    }
+
+
+def _kernels(decision: Decision) -> list[dict[str, Any]]:
+    """Return the chosen kernel, then every other candidate in the order in which it was considered."""
+    chosen = {
+        "kernel": decision.kernel,
+        "status": "chosen",
+        "reason": decision.why,
+        "time_us": _finite(decision.time_us),
+        "speedup": _finite(decision.speedup),
+        "recipe": decision.recipe,
+        "code": None,
+        "spread_us": None,
+        "error_upper": _finite(decision.error_upper),
+    }
+    others = (candidate for candidate in decision.rejected if candidate.kernel != decision.kernel)
+    return [chosen, *(_candidate(candidate, decision.baseline_time_us) for candidate in others)]
+
+
+def _candidate(candidate: Candidate, baseline_time_us: float | None) -> dict[str, Any]:
+    speedup = baseline_time_us / candidate.time_us if baseline_time_us is not None and candidate.time_us else None
+    return {
+        "kernel": candidate.kernel,
+        "status": "admissible" if candidate.code in _ADMISSIBLE else "rejected",
+        "reason": candidate.reason,
+        "time_us": _finite(candidate.time_us),
+        "speedup": _finite(speedup),
+        "recipe": candidate.recipe,
+        "code": candidate.code,
+        "spread_us": _finite(candidate.spread_us),
+        "error_upper": _finite(candidate.error_upper),
+    }
+
+
+def _best_verdict(verdicts: Iterable[str]) -> str:
+    return min(verdicts, key=_RANK.__getitem__, default="undecided")
+
+
+def _badness(entry: Mapping[str, Any]) -> tuple[int, float, float]:
+    """Return the key by which the best recipe is the smallest; what is unknown or infinite comes last."""
+    upper, mean = entry["row_error"]["upper_tolerance"], entry["row_error"]["mean"]
+    return _RANK[entry["verdict"]], math.inf if upper is None else upper, math.inf if mean is None else mean
+
+
+def _reason(verdict: str, product: ProductEvidence, best: Mapping[str, Any] | None, bound: Bound) -> str:
+    """Return why the product is not safe, in words that group well; empty when it is."""
+    if verdict == "safe":
+        return ""
+    if verdict == "unsafe":
+        return "every recipe exceeds the bound"
+    if product.unmeasured:
+        return product.unmeasured
+    if best is None:
+        return "no recipe was measured"
+    if bound.row_error is None:
+        return _NO_LOSS
+    if note := next(recipe.note for recipe in product.recipes if recipe.recipe == best["recipe"]):
+        return note
+    if "row_error.upper_tolerance" in best["infinite"]:
+        return "the error was infinite in some steps"
+    if best["row_error"]["upper_tolerance"] is None:
+        return "nothing to compare"
+    return "the bound lies inside the interval: more samples may settle it"
+
+
+def _explain(numbers: Mapping[str, float], note: str) -> tuple[str, list[str]]:
+    """Return `note`, completed by what is not finite, and the names of the infinite numbers.
+
+    A missing number (NaN) needs no words of its own where `note` already says why evidence is missing.
+    """
+    missing = [name for name, value in numbers.items() if math.isnan(value)]
+    infinite = [name for name, value in numbers.items() if math.isinf(value)]
+    parts = [note] if note else [f"nothing to compare: {', '.join(missing)}"] if missing else []
+    if infinite:
+        parts.append(f"infinite: {', '.join(infinite)}")
+    return "; ".join(parts), infinite
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,200 @@
+"""The report on a terminal: headline, run, one line per product, then what qualifies it.
+
+The table fits any width from 80 columns up. Columns have fixed widths; the site and the kernel share what is left, and
+where that is too little, the least needed columns are left out by name (`_DROP`) instead of wrapping a line.
+"""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from rich.cells import set_cell_size
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.text import Text
+
+from loka.reports.words import (
+    ORDER,
+    Report,
+    Row,
+    best_recipe,
+    chosen_kernel,
+    elide,
+    elide_site,
+    error,
+    events,
+    notes,
+    ordered,
+    percent,
+    plain,
+    run_line,
+    shape,
+    site_name,
+    speedup,
+)
+
+_STYLE: Final[dict[str, Style]] = {
+    "safe": Style(color="green"),
+    "unsafe": Style(color="red", bold=True),
+    "undecided": Style(color="yellow"),
+}
+_BOLD: Final[Style] = Style(bold=True)
+_SITE_WIDTH: Final[int] = 16
+_KERNEL_WIDTH: Final[int] = 8
+_FILE_WIDTH: Final[int] = 120
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Column:
+    """One column: its header, how a row fills it, and on which side it is aligned."""
+
+    name: str
+    cell: Callable[[Row], str]
+    justify: Literal["left", "right"] = "left"
+
+
+_COLUMNS: Final[tuple[_Column, ...]] = (
+    _Column(name="site", cell=site_name),
+    _Column(name="pass", cell=lambda row: str(row["pass"])),
+    _Column(name="m x k x n", cell=shape, justify="right"),
+    _Column(name="FLOPs", cell=lambda row: percent(row["flop_share"]), justify="right"),
+    _Column(name="recipe", cell=lambda row: plain(row["best"] or "-")),
+    _Column(name="mean", cell=lambda row: error(best_recipe(row), "mean"), justify="right"),
+    _Column(name="upper", cell=lambda row: error(best_recipe(row), "upper_tolerance"), justify="right"),
+    _Column(name="verdict", cell=lambda row: str(row["verdict"])),
+    _Column(name="kernel", cell=lambda row: plain(row["chosen"] or "-")),
+    _Column(name="speed", cell=lambda row: speedup(kernel["speedup"] if (kernel := chosen_kernel(row)) else None)),
+)
+# Left out in this order where the width does not suffice.
+_DROP: Final[tuple[str, ...]] = ("speed", "mean", "m x k x n", "FLOPs", "kernel", "recipe")
+
+
+def render(report: Report) -> str:
+    """Return the report as plain text of 120 columns, for a file."""
+    console = Console(file=io.StringIO(), width=_FILE_WIDTH, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        print_table(report, console)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def print_table(report: Report, console: Console) -> None:
+    """Print the report, no line longer than the console is wide; colours as the console has them."""
+    _say(console, report["summary"]["headline"], style="bold")
+    _say(console, run_line(report))
+    if report["sites"]:
+        console.print()
+        widths, dropped = _print_rows(report, console)
+        console.print()
+        _say(console, _legend(report, widths, dropped), style="dim")
+    for title, lines in (("Notes", notes(report)), ("Events", events(report))):
+        if lines:
+            console.print()
+            _say(console, title, style="bold")
+            for line in lines:
+                _say(console, f"- {line}")
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """Print words as they are: no markup, no highlighting, folded at the width of the console."""
+    console.print(Text(plain(text), style=style, overflow="fold"), highlight=False)
+
+
+def _legend(report: Report, widths: Mapping[str, int], dropped: Sequence[str]) -> str:
+    """Return what the columns that are shown mean, what is shortened in them, and which ones are not shown."""
+    limit = report["bound"]["row_error"]
+    against = f", bound {limit:g}" if limit is not None else ""
+    meanings = {
+        "mean": "mean: row_error of the best recipe over steps",
+        "upper": f"upper: row_error tolerance of the best recipe for 99 % of steps{against}",
+        "speed": "speed: against the baseline",
+    }
+    legend = f"{ORDER} {'; '.join(words for name, words in meanings.items() if name in widths)}."
+    names = {"site": site_name, "kernel": lambda row: plain(row["chosen"] or "-")}
+    cut = [f"{name}s" for name, say in names.items() if _any_longer(report, say, widths.get(name))]
+    if cut:
+        legend += f" Long {' and '.join(cut)} are shortened at this width."
+    return f"{legend} Left out at this width: {', '.join(dropped)}." if dropped else legend
+
+
+def _any_longer(report: Report, say: Callable[[Row], str], width: int | None) -> bool:
+    return width is not None and any(len(say(row)) > width for row in report["sites"])
+
+
+def _print_rows(report: Report, console: Console) -> tuple[Mapping[str, int], list[str]]:
+    """Print the table; return the widths of the columns shown and the names of those that found no room.
+
+    The lines are laid out here, once all widths are known: a Rich table takes seconds over thousands of rows.
+    """
+    rows = ordered(report)
+    decided = any(row["kernels"] for row in rows)
+    columns = [column for column in _COLUMNS if decided or column.name not in ("kernel", "speed")]
+    cells = {column.name: [column.cell(row) for row in rows] for column in columns}
+    widths, dropped = _fit({name: max(map(len, [name, *texts])) for name, texts in cells.items()}, console.width)
+    mark = "~" if console.options.ascii_only else "\u2026"
+    if "kernel" in widths:
+        cells["kernel"] = [_kernel(row, widths["kernel"]) for row in rows]
+
+    kept = [column for column in columns if column.name in widths]
+    cells["site"] = [elide_site(name, widths["site"], mark) for name in cells["site"]]
+    laid_out = [
+        [_lay_out(text, column, widths[column.name], mark) for text in (column.name, *cells[column.name])]
+        for column in kept
+    ]
+    verdict = [column.name for column in kept].index("verdict")
+    styles = [_BOLD, *(_STYLE[row["verdict"]] for row in rows)]
+    segments: list[Segment] = []
+    for index, (style, line) in enumerate(zip(styles, zip(*laid_out, strict=True), strict=True)):
+        segments += [
+            Segment(" ".join([*line[:verdict], ""]), _BOLD if index == 0 else None),
+            Segment(line[verdict], style),
+            Segment(" ".join(["", *line[verdict + 1 :]]).rstrip(), _BOLD if index == 0 else None),
+            Segment.line(),
+        ]
+    console.print(Segments(segments), end="")
+    return widths, dropped
+
+
+def _lay_out(text: str, column: _Column, width: int, mark: str) -> str:
+    """Return `text` in exactly `width` terminal cells."""
+    text = elide(text, width, mark)
+    if not text.isascii():  # wide characters take two cells
+        return set_cell_size(text, width)
+    return text.rjust(width) if column.justify == "right" else text.ljust(width)
+
+
+def _fit(natural: dict[str, int], total: int) -> tuple[dict[str, int], list[str]]:
+    """Return the width of each column that fits into `total`, one space between two, and the names left out."""
+    minimum = {"site": min(_SITE_WIDTH, natural["site"])}
+    if "kernel" in natural:
+        minimum["kernel"] = min(_KERNEL_WIDTH, natural["kernel"])
+    widths = {**natural, **minimum}
+    dropped: list[str] = []
+    for name in _DROP:
+        if sum(widths.values()) + len(widths) - 1 <= total:
+            break
+        if name in widths:
+            del widths[name]
+            dropped.append(name)
+    spare = total - sum(widths.values()) - (len(widths) - 1)
+    if spare < 0:  # narrower than any terminal: the name gives way, the verdict stays
+        widths["site"] = max(1, widths["site"] + spare)
+    for name in ("kernel", "site"):  # the kernel may take half of what is spare, the site whatever remains
+        if name in widths and spare > 0:
+            room = spare if name == "site" else max(spare // 2, spare - (natural["site"] - widths["site"]))
+            grown = min(natural[name], widths[name] + room)
+            spare -= grown - widths[name]
+            widths[name] = grown
+    return widths, dropped
+
+
+def _kernel(row: Row, width: int) -> str:
+    """Return the chosen kernel in the longest form that fits: in full, without its recipe, else its library."""
+    kernel = chosen_kernel(row)
+    if kernel is None:
+        return "-"
+    parts = plain(kernel["kernel"]).split(".")
+    short = "baseline" if kernel["recipe"] is None else parts[0]
+    forms = (".".join(parts), ".".join(parts[:2]), short)
+    return next((form for form in forms if len(form) <= width), short)

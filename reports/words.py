@@ -1,0 +1,180 @@
+"""How a report says its numbers and names: one home for every renderer, so that all of them say the same.
+
+Site names, reasons and messages come out of a database and are untrusted. `plain` makes them printable; each renderer
+then escapes for its own format.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+# A report as plain data: `loka.reports.record.build_report` documents its keys.
+Report = dict[str, Any]
+Row = Mapping[str, Any]
+
+# Worst first: what needs attention is read first.
+VERDICTS: Final[tuple[str, ...]] = ("unsafe", "undecided", "safe")
+ORDER: Final[str] = "Unsafe first, then undecided, then safe; by FLOP share within each."
+
+_STATUS: Final[dict[str, str]] = {
+    "complete": "complete",
+    "running": "still running when this was read",
+    "failed": "failed",
+    "detached": "incomplete: the probe was detached before the run ended",
+    "incomplete": "incomplete: the run ended without closing the probe",
+}
+_SHOWN_EVENTS: Final[int] = 20
+
+
+def plain(text: str) -> str:
+    """Return `text` with everything that is not printable (control, escape, bidirectional marks) spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
+
+
+def site_name(row: Row) -> str:
+    """Return the printable name of a row's site; the root module has an empty one."""
+    return plain(row["site"]) or "(root)"
+
+
+def product_name(row: Row) -> str:
+    """Return `site.pass`, printable."""
+    return f"{site_name(row)}.{row['pass']}"
+
+
+def elide(text: str, width: int, mark: str) -> str:
+    """Return `text` in at most `width` characters, `mark` in its middle where some are left out."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    tail = width - 1 - head
+    return text[:head] + mark + text[len(text) - tail :]
+
+
+def elide_site(name: str, width: int, mark: str) -> str:
+    """Return a site in at most `width` characters; what tells products apart, numbers and the leaf, goes last.
+
+    The other parts of the name shrink to their first letters, from the left, before anything is left out.
+    """
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= width:
+            break
+        parts[index] = part if part.isdigit() else part[:1]
+    return elide(".".join(parts), width, mark)
+
+
+def shape(row: Row) -> str:
+    """Return m x k x n, with the batch in front where there is one."""
+    batch = f"{row['batch']}x" if row["batch"] > 1 else ""
+    return f"{batch}{row['m']}x{row['k']}x{row['n']}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share in 0..1 as a percentage that is neither rounded up to all nor down to nothing."""
+    if share is None:
+        return "-"
+    value = 100.0 * share
+    if 0.0 < value < 0.05:
+        return "<0.1 %"
+    if 99.9 < value < 100.0:
+        return ">99.9 %"
+    return f"{value:.0f} %" if value == round(value) or 10.0 <= value < 99.5 else f"{value:.1f} %"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number with this many significant digits, `-` for none."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def error(recipe: Row | None, key: str) -> str:
+    """Return one of the fields of a recipe's `row_error` in three decimals; `inf` where it is infinite."""
+    if recipe is None:
+        return "-"
+    value = recipe["row_error"][key]
+    if value is None:
+        return "inf" if f"row_error.{key}" in recipe["infinite"] else "-"
+    if value >= 100.0:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if value >= 0.001 or value == 0.0 else f"{value:.0e}"
+
+
+def speedup(value: float | None) -> str:
+    """Return e.g. `1.31x`, `-` for none."""
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return e.g. `1 product`, `2 products`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def best_recipe(row: Row) -> Row | None:
+    """Return the entry of the row's best recipe, or None where nothing was measured."""
+    return next((recipe for recipe in row["recipes"] if recipe["recipe"] == row["best"]), None)
+
+
+def chosen_kernel(row: Row) -> Row | None:
+    """Return the entry of the chosen kernel, or None where nothing was decided."""
+    return next((kernel for kernel in row["kernels"] if kernel["status"] == "chosen"), None)
+
+
+def ordered(report: Report) -> list[Row]:
+    """Return the rows in reading order, as `ORDER` says."""
+    rank = {verdict: position for position, verdict in enumerate(VERDICTS)}
+    return sorted(report["sites"], key=lambda row: (rank[row["verdict"]], -(row["flop_share"] or 0.0)))
+
+
+def run_facts(report: Report) -> list[tuple[str, str]]:
+    """Return what is to be known of the run, as (label, value)."""
+    run = report["run"]
+    status = _STATUS.get(run["status"], run["status"])
+    if run["reason"]:
+        status = f"{status} ({plain(run['reason'])})"
+    overhead = run["overhead_fraction"]
+    steps = f"{plural(run['steps'], 'step')}, {run['sampled_steps']:,} sampled"
+    if run["skipped_samples"]:
+        steps += f", {run['skipped_samples']:,} left out to stay within the overhead budget"
+    facts = [
+        ("run", f"{plain(run['id'][:8])} of {plain(run['created'])}"),
+        ("model", plain(run["model"])),
+        ("steps", steps),
+        ("probe overhead", f"{100.0 * overhead:.2f} %" if overhead is not None else "-"),
+        ("device", plain(run["device"])),
+        ("torch", plain(run["torch"])),
+        ("world size", f"{run['world_size']}"),
+        ("status", status),
+    ]
+    return [(label, value) for label, value in facts if label != "world size" or run["world_size"] > 1]
+
+
+def run_line(report: Report) -> str:
+    """Return the facts of the run as one sentence."""
+    return "; ".join(value if label == "steps" else f"{label} {value}" for label, value in run_facts(report)) + "."
+
+
+def notes(report: Report) -> list[str]:
+    """Return what qualifies the verdicts: undecided reasons grouped, and rows that another metric decides."""
+    groups = report["summary"]["undecided_reasons"]
+    lines = [f"{plural(group['count'], 'undecided product')}: {plain(group['reason'])}" for group in groups]
+    relative = sum(any(recipe["gate"] == "relative_error" for recipe in row["recipes"]) for row in report["sites"])
+    if relative:
+        lines.append(f"{plural(relative, 'product')} with few output columns: judged by relative_error, not row_error")
+    horizons = [recipe["horizon"] for row in report["sites"] for recipe in row["recipes"] if recipe["horizon"]]
+    if horizons:
+        lines.append(f"weights were training: the evidence holds for {min(horizons):,} steps beyond the last sample")
+    return lines
+
+
+def events(report: Report) -> list[str]:
+    """Return the newest events, one line each, saying how many older ones are left out."""
+    shown = report["events"][-_SHOWN_EVENTS:]
+    lines = [f"step {event['step']:,}, {plain(event['kind'])}: {plain(event['message'])}" for event in shown]
+    older = len(report["events"]) - len(shown)
+    return ([f"{plural(older, 'older event')}: in the JSON report"] if older else []) + lines
+
+
+def grouped(reasons: Iterable[str]) -> list[dict[str, Any]]:
+    """Count equal reasons, the most frequent first."""
+    return [{"reason": reason, "count": count} for reason, count in Counter(reasons).most_common()]

@@ -1,0 +1,176 @@
+"""The command line: a frozen surface, right numbers, clear refusals, exit codes that a CI gate can rely on."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import loka
+from loka.cli import app
+
+# Commands and flags are a promise to scripts: a change here is a change of the interface.
+SURFACE = {
+    "demo": {"--out"},
+    "report": {"--format", "--output", "--bound", "--fail-on", "--run", "--device"},
+    "bench": {"--suite", "--budget", "--device", "--export"},
+    "plan": {
+        "--output",
+        "--bound",
+        "--run",
+        "--device",
+        "--device-profile",
+        "--assume-speedup",
+        "--filter",
+        "--budget",
+    },
+    "explain": {"--pass", "--bound", "--run", "--device", "--device-profile", "--assume-speedup", "--format"},
+    "kernels": {"--format", "--device"},
+    "env": {"--format"},
+}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of 30 real training steps of a small model, every step sampled."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("cli") / "run.db"
+    model = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with loka.probe(model, path, every=1, overhead=100.0):
+        for _ in range(30):
+            optimizer.zero_grad()
+            model(torch.randn(64, 32)).square().mean().backward()
+            optimizer.step()
+    return str(path)
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120", "NO_COLOR": "1"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_commands_and_flags_are_the_frozen_ones() -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    found = {
+        name: {max(option.opts, key=len) for option in command.params if option.param_type_name == "option"}
+        for name, command in group.commands.items()
+    }
+    assert found == SURFACE
+
+
+def test_report_tells_every_product_in_every_format(database: str, tmp_path: Path) -> None:
+    code, text, _ = run("report", database, "--format", "json")
+    assert code == 0
+    report = json.loads(text)
+    assert report["schema"] == 1
+    products = {(site["site"], site["pass"]) for site in report["sites"]}
+    assert products == {("0", "fprop"), ("0", "wgrad"), ("2", "fprop"), ("2", "dgrad"), ("2", "wgrad")}
+    code, text, _ = run("report", database, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert {(row["site"], row["pass"]) for row in rows} == products
+    for kind in ("md", "html", "table"):
+        target = tmp_path / f"report.{kind}"
+        code, text, _ = run("report", database, "--format", kind, "--output", str(target))
+        assert code == 0
+        assert "fprop" in target.read_text(encoding="utf-8")
+
+
+def test_fail_on_is_an_exit_code(database: str) -> None:
+    assert run("report", database, "--fail-on", "unsafe", "--bound", "0.5")[0] == 0
+    code, _, errors = run("report", database, "--fail-on", "unsafe", "--bound", "1e-6")
+    assert code == 1
+    assert "unsafe" in errors
+
+
+def test_plan_writes_a_file_and_says_what_is_gained(database: str, tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+    code, text, _ = run("plan", database, "-o", str(target), "--assume-speedup", "1.3", "--bound", "0.2")
+    assert code == 0
+    assert "assumption, not a measurement" in text.replace("\n", " ")
+    plan = loka.Plan.load(target)
+    assert plan.fp8_share() > 0
+    code, text, _ = run("plan", database, "-o", str(target), "--budget", "3", "--bound", "0.2")
+    assert code == 0
+    assert loka.Plan.load(target).environment["time_source"] in ("measured", "none")
+
+
+def test_explain_gives_a_reason_for_every_candidate(database: str) -> None:
+    code, text, _ = run("explain", database, "0", "--pass", "output", "--format", "json")
+    assert code == 0
+    (decision,) = json.loads(text)
+    assert decision["pass"] == "fprop"
+    assert decision["rejected"]
+    assert all(candidate["code"] and candidate["reason"] for candidate in decision["rejected"])
+    assert run("explain", database, "0")[0] == 0
+
+
+def test_bench_measures_a_suite_and_exports_a_profile_that_plans_read(database: str, tmp_path: Path) -> None:
+    profile = tmp_path / "here.json"
+    code, text, _ = run("bench", database, "--budget", "4", "--export", str(profile))
+    assert code == 0
+    assert "torch.mm.fp32" in text
+    assert "emulated.linear" in text
+    target = tmp_path / "plan.json"
+    code, text, _ = run("plan", database, "-o", str(target), "--device-profile", str(profile), "--bound", "0.2")
+    assert code == 0
+    assert "not from this machine" in text.replace("\n", " ")
+
+
+def test_kernels_and_env_are_valid_json() -> None:
+    code, text, _ = run("kernels", "--format", "json")
+    assert code == 0
+    kernels = {row["kernel"]: row for row in json.loads(text)["kernels"]}
+    assert kernels["emulated.linear.rowwise"]["available"]
+    code, text, _ = run("env", "--format", "json")
+    assert code == 0
+    assert json.loads(text)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("report", "missing.db"), "missing.db"),
+        (("report", "."), "folder"),
+        (("plan", "{db}", "--bound", "tight"), "--bound"),
+        (("plan", "{db}", "--bound", "loss=2e-4"), "loss evidence"),
+        (("plan", "{db}", "--filter", "heed*"), "heed"),
+        (("plan", "{db}", "--device-profile", "nowhere.json"), "nowhere.json"),
+        (("explain", "{db}", "00"), "00"),
+        (("explain", "{db}", "0", "--pass", "forward"), "forward"),
+        (("explain", "{db}", "0", "--pass", "dgrad"), "dgrad"),
+        (("report", "{db}", "--run", "ffff-none"), "ffff-none"),
+        (("bench",), "lrm27"),
+        (("bench", "--suite", "lrm28"), "lrm27"),
+        (("report", "{db}", "--format", "json", "--output", "/nonexistent/report.json"), "/nonexistent"),
+        (("demo", "--out", "/dev/null/x"), "/dev/null/x"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_paragraph_and_a_non_zero_exit(
+    arguments: tuple[str, ...], words: str, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = run(*(argument.replace("{db}", database) for argument in arguments))
+    assert code == 2
+    text = errors.strip()
+    assert text.startswith("Error:")
+    assert "Traceback" not in text
+    assert "\n\n" not in text
+    assert words in text.replace("\n", "")
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = CliRunner().invoke(app, ["--debug", "report", "missing.db"])
+    assert isinstance(result.exception, loka.LokaError)
+    CliRunner().invoke(app, ["env"])  # the flag does not outlive its invocation
+    code, _, errors = run("report", "missing.db")
+    assert code == 2
+    assert errors.startswith("Error:")

@@ -1,0 +1,399 @@
+"""Every format shows the same numbers, and no name can break out of any of them."""
+
+import base64
+import csv
+import hashlib
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from loka.bounds import Bound
+from loka.formats import PASSES
+from loka.probes.records import Event
+from loka.reports import csv_report, html_report, markdown, table
+from loka.reports.record import build_report
+from loka.reports.render import FORMATS
+from loka.reports.words import elide_site, notes, percent, plain, run_line
+from tests.reports.made_run import HOSTILE, INF, NAN, UNSAFE, decision, many, mixed, product, recipe, run
+
+BOUND = Bound(row_error=0.05)
+NAMES = (
+    HOSTILE,
+    "a|b",
+    "`code`\\|x",
+    '=HYPERLINK("x")',
+    "+1",
+    "-1",
+    "@sum",
+    "\ttab",
+    "\u202eright to left",
+    "\x1b[31mred",
+    "line\nbreak",
+    "quote\",'",
+    "&amp;",
+    "{{ 7 * 7 }}",
+    "[link](http://x) @user #1",
+    "\u5c64.0.\u5c64",
+    "",
+)
+
+
+def hostile():
+    return build_report(run(*(product(name, flop_share=1 / len(NAMES)) for name in NAMES)), BOUND)
+
+
+def mixed_report():
+    evidence, decisions = mixed()
+    return build_report(evidence, BOUND, decisions)
+
+
+def many_small():
+    evidence, decisions = many(3, 3)
+    return build_report(evidence, BOUND, decisions)
+
+
+def printed(report, width, **options):
+    console = Console(file=io.StringIO(), width=width, **options)
+    table.print_table(report, console)
+    return console.file.getvalue()
+
+
+class Page(html.parser.HTMLParser):
+    """Collect what a browser would see: tags, visible row headers, and the contents of scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.names, self.scripts = [], [], [], []
+        self._into = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag in ("script", "td") or tag == "th":
+            self._into = None
+        if tag == "script":
+            self._into = self.scripts
+        elif tag == "th" and ("scope", "row") in attrs:
+            self._into = self.names
+        if self._into is not None:
+            self._into.append("")
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self._into = None
+
+    def handle_data(self, data):
+        if self._into is not None:
+            self._into[-1] += data
+
+
+def unpack(packed):
+    """Undo the packing, as the script of the page does."""
+
+    def visit(value):
+        if isinstance(value, str):
+            return packed["strings"][int(value, 36)]
+        if not isinstance(value, list):
+            return value
+        items = [visit(item) for item in value[1:]]
+        return items if value[0] < 0 else dict(zip(packed["shapes"][value[0]], items, strict=True))
+
+    return visit(packed["sites"])
+
+
+# --- every format ---------------------------------------------------------------------------------------------------
+
+
+def test_formats_are_those_of_the_command_line():
+    assert list(FORMATS) == ["table", "json", "csv", "md", "html"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("make", [hostile, mixed_report, lambda: build_report(run(), BOUND)])
+def test_every_format_renders_hostile_mixed_and_empty_reports(name, make):
+    text = FORMATS[name](make())
+    assert text
+    assert "\x1b" not in text or name == "csv"  # quoted there, exactly as it was
+
+
+@pytest.mark.parametrize("name", ["table", "md", "html"])
+def test_prose_formats_show_headline_status_notes_and_events(name):
+    evidence, decisions = mixed()
+    stopped = run(*evidence.products, events=evidence.events, status="incomplete", reason="killed", skipped_samples=3)
+    text = " ".join(FORMATS[name](build_report(stopped, BOUND, decisions)).split())
+    assert "FP8 is safe on 1 of 3 products" in text
+    assert "incomplete: the run ended without closing the probe (killed)" in text
+    assert "2,000 steps, 20 sampled, 3 left out to stay within the overhead budget" in text
+    assert "1 undecided product: 5 of 8 sampled steps" in text
+    assert "step 300, over_budget: sampling every 200 steps from here" in text
+    assert "Unsafe first" in text
+
+
+def test_many_events_are_cut_to_the_newest_with_a_count():
+    events = [Event(step=step, kind="nonfinite", message=f"message {step}") for step in range(30)]
+    text = FORMATS["md"](build_report(run(product(), events=events), BOUND))
+    assert "10 older events" in text
+    assert "message 29" in text
+    assert "message 9\n" not in text
+
+
+def test_notes_group_reasons_and_name_the_gate_and_the_horizon():
+    short = (recipe("rowwise", NAN, mean=0.03, note="5 of 8 sampled steps"),)
+    head = (recipe("rowwise", 0.01, gate="relative_error", horizon=450),)
+    report = build_report(
+        run(product("a", recipes=short), product("b", recipes=short), product("c", recipes=head)), BOUND
+    )
+    assert notes(report) == [
+        "2 undecided products: 5 of 8 sampled steps",
+        "1 product with few output columns: judged by relative_error, not row_error",
+        "weights were training: the evidence holds for 450 steps beyond the last sample",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        (0.0, "0 %"),
+        (1e-6, "<0.1 %"),
+        (0.034, "3.4 %"),
+        (0.8349, "83 %"),
+        (0.9961, "99.6 %"),
+        (0.99999, ">99.9 %"),
+        (1.0, "100 %"),
+        (None, "-"),
+    ],
+)
+def test_percent_neither_claims_all_nor_nothing(share, words):
+    assert percent(share) == words
+
+
+def test_plain_spells_out_what_a_terminal_would_obey():
+    assert plain("a\x1b[31m\u202e\n") == "a\\u001b[31m\\u202e\\u000a"
+    assert plain("\u5c64.0") == "\u5c64.0"
+
+
+def test_run_line_gives_world_size_only_where_there_is_one():
+    assert "world size" not in run_line(mixed_report())
+
+
+# --- terminal -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 132, 200])
+@pytest.mark.parametrize("make", [mixed_report, hostile, many_small])
+def test_no_line_is_longer_than_the_terminal(width, make):
+    lines = printed(make(), width).splitlines()
+    assert max(map(cell_len, lines)) <= width
+
+
+def test_80_columns_hold_one_line_per_product_with_all_that_matters():
+    lines = printed(mixed_report(), 80).splitlines()
+    rows = [line.split() for line in lines if re.search(r" (unsafe|undecided|safe) +\S+$", line)]
+    assert rows == [
+        ["blocks.0.down", "dgrad", "4x2048x256x768", "20", "%", "rowwise", "0.180", "0.200", "unsafe", "torch.mm"],
+        ["head", "fprop", "2048x256x1", "30", "%", "rowwise", "0.030", "-", "undecided", "-"],
+        ["blocks.0.up", "fprop", "2048x256x768", "50", "%", "rowwise", "0.027", "0.030", "safe", "torch"],
+    ]
+    assert any("Left out at this width: speed." in line for line in lines)
+
+
+def test_wide_terminals_show_every_column_in_full():
+    text = printed(mixed_report(), 160)
+    assert "torch.scaled_mm.rowwise 1.50x" in text
+    assert "Left out" not in text
+    assert "shortened" not in text
+
+
+def test_infinite_error_reads_inf_not_missing():
+    report = build_report(run(product(recipes=(recipe("rowwise", INF),))), BOUND)
+    assert re.search(r"inf +inf +unsafe", printed(report, 80))
+
+
+def test_verdicts_have_words_with_and_without_colour(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    options = {"force_terminal": True, "color_system": "standard"}
+    assert "\x1b[1;31munsafe" in printed(mixed_report(), 80, **options)
+    plain_text = printed(mixed_report(), 80, no_color=True, **options)
+    assert "\x1b[1;31m" not in plain_text
+    assert "unsafe" in plain_text
+
+
+def test_markup_in_a_name_is_text():
+    report = build_report(run(product("[red]x[/red]")), BOUND)
+    assert "[red]x[/red]" in printed(report, 120)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "short"),
+    [
+        ("blocks.0.up", 16, "blocks.0.up"),
+        ("model.layers.10.mlp.up", 16, "m.l.10.mlp.up"),
+        ("model.layers.10.mlp.projection_of_the_gate", 16, "m.l.10.~the_gate"),
+        ("abcdefgh", 1, "~"),
+    ],
+)
+def test_long_names_keep_their_numbers_and_their_leaf(name, width, short):
+    assert elide_site(name, width, "~") == short
+
+
+# --- CSV ------------------------------------------------------------------------------------------------------------
+
+
+def test_csv_reads_back_to_the_same_numbers():
+    report = mixed_report()
+    rows = list(csv.DictReader(io.StringIO(csv_report.render(report), newline="")))
+    expected = [(row, entry) for row in report["sites"] for entry in row["recipes"]]
+    assert len(rows) == len(expected) == 6
+    for line, (row, entry) in zip(rows, expected, strict=True):
+        assert (line["site"], line["pass"], line["recipe"]) == (row["site"], row["pass"], entry["recipe"])
+        assert (int(line["m"]), int(line["n"]), int(line["k"])) == (row["m"], row["n"], row["k"])
+        assert float(line["row_error_mean"]) == entry["row_error"]["mean"]
+        upper = entry["row_error"]["upper_tolerance"]
+        assert line["row_error_upper_tolerance"] == ("" if upper is None else repr(upper))
+        assert float(line["sqnr_db"]) == entry["sqnr_db"]
+        assert line["recipe_verdict"] == entry["verdict"]
+        assert line["verdict"] == row["verdict"]
+    assert rows[0]["chosen"] == "torch.scaled_mm.rowwise"
+    assert float(rows[0]["time_us"]) == 8.0
+
+
+def test_csv_columns_are_stable():
+    assert (
+        *("site", "pass", "op", "batch", "m", "k", "n", "calls", "flop_share", "dtype", "verdict"),
+        *("recipe", "format", "recipe_verdict", "samples", "gate"),
+        *("row_error_mean", "row_error_low", "row_error_high", "row_error_p99", "row_error_upper_tolerance"),
+        *("bound_row_error", "confidence", "relative_error", "sqnr_db", "mere", "horizon"),
+        *("chosen", "time_us", "speedup", "note"),
+    ) == csv_report.COLUMNS
+
+
+def test_csv_keeps_products_without_recipes_and_infinite_errors():
+    report = build_report(
+        run(product("dark", recipes=(), unmeasured="transposed"), product("loud", recipes=(recipe("rowwise", INF),))),
+        BOUND,
+    )
+    dark, loud = csv.DictReader(io.StringIO(csv_report.render(report), newline=""))
+    assert (dark["site"], dark["recipe"], dark["note"]) == ("dark", "", "transposed")
+    assert loud["row_error_upper_tolerance"] == "inf"
+
+
+def test_csv_ends_lines_as_rfc_4180_says_and_defuses_formulas():
+    text = csv_report.render(hostile())
+    names = [line["site"] for line in csv.DictReader(io.StringIO(text, newline=""))][::2]
+    assert text.endswith("\r\n")
+    assert len(names) == len(NAMES)
+    for written, name in zip(names, NAMES, strict=True):
+        assert written.removeprefix("'") == name
+        assert not written.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+
+
+# --- Markdown -------------------------------------------------------------------------------------------------------
+
+
+def cells_of(line):
+    """Split a table line as GitHub does: at pipes that no backslash escapes."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_markdown_table_has_as_many_cells_in_every_line():
+    for report, width in ((mixed_report(), 11), (hostile(), 8)):
+        lines = [line for line in markdown.render(report).splitlines() if line.startswith("|")]
+        assert len(lines) == len(report["sites"]) + 2
+        assert {len(cells_of(line)) for line in lines} == {width}
+
+
+def test_markdown_names_stay_inside_code():
+    lines = [line for line in markdown.render(hostile()).splitlines() if line.startswith("|")][2:]
+    names = [cells_of(line)[1] for line in lines]
+    assert r"`a\|b`" in names
+    assert "<code>&#96;code&#96;&#92;&#124;x</code>" in names
+    assert "`(root)`" in names
+    for name in names:
+        assert re.fullmatch(r"`[^`]+`|<code>[^`<>|\\]+</code>", name)
+
+
+def test_markdown_prose_cannot_mention_link_or_open_html():
+    event = Event(step=1, kind="nonfinite", message="<img src=x> @user [a](http://evil.example) `x`")
+    text = markdown.render(build_report(run(product(), events=(event,)), BOUND))
+    assert not re.search(r"<img|@user|\]\(|http://", text)
+
+
+# --- HTML -----------------------------------------------------------------------------------------------------------
+
+
+def test_html_names_are_escaped_and_complete():
+    page = Page(html_report.render(hostile()))
+    assert page.names == [plain(name) or "(root)" for name in NAMES]
+    assert page.tags.count("script") == 2
+    assert not {"b", "img", "iframe", "object", "embed", "base"} & set(page.tags)
+
+
+def test_html_embeds_the_whole_report():
+    report = mixed_report()
+    embedded = json.loads(Page(html_report.render(report)).scripts[0])
+    for section in ("schema", "run", "bound", "summary", "events"):
+        assert embedded[section] == report[section]
+    for found, row in zip(unpack(embedded), report["sites"], strict=True):
+        assert set(found) == set(row)
+        assert found["kernels"] == [_rounded(kernel) for kernel in row["kernels"]]
+        assert found["recipes"][0]["row_error"] == pytest.approx(row["recipes"][0]["row_error"], rel=1e-5)
+        assert found["operands"] == row["operands"]
+
+
+def _rounded(entry):
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in entry.items()}
+
+
+def test_html_embeds_hostile_names_unchanged_without_a_single_angle_bracket():
+    script = Page(html_report.render(hostile())).scripts[0]
+    assert not re.search("[<>&]", script)
+    assert [row["site"] for row in unpack(json.loads(script))] == list(NAMES)
+
+
+def test_html_needs_nothing_from_outside():
+    text = html_report.render(mixed_report())
+    page = Page(text)
+    assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", text)
+    assert {value for name, value in page.attributes if name in ("src", "href", "srcset", "action")} == {"data:,"}
+    assert not any(name.startswith("on") or name == "style" for name, _ in page.attributes)
+    (policy,) = [value for name, value in page.attributes if name == "content" and "-src" in value]
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'")
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy
+
+
+def test_html_rows_show_the_verdict_as_a_word_and_the_numbers():
+    text = html_report.render(mixed_report())
+    assert '<span class="mark unsafe">unsafe</span>' in text
+    assert "<td>0.180<td>0.200<td>" in text
+    assert "<td>torch.scaled_mm.rowwise<td>1.50x" in text
+
+
+def test_html_of_2000_products_is_small():
+    evidence, decisions = many(667, 3)
+    text = html_report.render(build_report(evidence, BOUND, decisions))
+    assert text.count("<th scope=row>") == 2001
+    assert len(text.encode()) < 3e6
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node checks the syntax of the script")
+def test_html_script_parses():
+    script = Page(html_report.render(mixed_report())).scripts[1]
+    checked = subprocess.run(["node", "--check", "-"], input=script, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_html_offers_every_pass_and_verdict_as_a_filter():
+    text = html_report.render(build_report(run(product(recipes=UNSAFE)), BOUND, {("up", "fprop"): decision(product())}))
+    for word in (*PASSES, "safe", "unsafe", "undecided"):
+        assert f"<option>{word}</option>" in text
