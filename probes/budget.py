@@ -23,10 +23,24 @@ _GRACE_PER_DENSITY_S: Final[float] = 0.05
 _GRACE_MAX_S: Final[float] = 2.0
 
 
+# What was planned is measured even if it costs more than it used to, up to so many times the allowance: the credit pays
+# it back with later samples, and products that come late in a step are not made to wait again and again.
+_OVERRUN: Final[float] = 2.0
+# A product whose verdict further samples cannot change is measured in one of so many of its turns.
+_SETTLED_TURNS: Final[int] = 4
+
+
 @dataclass(slots=True)
 class _Job:
     samples: int = 0
     cost_s: float = 0.0  # 0 until it is known
+    settled: bool = False
+    turns_left_out: int = 0
+
+    def waives_its_turn(self) -> bool:
+        """Count a turn of a settled product; whether it leaves this one to the others."""
+        self.turns_left_out = (self.turns_left_out + 1) % _SETTLED_TURNS if self.settled else 0
+        return self.turns_left_out > 0
 
 
 @dataclass(slots=True)
@@ -45,6 +59,8 @@ class Budget:
     _allowance_s: float = 0.0
     _measured_s: float = 0.0
     _planned: set[Hashable] = field(default_factory=set)
+    _waived: set[Hashable] = field(default_factory=set)
+    _first: Hashable | None = None  # of the planned products, the one that has waited longest
     _served: set[Hashable] = field(default_factory=set)
 
     @property
@@ -72,6 +88,7 @@ class Budget:
             return False
         self._allowance_s = max(allowance, grace)
         self._measured_s = 0.0
+        self._waived = set()
         self._planned = self._plan()
         self._served = set()
         self.samples += 1
@@ -93,11 +110,19 @@ class Budget:
         planned: set[Hashable] = set()
         cost = 0.0
         for key in self._queue:
-            cost += self._cost_of(key)
-            if planned and cost > self._allowance_s:
+            if planned and cost + self._cost_of(key) > self._allowance_s:
                 break
+            if self._jobs[key].waives_its_turn():
+                self._waived.add(key)
+                continue
+            cost += self._cost_of(key)
             planned.add(key)
+        self._first = next((key for key in self._queue if key in planned), None)
         return planned
+
+    def settle(self, key: Hashable, *, settled: bool) -> None:
+        """Say whether more samples of this product could still change its verdict; if not, it is measured rarer."""
+        self._jobs[key].settled = settled
 
     def samples_of(self, key: Hashable) -> int:
         """How often this product has been measured."""
@@ -107,14 +132,15 @@ class Budget:
         """Whether this product is measured now; `own_s` is the step's own time in products so far.
 
         Products never seen before are measured while there is allowance; before anything is known of the step's length,
-        half of its own time so far is. One that was planned and comes too late keeps its place in the queue.
+        half of its own time so far is. One that was planned and comes too late keeps its place in the queue; the one
+        that has waited longest is measured whatever it costs, or those that come before it in a step could starve it.
         """
         allowance = max(self._allowance_s, 0.0 if self._plain_steps else 0.5 * own_s)
         if key not in self._jobs:
             return self._measured_s < allowance
         if key not in self._planned:
             return False
-        allowed = self._measured_s < allowance or not self._measured_s
+        allowed = self._measured_s < _OVERRUN * allowance or not self._measured_s or key == self._first
         if not allowed:
             self._planned.remove(key)
         return allowed
@@ -147,6 +173,6 @@ class Budget:
         fixed = max(cost - self._measured_s, 0.0)
         self._fixed_cost_s = 0.5 * (self._fixed_cost_s + fixed) if self._fixed_cost_s else fixed
         # A product that was planned and did not come has had its turn too, or it would hold up the others for ever.
-        turned = self._served | self._planned
+        turned = self._served | self._planned | self._waived
         queue = [*self._queue, *(key for key in self._jobs if key in self._served.difference(self._queue))]
         self._queue = [key for key in queue if key not in turned] + [key for key in queue if key in turned]

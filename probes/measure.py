@@ -28,39 +28,43 @@ ROWS: Final[int] = 64
 # Fewer where the result is so wide that its copies, one per recipe, would take more than some 64 MiB.
 _MIN_ROWS: Final[int] = 16
 _RESULT_ELEMENTS: Final[int] = 1 << 21
-# Elements of the large operand that are quantised at a time: 1 MiB.
+# Elements of the large operand that are quantised at a time: 1 MiB on a CPU, 64 MiB where launches are what costs.
 _SLAB: Final[int] = 1 << 18
+_DEVICE_SLAB: Final[int] = 1 << 24
 # Slabs hold whole groups of every recipe: blocks of a weight have 128 rows.
 _SLAB_ROWS: Final[int] = 128
 
 
 @dataclass(slots=True)
 class _Counts:
-    """What becomes of the elements of one operand, by recipe; over one in `step` of its rows."""
+    """What becomes of the elements of one operand, by recipe; zeros are counted over one in `step` of its rows."""
 
     step: int = 1
-    non_zero: int = 0
-    kept: dict[str, int] = field(default_factory=dict)  # elements that are still not zero
-    saturated: dict[str, float] = field(default_factory=dict)  # elements
     elements: int = 0
+    saturated: dict[str, float] = field(default_factory=dict)  # elements
+    _non_zero: list[Tensor] = field(default_factory=list)
+    _kept: dict[str, list[Tensor]] = field(default_factory=dict)  # of those, elements that are still not zero
 
     def add(self, exact: Tensor) -> None:
         """Count a piece of the operand; once, whatever the number of recipes."""
-        self.non_zero += int(torch.count_nonzero(exact[:, :: self.step]))
         self.elements += exact.numel()
+        self._non_zero.append(torch.count_nonzero(exact[:, :: self.step]))
 
     def add_rounded(
         self, recipe: Recipe, exact: Tensor, rounded: Tensor, spec: OperandSpec, amax: Tensor | None
     ) -> None:
         """Count what a recipe made of that piece."""
-        name = recipe.name
-        self.kept[name] = self.kept.get(name, 0) + int(torch.count_nonzero(rounded[:, :: self.step]))
+        self._kept.setdefault(recipe.name, []).append(torch.count_nonzero(rounded[:, :: self.step]))
         clipped = saturated_share(exact, spec, amax) * exact.numel() if recipe.saturating else 0.0
-        self.saturated[name] = self.saturated.get(name, 0.0) + clipped
+        self.saturated[recipe.name] = self.saturated.get(recipe.name, 0.0) + clipped
 
     def underflow(self) -> dict[str, float]:
-        """Share of the non-zero elements that became zero."""
-        return {name: 1.0 - kept / self.non_zero if self.non_zero else 0.0 for name, kept in self.kept.items()}
+        """Share of the non-zero elements that became zero; one transfer to the host."""
+        if not self._kept:
+            return {}
+        columns = [self._non_zero, *self._kept.values()]
+        non_zero, *kept = torch.stack([torch.stack(column).sum() for column in columns]).tolist()
+        return {name: 1.0 - count / non_zero if non_zero else 0.0 for name, count in zip(self._kept, kept, strict=True)}
 
     def saturation(self) -> dict[str, float]:
         """Share of all elements that were clipped."""
@@ -151,7 +155,8 @@ def _multiply(
         rounded_a.append(fake_quantize(a, spec, given))
         count_a.add_rounded(recipe, a, rounded_a[-1], spec, given)
     slices, n, k = part.b.shape
-    slab = max(_SLAB // max(slices * k, 1) // _SLAB_ROWS, 1) * _SLAB_ROWS
+    elements = _SLAB if a.device.type == "cpu" else _DEVICE_SLAB
+    slab = max(elements // max(slices * k, 1) // _SLAB_ROWS, 1) * _SLAB_ROWS
     for begin in range(0, n, slab):
         columns = slice(begin, begin + slab)
         b = _laid_out(part.b[:, columns])

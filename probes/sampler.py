@@ -1,10 +1,13 @@
 """One sampled step: sightings come in while it runs, one `StepRecord` comes out when it is over."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
+from torch import Tensor
 
 from loka.formats import Pass, Recipe
 from loka.probes.budget import Budget
@@ -12,6 +15,8 @@ from loka.probes.capture import Capture, Sighting
 from loka.probes.measure import Measurement, measure
 from loka.probes.records import ProductRecord, StepRecord
 from loka.probes.sites import SiteKey, SiteMap
+
+log: Final = logging.getLogger("loka.probe")
 
 JobKey = tuple[SiteKey, Pass]
 
@@ -40,7 +45,7 @@ class Sampler:
     step: int
     calls_before: dict[JobKey, int]  # calls per step, as the last sampled step showed them
     lost_products: int = 0
-    failure: Exception | None = None
+    failure: str = ""  # what went wrong first, in words: an exception would keep the step's tensors alive
     hidden_products: dict[str, str] = field(default_factory=dict)  # site -> operator
     capture: Capture = field(init=False)
     _seen: dict[JobKey, _Seen] = field(default_factory=dict)
@@ -50,7 +55,7 @@ class Sampler:
 
     def saw(self, sighting: Sighting) -> None:
         """Count one product; measure it when it is its turn. Of several calls, each sample takes another."""
-        if self.failure is not None:
+        if self.failure:
             return
         key = (sighting.key, sighting.product)
         gemm = sighting.gemm
@@ -61,6 +66,7 @@ class Sampler:
             seen = self._seen[key] = _Seen(gemm.op, sighting.parameter, gemm.unmeasured, dtype, shape)
         turn = self.budget.samples_of(key) % max(self.calls_before.get(key, 1), 1)
         if seen.measurement is None and seen.calls >= turn and self.budget.allows(key, self.capture.own_s):
+            self._wait_for(gemm.a)
             started = time.perf_counter()
             seed = hash((self.step, key[0].ordinal, gemm.m, gemm.n, gemm.k)) % 2**31
             generator = torch.Generator().manual_seed(seed)
@@ -68,6 +74,13 @@ class Sampler:
             self.budget.measured(key, time.perf_counter() - started)
         seen.calls += 1
         seen.rows += gemm.m
+
+    def _wait_for(self, tensor: Tensor) -> None:
+        """Let the device finish the model's own work, so that it is not charged to the probe."""
+        if tensor.is_cuda:
+            started = time.perf_counter()
+            torch.cuda.current_stream(tensor.device).synchronize()
+            self.capture.probe_s -= time.perf_counter() - started
 
     def lost(self) -> None:
         """Count a backward product whose forward was not sampled."""
@@ -78,9 +91,9 @@ class Sampler:
         self.hidden_products.setdefault(site, op)
 
     def failed(self, error: Exception) -> None:
-        """Keep the first failure; the session ends the probe at the next step."""
-        if self.failure is None:
-            self.failure = error
+        """Keep the first failure; the probe ends with this step."""
+        log.debug("looking into step %d failed", self.step, exc_info=error)
+        self.failure = self.failure or f"{type(error).__name__}: {error}"
 
     def finish(self) -> StepRecord:
         """Return the step's record; names are settled here, when all of a module's products are known."""

@@ -9,7 +9,6 @@ compiled train step, several forwards that are to count as one step, functional 
             train_step(model, batch)
 """
 
-import logging
 import platform
 import threading
 import time
@@ -28,19 +27,15 @@ from loka.errors import ArgumentError, EvidenceError, LokaWarning
 from loka.hardware import device_info
 from loka.naming import unwrap
 from loka.probes import backward
-from loka.probes.budget import Budget
-from loka.probes.records import Environment, Event, RunInfo, RunProgress, RunStatus, StepRecord
-from loka.probes.rhythm import Rhythm
+from loka.probes.records import Environment, RunInfo, RunProgress, RunStatus
 from loka.probes.root import RootCall
-from loka.probes.sampler import JobKey, Sampler
+from loka.probes.sampler import Sampler
 from loka.probes.scope import capture_scope
 from loka.probes.settings import Settings
-from loka.probes.sites import FilterFn, SiteMap, fingerprint
-from loka.probes.weights import WeightWatch
+from loka.probes.sites import FilterFn, fingerprint
+from loka.probes.steps import Steps
 from loka.probes.writer import RunWriter
 from loka.version import VERSION
-
-log: Final = logging.getLogger("loka.probe")
 
 # Backwards without any forward of the model after which the user is told at once, not only at the end.
 _BACKWARDS_WITHOUT_FORWARD: Final[int] = 10
@@ -50,35 +45,23 @@ class Probe:
     """See `loka.probe`. `progress` tells at any time how far it has come."""
 
     def __init__(self, model: nn.Module, db: str | PathLike[str], settings: Settings) -> None:
-        shapes = fingerprint(unwrap(model))
         self.model = model
         self._db = db
         self._settings = settings
-        self._shapes = shapes
-        self._sites = SiteMap(unwrap(model), settings.filter_fn)
-        self._budget = Budget(every=settings.every, overhead=settings.overhead)
-        self._rhythm = Rhythm(every=settings.every)
-        self._weights = WeightWatch(shapes)
-        self._calls: dict[JobKey, int] = {}
+        self._steps = Steps(unwrap(model), settings)
         self._used = False
         self._root: RootCall | None = None
         self._writer: RunWriter | None = None
-        self._sampler: Sampler | None = None
         self._thread = 0  # the one that has a capture scope open; 0: none has
         self._in_step = False  # inside `with probe.step()`
         self._by_hand = False  # steps are marked by `with probe.step()`
-        self._last_was_plain = False
-        self._entered_at = self._left_at = self._step_started_at = self._inside_s = 0.0
-        self._lost = 0
-        self._products_seen = 0
         self._backwards_unseen = 0
-        self._told: set[tuple[str, ...]] = set()  # events, so that none is repeated with every sample
-        self._detached = ""  # why, in words
 
     @property
     def progress(self) -> RunProgress:
         """Steps, samples and overhead so far; `status` and `reason` as the run stands."""
-        return self._progress("detached" if self._detached else "running" if self._root else "complete", self._detached)
+        ended = self._steps.ended
+        return self._steps.progress("detached" if ended else "running" if self._root else "complete", ended)
 
     # --- entering and leaving the block ---
 
@@ -87,13 +70,12 @@ class Probe:
         if self._used:
             raise ArgumentError("This probe has been used. One probe records one run: call loka.probe(...) again.")
         self._used = True
-        self._entered_at = self._step_started_at = time.perf_counter()
         if _rank() != 0:
             return self
         self._writer = RunWriter(self._db, self._run_info())
         self._root = RootCall(self.model, self._around_forward)
         backward.listen(self)
-        self._entered_at = self._step_started_at = time.perf_counter()
+        self._steps.start(self._writer)
         return self
 
     def __exit__(
@@ -102,21 +84,22 @@ class Probe:
         """Detach, write what is left, and say so if there was nothing to see."""
         if self._writer is None or self._root is None:
             return
-        self._finish_sample()
-        self._left_at = time.perf_counter()
+        self._steps.stop()
         displaced = not self._root.is_in_place
         self._root.detach()
         self._root = None
         backward.stop_listening(self)
-        status: RunStatus = "failed" if error is not None else "detached" if self._detached else "complete"
-        reason = f"{type(error).__name__}: {error}" if error is not None else self._detached
-        self._writer.finish(self._progress(status, reason))
-        self._detached = self._detached or self._writer.failure or ""
+        ended = self._steps.ended
+        status: RunStatus = "failed" if error is not None else "detached" if ended else "complete"
+        reason = f"{type(error).__name__}: {error}" if error is not None else ended
+        self._writer.finish(self._steps.progress(status, reason))
         if error is not None:
             return
-        if self._detached:
-            warnings.warn(self._detached, LokaWarning, stacklevel=2)
-        elif not self._products_seen:
+        ended = ended or self._writer.failure or ""
+        self._steps.ended = ended
+        if ended:
+            warnings.warn(ended, LokaWarning, stacklevel=2)
+        elif not self._steps.products_seen:
             raise EvidenceError(self._nothing_seen(displaced=displaced))
 
     def _run_info(self) -> RunInfo:
@@ -124,7 +107,7 @@ class Probe:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             environment=_environment(self.model),
             model=_root_name(self.model),
-            fingerprint=self._shapes,
+            fingerprint=fingerprint(unwrap(self.model)),
             every=self._settings.every,
             overhead_budget=self._settings.overhead,
             recipes=tuple(entry.name for entry in self._settings.recipes),
@@ -133,7 +116,7 @@ class Probe:
 
     def _nothing_seen(self, *, displaced: bool = False) -> str:
         name = type(self.model).__name__
-        steps, samples = self._rhythm.steps, self._budget.samples
+        steps, samples = self._steps.rhythm.steps, self._steps.budget.samples
         if not steps:
             if displaced:
                 return (
@@ -149,7 +132,7 @@ class Probe:
         hints = ""
         if self._settings.filter_fn is not None:
             hints += " The filter_fn may leave out every site that has one."
-        if any(kind == "fused" for kind, *_ in self._told):
+        if "fused" in self._steps.news.kinds:
             hints += " Fused operators, such as a recurrent layer's, hide theirs."
         if samples < steps:
             hints += (
@@ -176,13 +159,13 @@ class Probe:
                 "probe.step() marks a step of a run, and this probe has not begun one. Write `with loka.probe(model, "
                 "db) as probe:` around the loop and `with probe.step():` inside it."
             )
-        if self._root is None or self._in_step or self._thread or self._root.running or self._detached:
+        if self._root is None or self._in_step or self._thread or self._root.running or self._steps.ended:
             yield
             return
         self._by_hand = self._in_step = True
         try:
-            self._begin_step(grad=True)
-            with self._timed(), self._capturing(self._sampler):
+            self._steps.begin(grad=True, by_hand=True)
+            with self._steps.timed(), self._capturing(self._steps.sampler):
                 yield
         finally:
             self._in_step = False
@@ -191,34 +174,34 @@ class Probe:
     def _around_forward(self) -> Iterator[None]:
         """Run one forward of the root, inside the capture scope where it belongs to a sample."""
         recompute = torch._C._current_autograd_node() is not None
-        if self._by_hand or self._thread or self._detached or recompute:
+        if self._by_hand or self._thread or self._steps.ended or recompute:
             yield
             return
         grad = torch.is_grad_enabled()
-        self._begin_step(grad=grad)
-        belongs = self._sampler is not None and self._rhythm.captures(grad=grad)
-        with self._timed(), self._capturing(self._sampler if belongs else None):
+        self._steps.begin(grad=grad, by_hand=False)
+        belongs = self._steps.rhythm.captures(grad=grad)
+        with self._steps.timed(), self._capturing(self._steps.sampler if belongs else None):
             yield
 
     def around_backward(self, *, create_graph: bool) -> AbstractContextManager[None] | None:
         """Scope for one backward: the capture scope if this step is sampled and none is open already."""
-        sampler = self._sampler
+        sampler = self._steps.sampler
         if self._thread:
             ours = self._thread == threading.get_ident() and sampler is not None
             return sampler.capture.building_graph(create_graph) if ours and sampler is not None else None
-        if self._in_step or self._detached or self._root is None or self._root.running:
+        if self._in_step or self._steps.ended or self._root is None or self._root.running:
             return None  # inside a step or forward that is not sampled
         self._notice_unseen_forwards()
-        self._rhythm.backward()
+        self._steps.rhythm.backward()
         return None if self._by_hand else self._around_backward(create_graph)
 
     @contextmanager
     def _around_backward(self, create_graph: bool) -> Iterator[None]:
         try:
-            with self._timed(), self._capturing(self._sampler, create_graph=create_graph):
+            with self._steps.timed(), self._capturing(self._steps.sampler, create_graph=create_graph):
                 yield
         finally:
-            self._rhythm.awaits_backward = False
+            self._steps.rhythm.awaits_backward = False
 
     @contextmanager
     def _capturing(self, sampler: Sampler | None, *, create_graph: bool = False) -> Iterator[None]:
@@ -235,109 +218,13 @@ class Probe:
         finally:
             self._thread = 0
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Add to the time that the running step has spent in forward and backward."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._inside_s += time.perf_counter() - started
-
-    def _begin_step(self, *, grad: bool) -> None:
-        """Close what the previous step left, count this one, and decide whether it is sampled."""
-        if self._sampler is not None and self._rhythm.is_over():
-            self._finish_sample(time.perf_counter())
-        elif self._last_was_plain:
-            self._budget.plain_step(time.perf_counter() - self._step_started_at, self._inside_s)
-        self._step_started_at = now = time.perf_counter()
-        self._inside_s = 0.0
-        due = self._rhythm.forward(grad=grad, by_hand=self._by_hand)
-        if due and self._sampler is None and self._healthy() and self._budget.begin_sample(now - self._entered_at):
-            self._rhythm.begin()
-            self._sites.refresh()
-            self._weights.begin(unwrap(self.model))
-            self._sampler = Sampler(
-                self._sites, self._budget, self._settings.recipes, self._rhythm.steps - 1, self._calls
-            )
-            self._sampler.capture.probe_s += time.perf_counter() - now
-        self._last_was_plain = self._sampler is None
-
-    def _healthy(self) -> bool:
-        if self._writer is not None and self._writer.failure and not self._detached:
-            self._give_up(self._writer.failure)
-        return not self._detached
-
-    def _give_up(self, reason: str) -> None:
-        self._detached = reason
-        log.warning("probe detached at step %d: %s", self._rhythm.steps, reason)
-
     def _notice_unseen_forwards(self) -> None:
         """Tell the user early that the loop calls something else; not where another probe watches that."""
-        if self._rhythm.steps or not backward.is_alone(self):
+        if self._steps.rhythm.steps or not backward.is_alone(self):
             return
         self._backwards_unseen += 1
         if self._backwards_unseen == _BACKWARDS_WITHOUT_FORWARD:
             warnings.warn(self._nothing_seen(), LokaWarning, stacklevel=6)
-
-    # --- the end of a sampled step ---
-
-    def _finish_sample(self, now: float = 0.0) -> None:
-        """Hand over what the sample has shown; `now`: when the next step began, if one did."""
-        sampler, self._sampler = self._sampler, None
-        if sampler is None or self._writer is None:
-            return
-        started = time.perf_counter()
-        probe_s = sampler.capture.probe_s
-        record = sampler.finish()
-        sampler.let_go()
-        self._sites.clear()
-        self._products_seen += len(record.products)
-        self._lost += sampler.lost_products
-        self._weights.saw(record)
-        for event in self._news(record, sampler.hidden_products):
-            self._writer.event(event)
-        finishing_s = time.perf_counter() - started
-        whole_s = now - self._step_started_at if now and self._rhythm.spans_one_step() else 0.0
-        self._budget.end_sample(probe_s + finishing_s, whole_s and whole_s + finishing_s, self._inside_s + finishing_s)
-        self._writer.write(record, self._progress("running", ""))
-        if sampler.failure is not None:
-            self._give_up(
-                f"Looking at a product failed at step {sampler.step} ({type(sampler.failure).__name__}: "
-                f"{sampler.failure}). The probe let go of the model; training went on and what was recorded is kept."
-            )
-
-    def _news(self, record: StepRecord, hidden: dict[str, str]) -> Iterator[Event]:
-        """Yield what a reader of the run should be told, each once."""
-        found: list[tuple[tuple[str, ...], str]] = []
-        for entry in record.products:
-            for operand in entry.operands:
-                if operand.nan or operand.inf:
-                    message = (
-                        f"{entry.site} {entry.product}: {operand.role} holds {operand.nan} NaN and {operand.inf} Inf"
-                    )
-                    found.append((("nonfinite", entry.site, entry.product, operand.role), message))
-        for site, op in hidden.items():
-            where = site or _root_name(self.model)
-            message = f"{where}: {op} computes its products out of sight; they are no part of the evidence"
-            found.append((("fused", site, op), message))
-        for key, message in found:
-            if key not in self._told:
-                self._told.add(key)
-                yield Event(step=record.step, kind=key[0], message=message)
-
-    def _progress(self, status: RunStatus, reason: str) -> RunProgress:
-        return RunProgress(
-            steps=self._rhythm.steps,
-            sampled_steps=self._budget.samples,
-            skipped_samples=self._budget.skipped,
-            wall_s=(self._left_at or time.perf_counter()) - self._entered_at if self._used else 0.0,
-            probe_s=self._budget.spent_s,
-            unattributed=self._lost,
-            weights_changed=self._weights.changed,
-            status=status,
-            reason=reason,
-        )
 
 
 def _root_name(model: nn.Module) -> str:

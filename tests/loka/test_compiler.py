@@ -99,7 +99,7 @@ class Chain(nn.Module):
         self.low_rank = LowRank()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.low_rank(x @ self.w[0] @ self.w[1] @ self.w[2])
+        return self.low_rank((self.w[1] @ (self.w[0] @ x.t())).t() @ self.w[2])
 
 
 class LowRank(nn.Module):
@@ -205,6 +205,21 @@ def test_a_model_compiled_in_place_is_found() -> None:
     model.compile(backend=backend, fullgraph=True)
     model(torch.randn(3, 16))
     assert backend.sites == ["up", "down", "head"]
+
+
+def test_a_tied_weight_is_found_inside_what_is_compiled() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = TiedByModule()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.net(ids)
+
+    model = Outer()
+    backend = Backend(plan_for(model.net, ["head"]))
+    torch.compile(model, backend=backend, fullgraph=True)(torch.arange(5))
+    assert backend.found == [("head",)]
 
 
 def test_a_compiled_train_step_runs_as_planned() -> None:

@@ -1,5 +1,6 @@
 """The overhead budget on a simulated clock."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -130,6 +131,40 @@ def test_rotation_measures_every_product_equally_often(num, spread):
     counts = [run.measured[key] for key in run.costs]
     assert min(counts) > 10
     assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_product_starves_whatever_products_cost(seed):
+    """Costs jump up to thirtyfold from sample to sample, and a place in the step is not a place in the queue."""
+    draw = random.Random(seed)
+    num = draw.randint(2, 12)
+    run = Run(overhead=draw.uniform(0.002, 0.05), step_s=0.02, costs=(0.002,) * num, fixed_s=0.001)
+    waited = dict.fromkeys(run.costs, 0)
+    for _ in run.intervals(300):
+        for key in run.costs:
+            run.costs[key] = 0.002 * draw.choice([0.3, 1, 1, 3, 10])
+            waited[key] = 0 if key in run.samples[-1] else waited[key] + 1
+        assert max(waited.values()) <= num
+    counts = [run.measured[key] for key in run.costs]
+    assert max(counts) - min(counts) <= 4
+
+
+def test_settled_products_are_measured_rarer_which_pays_for_the_others():
+    plain, relieved = (Run(step_s=0.02, costs=(0.004,) * 12, fixed_s=0.001).run(20) for _ in range(2))
+    for key in range(9):
+        relieved.budget.settle(key, settled=True)
+    before = relieved.measured.copy(), plain.measured.copy()
+    relieved.run(400)
+    plain.run(400)
+    settled = [relieved.measured[key] - before[0][key] for key in range(9)]
+    open_ones = [relieved.measured[key] - before[0][key] for key in range(9, 12)]
+    even = [plain.measured[key] - before[1][key] for key in range(12)]
+    assert max(open_ones) - min(open_ones) <= 1
+    assert min(open_ones) == pytest.approx(4 * max(settled), rel=0.1)
+    assert min(open_ones) > 1.9 * max(even)
+    relieved.budget.settle(0, settled=False)
+    relieved.run(100)
+    assert relieved.measured[0] - settled[0] - before[0][0] > 20
 
 
 def test_a_product_that_comes_no_more_does_not_hold_up_the_others():

@@ -241,6 +241,17 @@ def test_a_run_too_short_to_judge_says_how_many_samples_it_takes(tmp_path):
     assert any(note.startswith("1 of ") and "sampled steps" in note for note in notes)
 
 
+def test_samples_left_out_for_the_budget_are_counted_and_told_once(tmp_path):
+    model = Two()
+    run, steps = probed(model, tmp_path, lambda: train(model, 2000), every=100, overhead=1e-4)
+    assert run.progress.skipped_samples > 5
+    assert run.progress.sampled_steps + run.progress.skipped_samples == 20
+    assert len(steps) == run.progress.sampled_steps
+    (event,) = run.events
+    assert event.kind == "over_budget"
+    assert event.message.endswith("they would cost more than the budget of 0.0001 of the run's own time")
+
+
 # --- failures ---
 
 
@@ -354,12 +365,12 @@ def test_a_failure_in_looking_ends_the_probe_and_not_the_training(tmp_path, capl
     with caplog.at_level(logging.WARNING, "loka.probe"):
         probe = warned(model, tmp_path, loop, told, filter_fn=filter_fn)
     assert len(told) == 1
-    assert told[0].startswith("Looking at a product failed at step 0 (ValueError: cannot decide).")
+    assert told[0].startswith("Looking into step 0 failed (ValueError: cannot decide).")
     assert losses[0] == train(model, 6)
     assert probe.progress.status == "detached"
     run, steps = recorded(tmp_path / "run.db")
     assert run.progress.status == "detached"
-    assert run.progress.reason.startswith("Looking at a product failed")
+    assert run.progress.reason.startswith("Looking into step 0 failed")
     assert [seen(step) for step in steps] == [{("up", "fprop"): 1}]
     assert "probe detached at step" in caplog.text
     assert_nothing_attached(model)

@@ -1,0 +1,153 @@
+"""The steps of a run: which of them are sampled, what that may cost, and what comes of each sample."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from torch import nn
+
+from loka.probes.budget import Budget
+from loka.probes.news import News
+from loka.probes.records import RunProgress, RunStatus
+from loka.probes.rhythm import Rhythm
+from loka.probes.sampler import JobKey, Sampler
+from loka.probes.settings import Settings
+from loka.probes.sites import SiteMap, fingerprint
+from loka.probes.weights import WeightWatch
+from loka.probes.writer import RunWriter
+
+log: Final = logging.getLogger("loka.probe")
+
+
+class Steps:
+    """Counts steps, opens and closes samples, hands them to the writer; raises nothing into the training loop."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.rhythm = Rhythm(every=settings.every)
+        self.budget = Budget(every=settings.every, overhead=settings.overhead)
+        self.news = News()
+        self.sampler: Sampler | None = None  # of the step that is being sampled
+        self.products_seen = 0
+        self.ended = ""  # why nothing more is sampled, in words
+        self._model = model
+        self._settings = settings
+        self._sites = SiteMap(model, settings.filter_fn)
+        self._weights = WeightWatch(fingerprint(model))
+        self._calls: dict[JobKey, int] = {}
+        self._writer: RunWriter | None = None
+        self._lost = 0
+        self._last_was_plain = False
+        self._started_at = self._stopped_at = self._step_started_at = self._inside_s = 0.0
+
+    def start(self, writer: RunWriter) -> None:
+        """Begin the run."""
+        self._writer = writer
+        self._started_at = time.perf_counter()
+
+    def stop(self) -> None:
+        """End the run, and the sample that is open."""
+        self._finish()
+        self._stopped_at = time.perf_counter()
+
+    def progress(self, status: RunStatus, reason: str) -> RunProgress:
+        """Return the totals so far."""
+        until = self._stopped_at or time.perf_counter()
+        return RunProgress(
+            steps=self.rhythm.steps,
+            sampled_steps=self.budget.samples,
+            skipped_samples=self.budget.skipped,
+            wall_s=until - self._started_at if self._started_at else 0.0,
+            probe_s=self.budget.spent_s,
+            unattributed=self._lost,
+            weights_changed=self._weights.changed,
+            status=status,
+            reason=reason,
+        )
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add to the time that the running step has spent in forward and backward."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._inside_s += time.perf_counter() - started
+
+    def begin(self, *, grad: bool, by_hand: bool) -> None:
+        """Close what the previous step left, count this one, and decide whether it is sampled."""
+        if self.sampler is not None and self.rhythm.is_over():
+            self._finish(time.perf_counter())
+        elif self._last_was_plain:
+            self.budget.plain_step(time.perf_counter() - self._step_started_at, self._inside_s)
+        self._step_started_at = time.perf_counter()
+        self._inside_s = 0.0
+        due = self.rhythm.forward(grad=grad, by_hand=by_hand)
+        if due and self.sampler is None and self._healthy():
+            self._open(self.rhythm.steps - 1)
+        self._last_was_plain = self.sampler is None
+
+    def _open(self, step: int) -> None:
+        """Begin a sample, if the budget allows one."""
+        assert self._writer is not None
+        with self._harmless(step):
+            if not self.budget.begin_sample(self._step_started_at - self._started_at):
+                for event in self.news.skipped(step, self._settings.overhead):
+                    self._writer.event(event)
+                return
+            self.rhythm.begin()
+            self._sites.refresh()
+            self._weights.begin(self._model)
+            sampler = Sampler(self._sites, self.budget, self._settings.recipes, step, self._calls)
+            sampler.capture.probe_s += time.perf_counter() - self._step_started_at
+            self.sampler = sampler
+
+    def _finish(self, now: float = 0.0) -> None:
+        """Hand over what the sample has shown; `now`: when the next step began, if one did."""
+        sampler, self.sampler = self.sampler, None
+        if sampler is None or self._writer is None:
+            return
+        started = time.perf_counter()
+        with self._harmless(sampler.step):
+            probe_s = sampler.capture.probe_s
+            record = sampler.finish()
+            self._sites.clear()
+            self.products_seen += len(record.products)
+            self._lost += sampler.lost_products
+            self._weights.saw(record)
+            hidden = {site or type(self._model).__name__: op for site, op in sampler.hidden_products.items()}
+            for event in self.news.of(record, hidden):
+                self._writer.event(event)
+            finishing_s = time.perf_counter() - started
+            whole_s = now - self._step_started_at + finishing_s if now and self.rhythm.spans_one_step() else 0.0
+            self.budget.end_sample(probe_s + finishing_s, whole_s, self._inside_s + finishing_s)
+            self._writer.write(record, self.progress("running", ""))
+            if sampler.failure:
+                self._end(_gave_up(sampler.step, sampler.failure))
+        sampler.let_go()
+
+    @contextmanager
+    def _harmless(self, step: int) -> Iterator[None]:
+        """End the probe, and not the training, when something unforeseen fails inside."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a probe must never stop the training it watches; it is told and ends
+            self._end(_gave_up(step, f"{type(error).__name__}: {error}"))
+
+    def _healthy(self) -> bool:
+        if self._writer is not None and self._writer.failure:
+            self._end(self._writer.failure)
+        return not self.ended
+
+    def _end(self, reason: str) -> None:
+        if not self.ended:
+            self.ended = reason
+            log.warning("probe detached at step %d: %s", self.rhythm.steps, reason)
+
+
+def _gave_up(step: int, failure: str) -> str:
+    return (
+        f"Looking into step {step} failed ({failure}). The probe let go of the model; training went on and what was "
+        "recorded is kept. Please report it with the code of the model."
+    )
