@@ -34,6 +34,7 @@ class ProductError:
     rows: int  # rows that entered
     zero_rows: int  # rows whose reference is exactly zero, left out of row_error
     bad_rows: int  # rows whose reference is not finite, left out of everything
+    bias: float = math.nan  # <y_hat - y, y> / |y|^2 over the whole tensor: the part of the error along the result
 
     def gated(self, gate: Gate) -> float:
         """Return the metric that decides."""
@@ -71,8 +72,10 @@ def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
     if reference.numel() == 0 or norm == 0:
         nothing = _nothing_compared(zero_rows=reference.shape[0] if reference.numel() else 0, bad_rows=bad_rows)
         return [nothing] * actual.shape[0]
-    difference = (actual.float() - reference).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=math.inf).abs_()
-    row_difference = difference.double().norm(dim=-1)
+    difference = (actual.float() - reference).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    exact = difference.double()
+    row_difference = exact.norm(dim=-1)
+    bias = exact.flatten(1) @ reference.double().flatten() / norm**2
     some = row_norm > 0
     ratio = row_difference[:, some] / row_norm[some]
     floor = max(MERE_FLOOR * norm / math.sqrt(reference.numel()), _TINY)
@@ -81,7 +84,8 @@ def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
             ratio.mean(-1),
             _quantile(ratio, 0.99),
             row_difference.norm(dim=-1) / norm,
-            difference.div_(reference.abs().clamp_min_(floor)).mean((-2, -1)).double(),
+            difference.abs_().div_(reference.abs().clamp_min_(floor)).mean((-2, -1)).double(),
+            bias,
         ],
         dim=-1,
     )
@@ -96,8 +100,9 @@ def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
             rows=rows,
             zero_rows=reference.shape[0] - rows,
             bad_rows=bad_rows,
+            bias=along,
         )
-        for row_error, p99, relative, mere in columns.tolist()
+        for row_error, p99, relative, mere, along in columns.tolist()
     ]
 
 

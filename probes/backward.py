@@ -7,7 +7,7 @@ mode inside an autograd hook instead would not last: the engine restores thread 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Final, Protocol
 
@@ -21,8 +21,8 @@ _CREATE_GRAPH: Final[int] = 3
 class BackwardListener(Protocol):
     """Something that may want a scope around a run of backward."""
 
-    def around_backward(self, *, create_graph: bool) -> AbstractContextManager[None] | None:
-        """Return the scope to run this backward in, or None to let it pass."""
+    def around_backward(self, roots: Sequence[Any], *, create_graph: bool) -> AbstractContextManager[None] | None:
+        """Return the scope to run this backward from `roots` in, or None to let it pass."""
 
 
 _listeners: list[BackwardListener] = []
@@ -58,7 +58,7 @@ def _offered(engine: Callable[..., Any]) -> Callable[..., Any]:
         create_graph = bool(args[_CREATE_GRAPH] if len(args) > _CREATE_GRAPH else kwargs.get("create_graph", False))
         with ExitStack() as stack:
             for listener in tuple(_listeners):
-                scope = listener.around_backward(create_graph=create_graph)
+                scope = listener.around_backward(args[0], create_graph=create_graph)
                 if scope is not None:
                     stack.enter_context(scope)
             return engine(*args, **kwargs)

@@ -56,6 +56,7 @@ class Sighting:
     product: Pass
     parameter: str
     gemm: Gemm
+    node: int  # number of the autograd node of the forward product
 
 
 class Observer(Protocol):
@@ -97,6 +98,16 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             yield
         finally:
             self._create_graph = before
+
+    @property
+    def builds_graph(self) -> bool:
+        """Whether the product just seen ran in grad mode, so that its gradient may come by."""
+        return self._grad_enabled
+
+    def forget_gradients(self) -> None:
+        """Expect every gradient once more: the graph is run backward again."""
+        self._seen.clear()
+        self._recomputed.clear()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -184,7 +195,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
                 found = convolution_gemm(args)
             else:
                 found = gemm(factors, a_is_p=not forward.weight_is_p)
-            self.observer.saw(Sighting(forward.key, "fprop", forward.parameter, found))
+            self.observer.saw(Sighting(forward.key, "fprop", forward.parameter, found, _next_number()))
 
     def _identify(self, factors: Factors) -> Forward | None:
         """Find the site of a forward product: that of its weight operand, else that of the running module."""
@@ -202,7 +213,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         return Forward(key, parameter, p, q, weight_is_p, admitted)
 
     def _remember(self, forward: Forward) -> None:
-        number = torch._C._autograd._get_sequence_nr() - 1
+        number = _next_number()
         self._nodes.setdefault(number, []).append(forward)
 
     def _recompute(self, node: Any, factors: Factors) -> None:
@@ -246,7 +257,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             if forward.admitted:
                 # The rows of a gradient's product are those of the other factor: grad_output's.
                 found = gemm(factors, a_is_p=not saved_first)
-                self.observer.saw(Sighting(forward.key, forward.pass_of(factor), forward.parameter, found))
+                self.observer.saw(Sighting(forward.key, forward.pass_of(factor), forward.parameter, found, number))
             return
         if not candidates and not _multiplies_for_others(node):
             self.observer.lost()
@@ -260,7 +271,13 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         forward = max(reversed(candidates), key=lambda forward: forward.shared(*places))
         if forward.admitted:
             for product, gradient in convolution_gradients(args):
-                self.observer.saw(Sighting(forward.key, product, forward.parameter, gradient))
+                number = node._sequence_nr()
+                self.observer.saw(Sighting(forward.key, product, forward.parameter, gradient, number))
+
+
+def _next_number() -> int:
+    """Return the number that autograd gives to the node of the product which has just run."""
+    return int(torch._C._autograd._get_sequence_nr()) - 1
 
 
 def _multiplies_for_others(node: Any) -> bool:

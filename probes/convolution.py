@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loka.formats import Pass
-from loka.probes.products import Gemm, Part, obstacle, stratified
+from loka.probes.products import Draw, Gemm, Part, obstacle, stratified
 
 Extents = tuple[int, ...]
 
@@ -69,8 +69,8 @@ def convolution_gemm(args: tuple[Any, ...]) -> Gemm:
     if reason:
         return Gemm("convolution", batch, m, n, k, x, weight, unmeasured=reason)
 
-    def parts(rows: int, generator: torch.Generator) -> list[Part]:
-        drawn = stratified(m, rows, generator)
+    def parts(draw: Draw) -> list[Part]:
+        drawn = stratified(m, draw.rows, draw.generator)
         positions = torch.arange(m) if drawn is None else drawn
         # The scale of a whole tensor is that of the input itself; unfolding repeats its elements and adds zeros.
         return [Part(_unfold(x, geometry, positions).unsqueeze(0), x.unsqueeze(0), weight.reshape(1, n, k))]

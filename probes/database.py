@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from loka.errors import DatabaseError, EvidenceError, nearest
 from loka.probes import rows, schema
 from loka.probes.process import Process, is_gone
-from loka.probes.records import Event, RunInfo, RunProgress, StepRecord, Timing
+from loka.probes.records import Event, LearnedRecord, RunInfo, RunProgress, StepRecord, Timing
 from loka.probes.sqlite_file import WRITE, explain, file_engine, is_ours
 
 
@@ -292,11 +292,26 @@ def _steps(engine: Engine, run: int) -> Iterator[StepRecord]:
             row["number"]: row
             for row in connection.execute(select(products).where(products.c.run == run)).mappings().all()
         }
-        keys = connection.execute(
-            select(steps.c.number, steps.c.step).where(steps.c.run == run).order_by(steps.c.step, steps.c.number)
-        ).all()
-        for key, step in keys:
-            yield StepRecord(step=step, products=rows.step_products(connection, key, static, names))
+        found = connection.execute(
+            select(steps).where(steps.c.run == run).order_by(steps.c.step, steps.c.rank, steps.c.number)
+        )
+        for row in found.mappings().all():
+            yield StepRecord(
+                step=row["step"],
+                rank=row["rank"],
+                products=rows.step_products(connection, row["number"], static, names),
+                loss=rows.number(row["loss"]),
+                labels=row["labels"],
+            )
+
+
+def read_learned(engine: Engine, run: int) -> tuple[LearnedRecord, ...]:
+    """Return what the run of this key has learned, in the order in which it was first written."""
+    table = schema.distributions
+    columns = [table.c[name] for name in ("site", "product", "kind", "samples", "step", "data")]
+    with transaction(engine) as connection:
+        found = connection.execute(select(*columns).where(table.c.run == run).order_by(table.c.number)).mappings()
+        return tuple(LearnedRecord(**row) for row in found)
 
 
 def write_timings(engine: Engine, timings: Iterable[Timing]) -> None:

@@ -10,7 +10,7 @@ fresh pages, and memory stays small whatever the size of the weight.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Final
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loka.formats import PASS_OPERANDS, OperandSpec, Pass, Recipe, Role
 from loka.numerics import ProductError, product_errors
-from loka.probes.products import Gemm, Part
+from loka.probes.products import Draw, Gemm, Part
 from loka.probes.records import OperandRecord
 from loka.quantize import fake_quantize, finite_amax, saturated_share
 
@@ -77,6 +77,21 @@ class Measurement:
 
     errors: Mapping[str, ProductError]
     operands: tuple[OperandRecord, ...]
+    deviations: "Deviations | None" = None  # where they were asked for and can be had
+
+    def without_deviations(self) -> "Measurement":
+        """Return what can be kept when the step is over."""
+        return self if self.deviations is None else replace(self, deviations=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deviations:
+    """What rounding did to some rows of a plain product: `values` [recipes, rows, n], rows `index` of `extent`."""
+
+    values: Tensor
+    index: Tensor | None  # None: all rows, in order
+    extent: int
+    block: int  # so many neighbouring rows belong to one item of the loss
 
 
 @contextmanager
@@ -99,18 +114,24 @@ def exact_arithmetic() -> Iterator[None]:
                 backend.fp32_precision = before
 
 
-def measure(gemm: Gemm, product: Pass, recipes: Sequence[Recipe], generator: torch.Generator) -> Measurement:
-    """Measure one product under every recipe. Reads the operands only; neither autograd nor autocast sees it."""
+def measure(
+    gemm: Gemm, product: Pass, recipes: Sequence[Recipe], draw: Draw, *, keep_deviations: bool = False
+) -> Measurement:
+    """Measure one product under every recipe. Reads the operands only; neither autograd nor autocast sees it.
+
+    `draw.rows` is the number of rows wanted; fewer are taken where the result is very wide.
+    """
     roles = PASS_OPERANDS[product]
     tensors = (gemm.a, gemm.b)
     if gemm.unmeasured:
         return Measurement(errors={}, operands=tuple(map(_unread, roles, tensors)))
     counts = (_Counts(), _Counts(step=max(gemm.n // ROWS, 1)))
     errors: Mapping[str, ProductError] = {}
+    deviations = None
     with exact_arithmetic():
         statistics = [_statistics(tensor) for tensor in tensors]
-        rows = min(ROWS, max(_MIN_ROWS, _RESULT_ELEMENTS // max(gemm.n, 1)))
-        parts = [part for part in gemm.parts(rows, generator) if part.a.numel() and part.b.numel()]
+        rows = min(draw.rows, max(_MIN_ROWS, _RESULT_ELEMENTS // max(gemm.n, 1)))
+        parts = [part for part in gemm.parts(replace(draw, rows=rows)) if part.a.numel() and part.b.numel()]
         results = [_Result(part, recipes) for part in parts]
         for part, result in zip(parts, results, strict=True):
             whole = part.a_full.numel() == gemm.a.numel(), part.b.numel() == gemm.b.numel()
@@ -121,8 +142,21 @@ def measure(gemm: Gemm, product: Pass, recipes: Sequence[Recipe], generator: tor
             reference = torch.cat([result.reference for result in results])
             found = product_errors(candidates, reference)
             errors = {recipe.name: error for recipe, error in zip(recipes, found, strict=True)}
+            if keep_deviations and is_plain_product(gemm):
+                block = draw.block if gemm.m % draw.block == 0 else 1
+                deviations = Deviations(
+                    values=results[0].candidates.sub_(results[0].reference),
+                    index=parts[0].index,
+                    extent=gemm.m,
+                    block=block,
+                )
     operands = tuple(entry.record(role, count) for role, entry, count in zip(roles, statistics, counts, strict=True))
-    return Measurement(errors=errors, operands=operands)
+    return Measurement(errors=errors, operands=operands, deviations=deviations)
+
+
+def is_plain_product(gemm: Gemm) -> bool:
+    """Whether this is one matrix times one matrix, so that a row of its result is a row of the gradient's operand."""
+    return gemm.op != "convolution" and gemm.a.dim() == 3 and gemm.a.shape[0] == 1
 
 
 _Specs = Sequence[tuple[Recipe, OperandSpec, OperandSpec]]

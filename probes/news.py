@@ -32,6 +32,14 @@ class News:
         )
         yield from self._once(("over_budget",), step, message)
 
+    def without_hook(self, step: int, failure: str) -> Iterator[Event]:
+        """Yield that the loss hook is used no more."""
+        message = (
+            f"the loss hook failed at step {step} ({failure}); from there on the impact on the loss rests on the true "
+            "labels, which overstate it where rows are outliers"
+        )
+        yield from self._once(("loss_hook",), step, message)
+
     def _once(self, key: tuple[str, ...], step: int, message: str) -> Iterator[Event]:
         if key not in self._told:
             self._told.add(key)

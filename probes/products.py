@@ -5,7 +5,7 @@ so that the products of its backward node can be told apart into dgrad and wgrad
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -68,12 +68,22 @@ class Part:
     a: Tensor
     a_full: Tensor
     b: Tensor
+    index: Tensor | None = None  # [r], which rows of a plain product were drawn; None: all of them, in order
 
 
-Parts = Callable[[int, torch.Generator], list[Part]]
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How rows are drawn: about so many, each `block` of them that belong to one item of the loss together."""
+
+    rows: int
+    generator: torch.Generator
+    block: int = 1
 
 
-def no_parts(rows: int, generator: torch.Generator) -> list[Part]:
+Parts = Callable[[Draw], list[Part]]
+
+
+def no_parts(draw: Draw) -> list[Part]:
     """Draw nothing: the parts of a product that cannot be measured."""
     return []
 
@@ -82,8 +92,8 @@ def no_parts(rows: int, generator: torch.Generator) -> list[Part]:
 class Gemm:
     """A product in canonical form; `a` and `b` are what the operands' statistics are taken of.
 
-    `parts(rows, generator)` draws about that many output rows; columns and the reduction are never sampled, since a few
-    columns often carry a row's norm. Empty `unmeasured` means that `parts` can be called.
+    `parts(draw)` draws some output rows; columns and the reduction are never sampled, since a few columns often carry a
+    row's norm. Empty `unmeasured` means that `parts` can be called.
     """
 
     op: str
@@ -192,6 +202,15 @@ def stratified(extent: int, wanted: int, generator: torch.Generator) -> Tensor |
     return bounds[:-1] + (jitter * width).long().minimum(width - 1)
 
 
+def drawn_rows(extent: int, draw: Draw) -> Tensor | None:
+    """Draw rows of `extent`, whole blocks of neighbours where they come in blocks; None stands for all of them."""
+    block = draw.block if extent % draw.block == 0 else 1
+    blocks = stratified(extent // block, -(-draw.rows // block), draw.generator)
+    if blocks is None or block == 1:
+        return blocks
+    return (blocks.unsqueeze(1) * block + torch.arange(block)).flatten()
+
+
 def _take(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(dim, index.to(x.device))
 
@@ -210,11 +229,11 @@ def gemm(factors: Factors, *, a_is_p: bool) -> Gemm:
         a, b = a.reshape(1, -1, a.shape[-1]), b[:1]
     batch, m, k = a.shape
 
-    def parts(rows: int, generator: torch.Generator) -> list[Part]:
-        slices = stratified(batch, max(1, -(-rows // max(m, 1))), generator)
+    def parts(draw: Draw) -> list[Part]:
+        slices = stratified(batch, max(1, -(-draw.rows // max(m, 1))), draw.generator)
         a_full, b_full = _take(a, 0, slices), _take(b, 0, slices)
-        per_slice = -(-rows // max(a_full.shape[0], 1))
-        return [Part(_take(a_full, 1, stratified(m, per_slice, generator)), a_full, b_full)]
+        index = drawn_rows(m, replace(draw, rows=-(-draw.rows // max(a_full.shape[0], 1))))
+        return [Part(_take(a_full, 1, index), a_full, b_full, index)]
 
     return Gemm(factors.op, batch, m, b.shape[-2], k, a, b, parts)
 
@@ -254,11 +273,11 @@ def _grouped_gemm(factors: Factors, a: Tensor, b: Tensor, reason: str) -> Gemm:
         a, b = (p, q.mT) if p.dim() == 2 else (q.mT, p)
     shape = (1, a.shape[0], b.shape[-2], a.shape[1])
 
-    def parts(rows: int, generator: torch.Generator) -> list[Part]:
+    def parts(draw: Draw) -> list[Part]:
         ends = [int(end) for end in offsets.tolist()]
         starts = [0, *ends[:-1]]
         spans = [span for span in zip(range(len(ends)), starts, ends, strict=True) if span[2] > span[1]]
-        chosen = stratified(len(spans), _MAX_GROUPS, generator)
+        chosen = stratified(len(spans), _MAX_GROUPS, draw.generator)
         spans = spans if chosen is None else [spans[i] for i in chosen.tolist()]
         result = []
         for group, begin, end in spans:
@@ -266,7 +285,7 @@ def _grouped_gemm(factors: Factors, a: Tensor, b: Tensor, reason: str) -> Gemm:
                 part_a, part_b = a[:, begin:end], b[:, begin:end]
             else:
                 part_a, part_b = a[begin:end], b[group]
-            sampled = _take(part_a, 0, stratified(part_a.shape[0], max(1, rows // len(spans)), generator))
+            sampled = _take(part_a, 0, stratified(part_a.shape[0], max(1, draw.rows // len(spans)), draw.generator))
             result.append(Part(sampled.unsqueeze(0), part_a.unsqueeze(0), part_b.unsqueeze(0)))
         return result
 

@@ -4,6 +4,7 @@ One `StepRecord` per sampled step holds one `ProductRecord` per (site, pass) see
 ints: nothing here refers to a tensor, so a record can cross a thread or a process.
 """
 
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,6 +80,15 @@ class OperandRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LossImpact:
+    """What rounding the operands of one forward product does to the mean loss of one step, in the loss' own unit."""
+
+    kl: float  # curvature: the expected increase, never negative
+    first_order: float  # <dL/dY, dY> on this batch
+    spread: float  # standard deviation of first_order over batches of this size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProductRecord:
     """One product (site, pass) in one sampled step. out[m, n] = sum over k, `batch` times."""
 
@@ -94,6 +104,8 @@ class ProductRecord:
     parameter: str  # FQN of the parameter that is an operand, "" for a product of activations
     operands: tuple[OperandRecord, ...] = ()
     errors: Mapping[str, ProductError] = field(default_factory=dict)  # by recipe
+    alignment: float = math.nan  # mean over rows of A^-1/2, A = |y|^2 / sum_k x_k^2 |w_k|^2; NaN: not measured
+    impacts: Mapping[str, LossImpact] = field(default_factory=dict)  # by recipe; fprop only
     unmeasured: str = ""  # why `errors` can never be filled, e.g. "transposed convolution"
 
     @property
@@ -108,6 +120,21 @@ class StepRecord:
 
     step: int  # counted from 0 over the root's forwards (or `probe.step()` scopes)
     products: tuple[ProductRecord, ...]
+    rank: int = 0  # of the process that saw it
+    loss: float = math.nan  # mean per item; NaN where no backward began at one number
+    labels: str = ""  # what the curvature in `impacts` rests on: "closed", "sampled" or "empirical"; "": none was taken
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnedRecord:
+    """What a run has learned of one product so far, in a form that takes no code to read."""
+
+    site: str
+    product: Pass
+    kind: str  # "statistics" of the product, or the operand whose distribution it is
+    samples: int  # sampled steps in it
+    step: int  # the newest of them
+    data: bytes  # .npz of plain arrays
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,10 +15,14 @@ from torch import nn
 _SLOT: Final[str] = "_compiled_call_impl"
 
 
+# The scope of one call; what it yields is shown the output.
+Around = Callable[[], AbstractContextManager[Callable[[Any], None]]]
+
+
 class RootCall:
     """Runs every call of a module inside a scope of its own, until detached."""
 
-    def __init__(self, module: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, module: nn.Module, around: Around) -> None:
         self.running = False
         self._module = module
         self._around = around
@@ -33,8 +37,10 @@ class RootCall:
             return inner(*args, **kwargs)
         self.running = True
         try:
-            with self._around():
-                return inner(*args, **kwargs)
+            with self._around() as returned:
+                output = inner(*args, **kwargs)
+                returned(output)
+                return output
         finally:
             self.running = False
 

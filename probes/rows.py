@@ -16,6 +16,7 @@ from loka.numerics import ProductError
 from loka.probes.records import (
     Environment,
     Event,
+    LossImpact,
     OperandRecord,
     ProductRecord,
     RunInfo,
@@ -24,7 +25,7 @@ from loka.probes.records import (
     StepRecord,
     Timing,
 )
-from loka.probes.schema import ABSENT, COUNTS, METRICS, errors, operand_recipes, operands, samples
+from loka.probes.schema import ABSENT, COUNTS, IMPACTS, METRICS, errors, impacts, operand_recipes, operands, samples
 
 # A row as it comes back, by column name.
 Row = Mapping[Any, Any]
@@ -37,7 +38,7 @@ _PROGRESS_FIELDS: Final = (
 )
 # What makes one row of `products`.
 STATIC_FIELDS: Final = ("site", "product", "op", "dtype", "parameter", "unmeasured")
-_SAMPLE_FIELDS: Final = ("batch", "m", "n", "k", "calls")
+_SAMPLE_FIELDS: Final = ("batch", "m", "n", "k", "calls", "alignment")
 _OPERAND_FIELDS: Final = ("role", "amax", "rms", "zeros", "nan", "inf", "elements")
 _TIMING_FIELDS: Final = (
     *("kernel", "product", "dtype", "device", "values", "created", "batch", "m", "n", "k", "repetitions"),
@@ -111,7 +112,7 @@ def recipe_names(step: StepRecord) -> set[str]:
     """Return every recipe that a step names anywhere."""
     names: set[str] = set()
     for product in step.products:
-        names.update(product.errors)
+        names.update(product.errors, product.impacts)
         for operand in product.operands:
             names.update(operand.underflow, operand.saturation)
     return names
@@ -121,7 +122,8 @@ def step_rows(
     key: int, step: StepRecord, product_keys: Mapping[tuple[str, ...], int], recipe_keys: Mapping[str, int]
 ) -> Iterator[tuple[Table, list[dict[str, Any]]]]:
     """Yield the rows that hold a step, table by table in an order that foreign keys allow; `key` is steps.number."""
-    rows: dict[Table, list[dict[str, Any]]] = {samples: [], operands: [], operand_recipes: [], errors: []}
+    tables = (samples, operands, operand_recipes, errors, impacts)
+    rows: dict[Table, list[dict[str, Any]]] = {table: [] for table in tables}
     for position, product in enumerate(step.products):
         place = {"step": key, "position": position}
         rows[samples].append({**place, "product": product_keys[static_key(product)], **_take(product, _SAMPLE_FIELDS)})
@@ -133,6 +135,8 @@ def step_rows(
                 rows[operand_recipes].append({**place, "slot": slot, "recipe": recipe_keys[name], **shares})
         for name, error in product.errors.items():
             rows[errors].append({**place, "recipe": recipe_keys[name], **_take(error, METRICS + COUNTS)})
+        for name, impact in product.impacts.items():
+            rows[impacts].append({**place, "recipe": recipe_keys[name], **_take(impact, IMPACTS)})
     yield from ((table, found) for table, found in rows.items() if found)
 
 
@@ -171,13 +175,18 @@ def step_products(
     measured: defaultdict[int, dict[str, ProductError]] = defaultdict(dict)
     for row in connection.execute(select(errors).where(errors.c.step == key)).mappings():
         measured[row["position"]][recipe_names[row["recipe"]]] = _product_error(row)
+    felt: defaultdict[int, dict[str, LossImpact]] = defaultdict(dict)
+    for row in connection.execute(select(impacts).where(impacts.c.step == key)).mappings():
+        values = {name: number(row[name]) for name in IMPACTS}
+        felt[row["position"]][recipe_names[row["recipe"]]] = LossImpact(**values)
     rows = connection.execute(select(samples).where(samples.c.step == key).order_by(samples.c.position)).mappings()
     return tuple(
         ProductRecord(
-            **{name: row[name] for name in _SAMPLE_FIELDS},
+            **{**{name: row[name] for name in _SAMPLE_FIELDS}, "alignment": number(row["alignment"])},
             **{name: static[row["product"]][name] for name in STATIC_FIELDS},
             operands=tuple(found[row["position"]]),
             errors=measured[row["position"]],
+            impacts=felt[row["position"]],
         )
         for row in rows
     )

@@ -1,24 +1,34 @@
 """One sampled step: sightings come in while it runs, one `StepRecord` comes out when it is over."""
 
 import logging
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from loka.formats import Pass, Recipe
 from loka.probes.budget import Budget
 from loka.probes.capture import Capture, Sighting
-from loka.probes.measure import Measurement, measure
-from loka.probes.records import ProductRecord, StepRecord
+from loka.probes.impact import ImpactMeter, block_of
+from loka.probes.losses import LossHook, apply_hook, items_of
+from loka.probes.measure import ROWS, Measurement, is_plain_product, measure
+from loka.probes.products import Draw
+from loka.probes.records import LossImpact, ProductRecord, StepRecord
 from loka.probes.sites import SiteKey, SiteMap
 
 log: Final = logging.getLogger("loka.probe")
 
 JobKey = tuple[SiteKey, Pass]
+
+# Where the impact on the loss is taken: rows of this many items, whose contributions differ by orders of magnitude
+# where clicks are rare; and no more rows than that.
+_ITEMS: Final[int] = 512
+_MOST_ROWS: Final[int] = 2048
 
 
 @dataclass(slots=True)
@@ -36,6 +46,14 @@ class _Seen:
 
 
 @dataclass(slots=True)
+class Memory:
+    """What one sampled step leaves for the next."""
+
+    calls: dict[JobKey, int] = field(default_factory=dict)  # per step
+    items: int = 0  # of the loss in a batch; 0: not known
+
+
+@dataclass(slots=True)
 class Sampler:
     """Receives the sightings of one step (`capture.Observer`), measures those that the budget allows."""
 
@@ -43,20 +61,27 @@ class Sampler:
     budget: Budget
     recipes: Sequence[Recipe]
     step: int
-    calls_before: dict[JobKey, int]  # calls per step, as the last sampled step showed them
+    memory: "Memory"
     lost_products: int = 0
     failure: str = ""  # what went wrong first, in words: an exception would keep the step's tensors alive
     hidden_products: dict[str, str] = field(default_factory=dict)  # site -> operator
     capture: Capture = field(init=False)
+    meter: ImpactMeter = field(init=False)
+    takes_impact: bool = False  # whether this step weighs its errors by what the loss feels
     _seen: dict[JobKey, _Seen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.capture = Capture(self.sites, self)
+        self.meter = ImpactMeter(self.recipes)
 
     def saw(self, sighting: Sighting) -> None:
         """Count one product; measure it when it is its turn. Of several calls, each sample takes another."""
         if self.failure:
             return
+        if sighting.product != "fprop":
+            self.meter.saw_gradient(sighting)
+            if self.meter.labelled:
+                return
         key = (sighting.key, sighting.product)
         gemm = sighting.gemm
         seen = self._seen.get(key)
@@ -64,16 +89,75 @@ class Sampler:
             dtype = str(gemm.a.dtype).removeprefix("torch.")
             shape = (gemm.batch, gemm.n, gemm.k)
             seen = self._seen[key] = _Seen(gemm.op, sighting.parameter, gemm.unmeasured, dtype, shape)
-        turn = self.budget.samples_of(key) % max(self.calls_before.get(key, 1), 1)
+        turn = self.budget.samples_of(key) % max(self.memory.calls.get(key, 1), 1)
         if seen.measurement is None and seen.calls >= turn and self.budget.allows(key, self.capture.own_s):
             self._wait_for(gemm.a)
             started = time.perf_counter()
-            seed = hash((self.step, key[0].ordinal, gemm.m, gemm.n, gemm.k)) % 2**31
-            generator = torch.Generator().manual_seed(seed)
-            seen.measurement = measure(gemm, sighting.product, self.recipes, generator)
+            seen.measurement = self._measure(sighting)
             self.budget.measured(key, time.perf_counter() - started)
         seen.calls += 1
         seen.rows += gemm.m
+
+    def _measure(self, sighting: Sighting) -> Measurement:
+        gemm = sighting.gemm
+        seed = hash((self.step, sighting.key.ordinal, gemm.m, gemm.n, gemm.k)) % 2**31
+        draw = Draw(ROWS, torch.Generator().manual_seed(seed))
+        meets_gradient = (
+            self.takes_impact and sighting.product == "fprop" and self.capture.builds_graph and is_plain_product(gemm)
+        )
+        if meets_gradient:
+            block = block_of(gemm.m, self.memory.items)
+            draw = replace(draw, rows=min(_ITEMS * block, _MOST_ROWS), block=block)
+            meets_gradient = self.meter.wants(min(draw.rows, gemm.m) * gemm.n)
+        found = measure(gemm, sighting.product, self.recipes, draw, keep_deviations=meets_gradient)
+        if found.deviations is not None:
+            self.meter.keep(sighting, found.deviations)
+        return found.without_deviations()
+
+    def returned(self, output: Any, hook: str | LossHook | None) -> str:
+        """Look at what the root returned; take the curvature where it is due. Returns why that failed, in words."""
+        if self.failure or not torch.is_grad_enabled():
+            return ""
+        capture = self.capture
+        started, probe_s, own_s = time.perf_counter(), capture.probe_s, capture.own_s
+        try:
+            if hook is None:
+                self.memory.items = items_of(output)
+                return ""
+            return self._draw_labels(output, hook)
+        except Exception as error:  # noqa: BLE001 - a hook must not stop the training; the run goes on without it
+            return f"{type(error).__name__}: {error}"
+        finally:
+            self.meter.labelled = False
+            capture.forget_gradients()
+            capture.own_s = own_s
+            capture.probe_s = probe_s + time.perf_counter() - started
+
+    def _draw_labels(self, output: Any, hook: str | LossHook) -> str:
+        with _disable_current_modes(), torch._C._DisableAutocast():
+            drawn = apply_hook(hook, output, torch.Generator().manual_seed(self.step))
+        self.meter.loss = drawn.facts
+        self.memory.items = drawn.facts.items
+        weights = self.sites.parameters(self.meter.parameters)
+        if not (self.takes_impact and drawn.root.requires_grad and weights):
+            return ""
+        if not all(type(weight) in (Tensor, nn.Parameter) for weight in weights):
+            return "the parameters are sharded, and a second backward would gather them again"
+        self.meter.labelled = True
+        # Modes of the user's own are not shown a backward that is none of theirs.
+        with _disable_current_modes(), self.capture, torch._C._DisableAutocast():
+            torch.autograd.grad(drawn.root, weights, drawn.gradient, retain_graph=True, allow_unused=True)
+        return ""
+
+    def went_backward(self, roots: Sequence[Any]) -> None:
+        """Take note of the loss that the loop's own backward begins at; two different ones are none."""
+        if self.meter.labelled:
+            return
+        root = roots[0] if len(roots) == 1 else None
+        is_number = isinstance(root, Tensor) and root.numel() == 1 and not root.is_meta
+        with _disable_current_modes():
+            value = float(root.detach()) if root is not None and is_number else math.nan
+        self.meter.root_value = value if self.meter.root_value is None else math.nan
 
     def _wait_for(self, tensor: Tensor) -> None:
         """Let the device finish the model's own work, so that it is not charged to the probe."""
@@ -84,7 +168,7 @@ class Sampler:
 
     def lost(self) -> None:
         """Count a backward product whose forward was not sampled."""
-        self.lost_products += 1
+        self.lost_products += not self.meter.labelled
 
     def hidden(self, site: str, op: str) -> None:
         """Remember an operator whose products cannot be seen."""
@@ -100,9 +184,15 @@ class Sampler:
         seen = self._seen
         self.budget.known(seen)
         names = self.sites.finish_names(key for key, _ in seen)
-        self.calls_before.update({key: entry.calls for key, entry in seen.items()})
+        self.memory.calls.update({key: entry.calls for key, entry in seen.items()})
+        with _disable_current_modes():  # the next step may have begun under a mode of the user's
+            impacts = self.meter.finish()
+        of = {(site, "fprop"): found for site, found in impacts.items()}
         return StepRecord(
-            step=self.step, products=tuple(_record(names[key[0]], key[1], entry) for key, entry in seen.items())
+            step=self.step,
+            products=tuple(_record(names[key[0]], key[1], entry, of.get(key, {})) for key, entry in seen.items()),
+            loss=self.meter.mean_loss,
+            labels=self.meter.labels if impacts else "",
         )
 
     def let_go(self) -> None:
@@ -110,7 +200,7 @@ class Sampler:
         del self.capture
 
 
-def _record(site: str, product: Pass, seen: _Seen) -> ProductRecord:
+def _record(site: str, product: Pass, seen: _Seen, impacts: Mapping[str, LossImpact]) -> ProductRecord:
     batch, n, k = seen.shape
     measurement = seen.measurement
     return ProductRecord(
@@ -126,5 +216,6 @@ def _record(site: str, product: Pass, seen: _Seen) -> ProductRecord:
         parameter=seen.parameter,
         operands=measurement.operands if measurement else (),
         errors=measurement.errors if measurement else {},
+        impacts=impacts,
         unmeasured=seen.unmeasured,
     )

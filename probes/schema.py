@@ -1,16 +1,18 @@
 """The tables of a probe database.
 
-Portable SQL, schema 1. Keys are integers and everything a sampled step holds is clustered by that step, so a run is
+Portable SQL, schema 2. Keys are integers and everything a sampled step holds is clustered by that step, so a run is
 read back by a few range scans. Names are stored once per run (`products`) or once per database (`recipes`).
 
-    meta             application = "loka", schema = "1"
+    meta             application = "loka", schema = "2"
     runs             one row per run: what was known at its start, its running totals, the process that writes it
     products         one row per distinct (site, pass, op, dtype, parameter, unmeasured) of a run
-    steps            one row per sampled step
+    steps            one row per sampled step and rank
     samples          one row per product of a step, at `position` of the step
     operands         one row per operand of a sample, at `slot` of the sample
     operand_recipes  underflow and saturation shares of an operand per recipe
     errors           the errors of a sample per recipe
+    impacts          what a sample's errors do to the loss, per recipe, on the steps that took it
+    distributions    what was learned of a product's operands so far, as .npz of plain arrays; rewritten as it grows
     events           what happened to the run
     timings          measured kernel times, of no particular run
 
@@ -28,12 +30,13 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
 )
 
-SCHEMA_VERSION: Final[int] = 1
+SCHEMA_VERSION: Final[int] = 2
 APPLICATION: Final[str] = "loka"
 # "LoKA" in the header of an SQLite file: says whose it is without reading a table.
 APPLICATION_ID: Final[int] = 0x4C6F4B41
@@ -106,7 +109,9 @@ steps = Table(
     metadata,
     _own_key(),
     _key_of("run", "runs.number"),
-    _integer("step"),
+    *(_integer(name) for name in ("step", "rank")),
+    _real("loss"),
+    _text("labels"),
     Index("steps_by_run", "run", "step"),
 )
 
@@ -117,6 +122,7 @@ samples = Table(
     _place("position"),
     _key_of("product", "products.number"),
     *(_integer(name) for name in ("batch", "m", "n", "k", "calls")),
+    _real("alignment"),
     sqlite_with_rowid=False,
 )
 
@@ -142,7 +148,7 @@ operand_recipes = Table(
 )
 
 # The float and the integer fields of ProductError.
-METRICS: Final[tuple[str, ...]] = ("row_error", "row_error_p99", "relative_error", "sqnr_db", "mere")
+METRICS: Final[tuple[str, ...]] = ("row_error", "row_error_p99", "relative_error", "sqnr_db", "mere", "bias")
 COUNTS: Final[tuple[str, ...]] = ("rows", "zero_rows", "bad_rows")
 
 errors = Table(
@@ -154,6 +160,29 @@ errors = Table(
     *(_integer(name) for name in COUNTS),
     ForeignKeyConstraint(["step", "position"], ["samples.step", "samples.position"]),
     sqlite_with_rowid=False,
+)
+
+IMPACTS: Final[tuple[str, ...]] = ("kl", "first_order", "spread")
+
+impacts = Table(
+    "impacts",
+    metadata,
+    *(_place(name) for name in ("step", "position")),
+    _key_of("recipe", "recipes.number", primary=True),
+    *(_real(name) for name in IMPACTS),
+    ForeignKeyConstraint(["step", "position"], ["samples.step", "samples.position"]),
+    sqlite_with_rowid=False,
+)
+
+distributions = Table(
+    "distributions",
+    metadata,
+    _own_key(),
+    _key_of("run", "runs.number"),
+    *(_text(name) for name in ("site", "product", "kind")),
+    *(_integer(name) for name in ("samples", "step")),
+    Column("data", LargeBinary, nullable=False),
+    Index("distributions_by_run", "run", "site", "product", "kind", unique=True),
 )
 
 events = Table(

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
 from types import TracebackType
@@ -34,7 +35,7 @@ from loka.probes.scope import capture_scope
 from loka.probes.settings import Settings
 from loka.probes.sites import FilterFn, fingerprint
 from loka.probes.steps import Steps
-from loka.probes.writer import RunWriter
+from loka.probes.team import Outbox, Writer, check_group, open_writer
 from loka.version import VERSION
 
 # Backwards without any forward of the model after which the user is told at once, not only at the end.
@@ -51,7 +52,7 @@ class Probe:
         self._steps = Steps(unwrap(model), settings)
         self._used = False
         self._root: RootCall | None = None
-        self._writer: RunWriter | None = None
+        self._writer: Writer | None = None
         self._thread = 0  # the one that has a capture scope open; 0: none has
         self._in_step = False  # inside `with probe.step()`
         self._by_hand = False  # steps are marked by `with probe.step()`
@@ -70,9 +71,9 @@ class Probe:
         if self._used:
             raise ArgumentError("This probe has been used. One probe records one run: call loka.probe(...) again.")
         self._used = True
-        if _rank() != 0:
+        self._writer = open_writer(self._db, self._run_info(), self._settings.process_group)
+        if self._writer is None:
             return self
-        self._writer = RunWriter(self._db, self._run_info())
         self._root = RootCall(self.model, self._around_forward)
         backward.listen(self)
         self._steps.start(self._writer)
@@ -99,7 +100,7 @@ class Probe:
         self._steps.ended = ended
         if ended:
             warnings.warn(ended, LokaWarning, stacklevel=2)
-        elif not self._steps.products_seen:
+        elif not self._steps.products_seen and not isinstance(self._writer, Outbox):
             raise EvidenceError(self._nothing_seen(displaced=displaced))
 
     def _run_info(self) -> RunInfo:
@@ -111,7 +112,6 @@ class Probe:
             every=self._settings.every,
             overhead_budget=self._settings.overhead,
             recipes=tuple(entry.name for entry in self._settings.recipes),
-            world_size=torch.distributed.get_world_size() if _distributed() else 1,
         )
 
     def _nothing_seen(self, *, displaced: bool = False) -> str:
@@ -171,28 +171,33 @@ class Probe:
             self._in_step = False
 
     @contextmanager
-    def _around_forward(self) -> Iterator[None]:
+    def _around_forward(self) -> Iterator[Callable[[Any], None]]:
         """Run one forward of the root, inside the capture scope where it belongs to a sample."""
         recompute = torch._C._current_autograd_node() is not None
         if self._by_hand or self._thread or self._steps.ended or recompute:
-            yield
+            ours = self._thread == threading.get_ident() and not recompute
+            yield self._steps.returned if ours else _pass_by
             return
         grad = torch.is_grad_enabled()
         self._steps.begin(grad=grad, by_hand=False)
         belongs = self._steps.rhythm.captures(grad=grad)
         with self._steps.timed(), self._capturing(self._steps.sampler if belongs else None):
-            yield
+            yield self._steps.returned if belongs else _pass_by
 
-    def around_backward(self, *, create_graph: bool) -> AbstractContextManager[None] | None:
+    def around_backward(self, roots: Sequence[Any], *, create_graph: bool) -> AbstractContextManager[None] | None:
         """Scope for one backward: the capture scope if this step is sampled and none is open already."""
         sampler = self._steps.sampler
         if self._thread:
-            ours = self._thread == threading.get_ident() and sampler is not None
-            return sampler.capture.building_graph(create_graph) if ours and sampler is not None else None
+            if sampler is None or self._thread != threading.get_ident():
+                return None
+            sampler.went_backward(roots)
+            return sampler.capture.building_graph(create_graph)
         if self._in_step or self._steps.ended or self._root is None or self._root.running:
             return None  # inside a step or forward that is not sampled
         self._notice_unseen_forwards()
         self._steps.rhythm.backward()
+        if sampler is not None and not self._by_hand:
+            sampler.went_backward(roots)
         return None if self._by_hand else self._around_backward(create_graph)
 
     @contextmanager
@@ -227,16 +232,12 @@ class Probe:
             warnings.warn(self._nothing_seen(), LokaWarning, stacklevel=6)
 
 
+def _pass_by(output: Any) -> None:
+    """Show the output of a forward that belongs to no sample to nobody."""
+
+
 def _root_name(model: nn.Module) -> str:
     return type(unwrap(model)).__name__
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
 
 
 def _environment(model: nn.Module) -> Environment:
@@ -262,16 +263,14 @@ def probe(  # noqa: PLR0913 - the public keyword API; checked and bundled into S
     model: the very object that the loop calls (the compiled or DDP-wrapped one, where there is one). db: a SQLite path
     or a database URL. every: one step in so many is sampled. overhead: the share of the run's own time that the probe
     may add; over budget it samples rarer. recipes: names from `loka.formats.RECIPES`. filter_fn(module, fqn): which
-    sites count. Raises ArgumentError, DatabaseError; EvidenceError on leaving if there was nothing to see.
+    sites count. loss: what the model's output means, so that errors can be weighed by what the loss feels: "bce" for
+    logits (or probabilities) of binary labels, "cross_entropy" for logits [..., classes], or a callable
+    (output, generator) -> loss per item for labels it draws from the model's own prediction; every fourth sampled step
+    then runs a second backward, which fires hooks on tensors. Without it the loop's own labels serve, which overstate
+    outliers. process_group: in a distributed job every rank of it (by default of the whole job) samples its own part,
+    and its first rank writes; the others' `db` is not touched. Raises ArgumentError, DatabaseError; EvidenceError on
+    leaving if there was nothing to see.
     """
-    if loss is not None:
-        raise ArgumentError(
-            f"probe(loss={loss!r}): this version measures row_error only. Leave loss out and bound the error with "
-            "Bound(row_error=...)."
-        )
-    if process_group is not None:
-        raise ArgumentError(
-            "probe(process_group=...): this version records on rank 0 of the default group only. Leave it out."
-        )
-    settings = Settings.checked(model, every=every, overhead=overhead, recipes=recipes, filter_fn=filter_fn)
-    return Probe(model, db, settings)
+    check_group(process_group)
+    settings = Settings.checked(model, every=every, overhead=overhead, recipes=recipes, filter_fn=filter_fn, loss=loss)
+    return Probe(model, db, replace(settings, process_group=process_group))

@@ -5,13 +5,15 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from loka.errors import ArgumentError
+from loka.errors import ArgumentError, nearest
 from loka.formats import DEFAULT_RECIPES, Recipe, recipe
 from loka.naming import clean_fqn, unwrap
+from loka.probes.losses import HOOKS, LossHook
 from loka.probes.sites import FilterFn, named_sites
 
 
@@ -23,6 +25,8 @@ class Settings:
     overhead: float
     recipes: tuple[Recipe, ...]
     filter_fn: FilterFn | None
+    loss: str | LossHook | None
+    process_group: Any = None
 
     @classmethod
     def checked(
@@ -33,6 +37,7 @@ class Settings:
         overhead: float,
         recipes: str | Sequence[str] | None,
         filter_fn: FilterFn | None,
+        loss: str | LossHook | None,
     ) -> "Settings":
         """Raise ArgumentError for what cannot work."""
         _check_model(model)
@@ -43,7 +48,19 @@ class Settings:
             overhead=_overhead(overhead),
             recipes=tuple(recipe(name) for name in dict.fromkeys(names)),
             filter_fn=filter_fn,
+            loss=_loss(loss),
         )
+
+
+def _loss(loss: str | LossHook | None) -> str | LossHook | None:
+    if loss is None or callable(loss) or (isinstance(loss, str) and loss in HOOKS):
+        return loss
+    known = ", ".join(map(repr, HOOKS))
+    close = nearest(loss, HOOKS) if isinstance(loss, str) else ""
+    raise ArgumentError(
+        f"probe(loss={loss!r}): a loss is {known}, or a callable of (output, generator) that returns the loss of each "
+        f"item for labels it draws.{close}"
+    )
 
 
 def _check_model(model: nn.Module) -> None:

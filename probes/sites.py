@@ -7,7 +7,7 @@ module, with `#1`, `#2` where one call of it runs several.
 """
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -121,6 +121,11 @@ class SiteMap:
         if owner is not None and key and key != storage_key(original):
             self._held.append(hold(copy))
             self._aliases[key] = owner
+
+    def parameters(self, names: Container[str]) -> list[Tensor]:
+        """Return the trained parameters of these names, each once."""
+        found = {id(value): value for owner, value in _owners(self.model) if owner.parameter in names}
+        return [value for value in found.values() if value.requires_grad]
 
     def find(self, tensor: Tensor) -> Owner | None:
         """Return the parameter that this tensor is, or is a view or cast of."""

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 
@@ -12,13 +12,19 @@ from loka.probes.budget import Budget
 from loka.probes.news import News
 from loka.probes.records import RunProgress, RunStatus
 from loka.probes.rhythm import Rhythm
-from loka.probes.sampler import JobKey, Sampler
+from loka.probes.sampler import Memory, Sampler
 from loka.probes.settings import Settings
 from loka.probes.sites import SiteMap, fingerprint
+from loka.probes.team import Writer
 from loka.probes.weights import WeightWatch
-from loka.probes.writer import RunWriter
 
 log: Final = logging.getLogger("loka.probe")
+
+
+# One sampled step in so many takes the impact on the loss, and runs backward once more where there is a loss hook; the
+# first one after the step that has shown how many items a batch holds.
+_IMPACT_EVERY: Final[int] = 4
+_FIRST_IMPACT: Final[int] = 2
 
 
 class Steps:
@@ -35,13 +41,14 @@ class Steps:
         self._settings = settings
         self._sites = SiteMap(model, settings.filter_fn)
         self._weights = WeightWatch(fingerprint(model))
-        self._calls: dict[JobKey, int] = {}
-        self._writer: RunWriter | None = None
+        self._memory = Memory()
+        self._loss = settings.loss
+        self._writer: Writer | None = None
         self._lost = 0
         self._last_was_plain = False
         self._started_at = self._stopped_at = self._step_started_at = self._inside_s = 0.0
 
-    def start(self, writer: RunWriter) -> None:
+    def start(self, writer: Writer) -> None:
         """Begin the run."""
         self._writer = writer
         self._started_at = time.perf_counter()
@@ -88,6 +95,17 @@ class Steps:
             self._open(self.rhythm.steps - 1)
         self._last_was_plain = self.sampler is None
 
+    def returned(self, output: Any) -> None:
+        """Look at what the root returned in a forward that belongs to a sample."""
+        sampler = self.sampler
+        if sampler is None or self._writer is None:
+            return
+        failure = sampler.returned(output, self._loss)
+        if failure:
+            self._loss = None
+            for event in self.news.without_hook(sampler.step, failure):
+                self._writer.event(event)
+
     def _open(self, step: int) -> None:
         """Begin a sample, if the budget allows one."""
         assert self._writer is not None
@@ -99,7 +117,8 @@ class Steps:
             self.rhythm.begin()
             self._sites.refresh()
             self._weights.begin(self._model)
-            sampler = Sampler(self._sites, self.budget, self._settings.recipes, step, self._calls)
+            sampler = Sampler(self._sites, self.budget, self._settings.recipes, step, self._memory)
+            sampler.takes_impact = self.budget.samples % _IMPACT_EVERY == _FIRST_IMPACT
             sampler.capture.probe_s += time.perf_counter() - self._step_started_at
             self.sampler = sampler
 

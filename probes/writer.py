@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -26,13 +27,14 @@ from loka.errors import DatabaseError
 from loka.probes import rows, schema
 from loka.probes.database import open_database, place, take_turns, transaction, writable
 from loka.probes.process import this_process
-from loka.probes.records import Event, RunInfo, RunProgress, StepRecord
+from loka.probes.records import Event, LearnedRecord, RunInfo, RunProgress, StepRecord
 from loka.probes.sqlite_file import explain, identity, is_busy
 
 logger = logging.getLogger("loka.probes")
 
 # Products that may wait in memory, about 4 KiB each with four recipes.
 CAPACITY: Final[int] = 8192
+_BYTES_PER_PRODUCT: Final[int] = 4096
 # How long a full queue may hold up the training thread, once per stall.
 _STALL_S: Final[float] = 0.5
 # How long a locked database is tried again before the writer gives up.
@@ -47,11 +49,13 @@ class _Entry:
     step: StepRecord | None = None
     progress: RunProgress | None = None
     event: Event | None = None
+    learned: tuple[LearnedRecord, ...] = ()
 
     @property
     def weight(self) -> int:
         """Its share of CAPACITY."""
-        return 1 + (len(self.step.products) if self.step else 0)
+        learned = sum(len(one.data) for one in self.learned) // _BYTES_PER_PRODUCT
+        return 1 + (len(self.step.products) if self.step else 0) + learned
 
 
 class RunWriter:
@@ -101,6 +105,11 @@ class RunWriter:
         """Hand over a sampled step and the running totals."""
         if not self._offer(_Entry(step=step, progress=progress)):
             self._dropped += 1
+
+    def learned(self, records: Iterable[LearnedRecord]) -> bool:
+        """Hand over what the run has learned; each replaces what was kept of it before. Says whether it was taken."""
+        taken = [self._offer(_Entry(learned=(record,))) for record in records]
+        return all(taken)
 
     def event(self, event: Event) -> None:
         """Hand over something that happened. Events are few and small, so they are never left out."""
@@ -209,15 +218,26 @@ class RunWriter:
     def _insert(self, connection: Connection, entry: _Entry) -> None:
         if entry.step is not None:
             self._learn(connection, entry.step)
-            new = connection.execute(insert(schema.steps).values(run=self._run, step=entry.step.step))
+            step = {name: getattr(entry.step, name) for name in ("step", "rank", "loss", "labels")}
+            new = connection.execute(insert(schema.steps).values(run=self._run, **step))
             key = _key_of(new)
             for table, found in rows.step_rows(key, entry.step, self._products, self._recipes):
                 _insert_many(connection, table, found)
+        for record in entry.learned:
+            self._replace(connection, record)
         if entry.event is not None:
             connection.execute(insert(schema.events), rows.event_row(self._run, entry.event))
         totals = rows.progress_row(entry.progress) if entry.progress else {}
         table = schema.runs
         connection.execute(update(table).where(table.c.number == self._run).values(last_write=_now(), **totals))
+
+    def _replace(self, connection: Connection, record: LearnedRecord) -> None:
+        table = schema.distributions.c
+        which = {"run": self._run, "site": record.site, "product": record.product, "kind": record.kind}
+        known = [table[name] == value for name, value in which.items()]
+        new = {"samples": record.samples, "step": record.step, "data": record.data}
+        if not connection.execute(update(schema.distributions).where(*known).values(**new)).rowcount:
+            connection.execute(insert(schema.distributions).values(**which, **new))
 
     def _learn(self, connection: Connection, step: StepRecord) -> None:
         """Make sure that every name in the step has its key."""

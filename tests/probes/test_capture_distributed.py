@@ -1,8 +1,11 @@
-"""Two processes: who records, under which names, and that every rank computes what it would without the probe."""
+"""Several processes: who records, under which names, what a dead rank leaves, and that no rank is disturbed."""
 
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import loka
+from loka.probes.evidence import load_evidence
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, product, recorded, seen
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +61,61 @@ def train(model, rank, kind):
     return trace
 
 
-def work(rank, folder, kind):
-    """The body of one process."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=2, rank=rank)
+class Rank:
+    """One process of a job; joins it."""
+
+    def __init__(self, rank, count, folder):
+        self.number, self.folder = rank, Path(folder)
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", store, timedelta(seconds=60), world_size=count, rank=rank)
+
+
+ROWS_OF_RANK = (8, 0, 3, 17)
+
+
+def work_uneven(rank, kind):
+    """Ranks with different amounts of data, one of them with none, under gradients averaged by hand."""
+    group = dist.new_group([1, 3]) if kind == "subgroup" else None
+    torch.manual_seed(0)
+    model = Two()
+    rows = ROWS_OF_RANK[rank.number]
+    with loka.probe(model, rank.folder / "run.db", every=2, overhead=100.0, process_group=group):
+        for _ in range(STEPS):
+            model.zero_grad()
+            model(torch.randn(rows, 16)).square().sum().backward()
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+    assert_nothing_attached(model)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def work_killed(rank, kind):
+    """One rank dies in the middle of the run; the other meets that in its collective, as a training job does."""
+    dies = rank.number == (0 if kind == "writer killed" else 1)
+    torch.manual_seed(0)
+    model = Two()
+    gone = False
+    try:
+        with loka.probe(model, rank.folder / "run.db", every=2, overhead=100.0):
+            for step in range(20):
+                model.zero_grad()
+                model(torch.randn(8, 16)).square().sum().backward()
+                time.sleep(0.1)  # the writer is asynchronous
+                if dies and step == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                for parameter in model.parameters():
+                    dist.all_reduce(parameter.grad)
+    except RuntimeError:
+        gone = True
+    assert gone
+    assert_nothing_attached(model)
+    os._exit(0)  # the broken process group cannot be taken down in order
+
+
+def work(rank, kind):
+    """Ranks of two, with and without the probe."""
+    rank, folder = rank.number, rank.folder
     plain = train(wrapped(kind), rank, kind)
     model = wrapped(kind)
     path = Path(folder) / "run.db" if rank == 0 else Path(folder) / "missing" / "run.db"
@@ -84,26 +139,33 @@ def work(rank, folder, kind):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp-compiled", "fsdp", "fsdp-root-only", "tensor-parallel"])
-def test_rank_0_records_under_the_users_names_and_no_rank_is_disturbed(tmp_path, kind):
+def processes(count, folder, kind):
+    """Run `work` in so many processes; return their exit codes and what they printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "tests.probes.test_capture_distributed", kind, str(folder), str(count)]
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.probes.test_capture_distributed", str(rank), str(tmp_path), kind],
+            [*command, str(rank)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         outputs = [child.communicate(timeout=120)[0] for child in children]
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
+    return [child.returncode for child in children], "\n".join(outputs)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp-compiled", "fsdp", "fsdp-root-only", "tensor-parallel"])
+def test_one_rank_writes_for_all_under_the_users_names_and_none_is_disturbed(tmp_path, kind):
+    codes, output = processes(2, tmp_path, kind)
+    assert codes == [0, 0], output
     assert not (tmp_path / "missing").exists()
     run, steps = recorded(tmp_path / "run.db")
     assert run.progress.status == "complete", run.progress.reason
@@ -111,12 +173,59 @@ def test_rank_0_records_under_the_users_names_and_no_rank_is_disturbed(tmp_path,
     assert run.info.fingerprint == {name: tuple(p.shape) for name, p in Two().named_parameters()}
     assert run.progress.weights_changed
     assert run.progress.unattributed == 0
-    assert [seen(step) for step in steps[:3]] == [PASSES_OF_TWO] * 3
-    up = product(steps[0], "up")
-    assert (up.parameter, up.m, up.n, up.k) == ("up.weight", 8, 16 if kind == "tensor-parallel" else 32, 16)
-    assert all(0.005 < error.row_error < 0.1 for error in up.errors.values())
-    assert seen(steps[-1]) == Counter({("up", "fprop"): 1, ("down", "fprop"): 1})  # the step marked by hand
+    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 2, 4, 6) for rank in (0, 1)]
+    assert [seen(step) for step in steps[:6]] == [PASSES_OF_TWO] * 6
+    ups = [product(step, "up") for step in steps[:2]]
+    for up in ups:
+        assert (up.parameter, up.m, up.n, up.k) == ("up.weight", 8, 16 if kind == "tensor-parallel" else 32, 16)
+        assert all(0.005 < error.row_error < 0.1 for error in up.errors.values())
+    assert ups[0].errors != ups[1].errors  # its own data, or its own shard
+    for step in steps[-2:]:
+        assert seen(step) == Counter({("up", "fprop"): 1, ("down", "fprop"): 1})  # the step marked by hand
+    evidence = load_evidence(tmp_path / "run.db")
+    assert {(one.site, one.product): one.calls for one in evidence.products} == pytest.approx(
+        {key: calls * (1.0 if key[1] == "fprop" else 0.75) for key, calls in PASSES_OF_TWO.items()}
+    )
 
+
+@pytest.mark.parametrize("kind", ["uneven", "subgroup"])
+def test_four_ranks_with_uneven_and_empty_shards_are_one_run(tmp_path, kind):
+    codes, output = processes(4, tmp_path, kind)
+    assert codes == [0] * 4, output
+    run, steps = recorded(tmp_path / "run.db")
+    ranks = (1, 3) if kind == "subgroup" else range(4)
+    assert run.info.world_size == len(ranks)
+    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 2, 4) for rank in ranks]
+    rows = {step.rank: product(step, "up").m for step in steps}
+    assert rows == {rank: ROWS_OF_RANK[rank] for rank in ranks}
+    empty = [product(step, "up") for step in steps if step.rank == 1]
+    assert all(math.isnan(error.row_error) for one in empty for error in one.errors.values())
+    assert run.events == ()
+
+
+def test_a_rank_that_dies_leaves_a_database_that_says_what_is_missing(tmp_path):
+    codes, output = processes(2, tmp_path, "killed")
+    assert codes == [0, -signal.SIGKILL], output
+    run, steps = recorded(tmp_path / "run.db")
+    assert run.progress.status == "failed"  # the first rank met the broken connection in its own training loop
+    (event,) = run.events
+    assert event.kind == "rank_missing"
+    assert "rank 1: it did not close its part of the run; its last sample is that of step 2" in event.message
+    assert [(step.step, step.rank) for step in steps if step.rank == 1] == [(0, 1), (2, 1)]
+    assert [step.step for step in steps if step.rank == 0][:2] == [0, 2]
+
+
+def test_the_death_of_the_writing_rank_leaves_what_it_wrote(tmp_path):
+    codes, output = processes(2, tmp_path, "writer killed")
+    assert codes == [-signal.SIGKILL, 0], output
+    run, steps = recorded(tmp_path / "run.db")
+    assert run.progress.status == "incomplete"
+    assert [(step.step, step.rank) for step in steps if step.rank == 0] == [(0, 0), (2, 0)]
+
+
+WORK = {"uneven": work_uneven, "subgroup": work_uneven, "killed": work_killed, "writer killed": work_killed}
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    kind, folder, count, rank = sys.argv[1:]
+    torch.set_num_threads(1)
+    WORK.get(kind, work)(Rank(int(rank), int(count), folder), kind)

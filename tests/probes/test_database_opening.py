@@ -67,7 +67,7 @@ def newer_schema(path):
     write_run(path, steps(1))
     connection = sqlite3.connect(path)
     with connection:
-        connection.execute("UPDATE meta SET value = '2' WHERE key = 'schema'")
+        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
     connection.close()
 
 
@@ -99,7 +99,7 @@ def test_what_is_not_ours_is_refused_and_keeps_every_byte(tmp_path, make, words,
 @pytest.mark.parametrize("create", [True, False], ids=["create", "read"])
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(newer_schema, "has schema 2, this LoKA reads schema 1"), (cut_short, "damaged or cut short")],
+    [(newer_schema, "has schema 99, this LoKA reads schema 2"), (cut_short, "damaged or cut short")],
 )
 def test_a_database_of_ours_that_cannot_be_read_keeps_every_byte(tmp_path, make, words, create):
     path = tmp_path / "run.db"
@@ -183,7 +183,7 @@ def test_connections_use_write_ahead_logging_and_enforce_foreign_keys(tmp_path):
         assert connection.scalar(text("PRAGMA foreign_keys")) == 1
         assert connection.scalar(text("PRAGMA synchronous")) == 1
     with pytest.raises(DatabaseError, match="FOREIGN KEY"), transaction(engine, write=True) as connection:
-        connection.execute(text("INSERT INTO steps (run, step) VALUES (77, 0)"))
+        connection.execute(text("INSERT INTO steps (run, step, rank, labels) VALUES (77, 0, 0, '')"))
 
 
 def test_a_page_damaged_in_the_middle_is_reported_when_it_is_read(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loka.probes.products import FACTORS, Factors, Forward, aten, factors_of, gemm, stratified
+from loka.probes.products import FACTORS, Draw, Factors, Forward, aten, factors_of, gemm, stratified
 from loka.probes.sites import SiteKey
 from loka.probes.storage import Place, hold, inner_tensors, storage_key
 
@@ -154,7 +154,7 @@ def test_every_op_of_the_table_is_tested_here_or_through_the_probe():
 def test_the_canonical_form_is_the_product_or_its_transpose(batch, m, k, n, a_is_p):
     p, q = torch.randn(batch, m, k, dtype=torch.float64), torch.randn(batch, k, n, dtype=torch.float64)
     found = gemm(Factors("bmm", p, q), a_is_p=a_is_p)
-    (part,) = found.parts(10_000, torch.Generator())
+    (part,) = found.parts(Draw(10_000, torch.Generator()))
     product = torch.bmm(part.a, part.b.mT)
     torch.testing.assert_close(product, torch.bmm(p, q) if a_is_p else torch.bmm(p, q).mT)
     assert product.shape == (found.batch, found.m, found.n)
