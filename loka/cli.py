@@ -255,6 +255,34 @@ def explain(  # noqa: PLR0913 - one parameter per flag
 
 @app.command()
 @_told
+def diff(  # noqa: PLR0913 - one parameter per flag
+    first: Annotated[str, typer.Argument(metavar="A", help="Probe database or plan.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind.")],
+    bound: BoundOption = "0.05",
+    run_a: Annotated[str | None, typer.Option("--run-a", help="Run of A; the newest by default.")] = None,
+    run_b: Annotated[str | None, typer.Option("--run-b", help="Run of B; the newest by default.")] = None,
+    common: Annotated[bool, typer.Option("--common", help="Compare what two different models share.")] = False,
+    fail_on_change: Annotated[
+        bool, typer.Option("--fail-on-change", help="Exit with 1 when anything changed.")
+    ] = False,
+    format: Annotated[TableFormat, typer.Option("--format", help="How to write it.")] = TableFormat.TABLE,
+) -> None:
+    """Show what differs between two probed runs, or two plans, and whether it is more than noise."""
+    from loka.bounds import parse_bound
+    from loka.reports.diff import diff as compare
+    from loka.reports.diff_text import diff_json, diff_text
+
+    found = compare(first, second, parse_bound(bound), runs=(run_a, run_b), common=common)
+    if format is TableFormat.JSON:
+        _write(diff_json(found), None)
+    else:
+        Console(highlight=False).print(diff_text(found))
+    if fail_on_change and found.changed:
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+@_told
 def kernels(
     format: Annotated[TableFormat, typer.Option("--format", help="How to write it.")] = TableFormat.TABLE,
     device: DeviceOption = None,

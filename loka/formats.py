@@ -23,6 +23,7 @@ Pass = Literal["fprop", "dgrad", "wgrad"]
 Role = Literal["input", "weight", "grad_output"]
 Scaling = Literal["tensorwise", "rowwise", "blockwise", "mxfp8"]
 ScaleRule = Literal["fp32", "pow2_up", "pow2_floor"]
+Accumulation = Literal["fp32", "reduced"]
 
 PASSES: Final[tuple[Pass, ...]] = get_args(Pass)
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
@@ -112,7 +113,7 @@ _WEIGHT_GROUPS: Final[dict[Scaling, tuple[int | None, int | None]]] = {**_GROUPS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How the operands of a product become FP8. Accumulation is fp32."""
+    """How the operands of a product become FP8, and how the product is added up (`loka.accumulation`)."""
 
     name: str
     scaling: Scaling
@@ -122,6 +123,12 @@ class Recipe:
     grad_output: str = "e4m3"
     # A saturating recipe clips finite values by design; closed forms of its error do not hold.
     saturating: bool = False
+    accumulation: Accumulation = "fp32"
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether its error follows from how its operands are rounded alone."""
+        return not self.saturating and self.accumulation == "fp32"
 
     def format_of(self, role: Role) -> Format:
         """Return the element format of one operand role."""
@@ -148,6 +155,9 @@ RECIPES: Final[dict[str, Recipe]] = {
         Recipe(name="mxfp8", scaling="mxfp8", scale_rule="pow2_up"),
         # The OCP floor rule: amax maps into [256, 512), so mantissas above 1.75 saturate at 448.
         Recipe(name="mxfp8_floor", scaling="mxfp8", scale_rule="pow2_floor", saturating=True),
+        # What `use_fast_accum` trades on Hopper; the four above promise fp32 accumulation.
+        Recipe(name="tensorwise_fast_accum", scaling="tensorwise", grad_output="e5m2", accumulation="reduced"),
+        Recipe(name="rowwise_fast_accum", scaling="rowwise", accumulation="reduced"),
     )
 }
 

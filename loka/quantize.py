@@ -53,6 +53,20 @@ def round_to_format(x: Tensor, fmt: Format) -> Tensor:
     return torch.add(rounded, x, alpha=0)  # Inf * 0 is NaN; finite values are untouched
 
 
+def round_stochastically(x: Tensor, fmt: Format, generator: torch.Generator) -> Tensor:
+    """Round fp32 values to one of their two neighbours in `fmt`, up the more likely the nearer that one is.
+
+    The expectation of a value within the format's range is the value itself. Values of the format stay; those beyond
+    its range saturate; NaN stays NaN, Inf becomes what `cast` makes of it. The generator is of the device of `x`.
+    """
+    clamped = x.clamp(-fmt.max, fmt.max)
+    exponent = (clamped.view(torch.int32) & _FP32_EXPONENT_MASK).clamp_min(_held_exponent(fmt))
+    step = exponent.view(torch.float32) * 2.0**-fmt.mantissa_bits
+    draw = torch.empty_like(clamped).uniform_(generator=generator)
+    rounded = ((clamped / step + draw).floor() * step).clamp(-fmt.max, fmt.max)
+    return torch.where(x.isfinite(), rounded, round_to_format(x, fmt))
+
+
 def _round_in_place(x: Tensor, fmt: Format) -> Tensor:
     """Do the same to finite values, in the memory of `x`: on a CPU, fresh pages cost more than the arithmetic."""
     x.clamp_(-fmt.max, fmt.max)
@@ -159,9 +173,16 @@ def quantize(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) -> tuple[
     return _ungrouped(cast(grouped, spec.format), *x.shape[-2:]), scale.squeeze((-1, -3))
 
 
-def fake_quantize(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) -> Tensor:
-    """Quantise and dequantise an operand [..., rows, k]: the fp32 values its FP8 form stands for."""
+def fake_quantize(
+    x: Tensor, spec: OperandSpec, amax: Tensor | None = None, *, stochastic: torch.Generator | None = None
+) -> Tensor:
+    """Quantise and dequantise an operand [..., rows, k]: the fp32 values its FP8 form stands for.
+
+    With a generator in `stochastic`, rounding is stochastic (see `round_stochastically`).
+    """
     grouped, scale = _scaled(x, spec, amax)
+    if stochastic is not None:
+        return _ungrouped(round_stochastically(grouped, spec.format, stochastic) * scale, *x.shape[-2:])
     # A finite sum means finite elements; should finite ones overflow it, the general way is as right.
     if _readable(grouped) and not grouped.requires_grad and bool(torch.isfinite(grouped.sum())):
         return _ungrouped(_round_in_place(grouped, spec.format).mul_(scale), *x.shape[-2:])

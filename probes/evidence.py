@@ -3,13 +3,14 @@
 `row_error.low` and `.high` bound the mean over steps. `upper_tolerance` bounds the error of 99 % of steps; it is what a
 verdict compares with the bound. Both hold at `confidence`, family-wise over all rows of a report (Bonferroni). With
 frozen weights steps are exchangeable and that is all; in training the error drifts, so the tolerance gets a margin and
-the evidence a horizon, after which it is no longer valid.
+the evidence a horizon, after which it is no longer valid; `drift` says how fast it changes, and where to.
 
     safe        upper_tolerance <= bound
     unsafe      low > bound
     undecided   anything else, fewer than MIN_SAMPLES sampled steps included: never safe for lack of evidence
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from loka.errors import ArgumentError, EvidenceError
 from loka.formats import RECIPES, ROLES, Pass, Role
 from loka.numerics import Gate, gate_for
 from loka.probes.database import find_run, open_database, transaction
+from loka.probes.drift import Drift
 from loka.probes.intervals import (
     MIN_SAMPLES,
     WARMUP_STEPS,
@@ -41,6 +43,7 @@ from loka.probes.series import OPERAND_VALUES, SHAPE, RunSeries, Shares, load_se
 
 __all__ = [
     "MIN_SAMPLES",
+    "Drift",
     "ErrorInterval",
     "ProductEvidence",
     "RecipeEvidence",
@@ -78,6 +81,10 @@ class RecipeEvidence:
     mere: float
     horizon: int | None  # steps ahead of the last sample for which it holds; None: frozen weights
     note: str = ""  # why evidence is missing or weak, in words
+    drift: Drift | None = None  # None: frozen weights, or too few samples
+    # Mean and deviation of the log errors over the same steps, what two runs are compared by; NaN: not all have one.
+    log_mean: float = math.nan
+    log_deviation: float = math.nan
 
     def verdict(self, limit: float) -> Verdict:
         """Judge against a bound on the gated error."""
@@ -306,9 +313,19 @@ def _recipes(series: RunSeries, errors: _Errors, row: int, unmeasured: str) -> t
                 mere=float(errors.metrics[_MERE][number]),
                 horizon=None if errors.frozen else int(interval.horizon[number]),
                 note=_note(errors, row, number, unmeasured),
+                drift=_drift(errors, number),
+                log_mean=float(interval.log_mean[number]),
+                log_deviation=float(interval.log_deviation[number]),
             )
         )
     return tuple(result)
+
+
+def _drift(errors: _Errors, number: int) -> Drift | None:
+    trends = errors.interval.trends
+    if trends is None or trends.samples[number] < MIN_SAMPLES:
+        return None
+    return trends.drift(number, float(errors.interval.slope_half_width[number]))
 
 
 def _note(errors: _Errors, row: int, number: int, unmeasured: str) -> str:
@@ -317,7 +334,7 @@ def _note(errors: _Errors, row: int, number: int, unmeasured: str) -> str:
         int(counts[number]) for counts in (errors.window.samples, errors.interval.infinite, errors.missing)
     )
     if not errors.reduces[row]:
-        return "reduction length 1: exact by construction"
+        return "reduction length 1: no evidence"
     notes = []
     if samples < MIN_SAMPLES:
         nothing = unmeasured or "not measured in any sampled step"
@@ -330,4 +347,6 @@ def _note(errors: _Errors, row: int, number: int, unmeasured: str) -> str:
         notes.append(f"infinite in {infinite} of {samples} sampled steps")
     if missing:
         notes.append(f"NaN in {missing} sampled steps, which do not count")
+    if errors.interval.irregular[number]:
+        notes.append("errors are not log-normal over steps: the upper tolerance is less sure than it says")
     return "; ".join(notes)

@@ -5,13 +5,15 @@ one-sided tolerance bound of a log-normal, whose factor is a quantile of the non
 the number of series that get an interval (Bonferroni), so that all of them hold at once.
 
 With frozen weights steps are exchangeable and every one counts. In training the error drifts, no stationary interval
-covers later steps, and older samples make it worse: so only recent samples count, the bound gets a margin, and it holds
-for half the observed window ahead. An untrained model misleads in both directions, so its first steps count only when
-there is nothing else, with a wider margin.
+covers later steps, and older samples make it worse. So only recent samples count; the bound is the largest of the
+tolerance of the window, that of its newest ten (at the confidence of one series), and, where the error rises, the trend
+drawn to the horizon; it gets a margin and holds for half the observed window ahead. An untrained model misleads in both
+directions, so its first steps count only when there is nothing else, with a wider margin.
 """
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -19,8 +21,25 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from loka.probes.drift import Floats, Ints, Trends, fit_trends
+
+__all__ = [
+    "CONTENT",
+    "MARGIN",
+    "MIN_SAMPLES",
+    "RECENT_SAMPLES",
+    "WARMUP_MARGIN",
+    "WARMUP_STEPS",
+    "Floats",
+    "Intervals",
+    "Ints",
+    "Window",
+    "intervals",
+    "mean_factor",
+    "select_window",
+    "tolerance_factor",
+    "window_mean",
+]
 
 # Fewer sampled steps than this are no evidence: the tolerance factor explodes below it.
 MIN_SAMPLES: Final[int] = 8
@@ -34,6 +53,12 @@ CONTENT: Final[float] = 0.99
 # it, against 20 % without.
 MARGIN: Final[float] = 1.05
 WARMUP_MARGIN: Final[float] = 1.25
+# The newest samples that have to be bounded on their own as well: a wide window hides where the error is now.
+NEWEST_SAMPLES: Final[int] = 10
+# A rise this sure, one-sided and for one series, is drawn to the horizon. Not family-wise: missing one is the risk.
+RISE_LEVEL: Final[float] = 0.05
+# Below this p-value a series is not taken for log-normal, and its tolerance bound is said to be doubtful.
+NORMALITY_LEVEL: Final[float] = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +82,11 @@ class Intervals:
     upper: Floats
     infinite: Ints  # samples in the window with an infinite error
     horizon: Ints  # steps; of no meaning with frozen weights
+    log_mean: Floats  # of the finite, positive errors; NaN where an error is zero or infinite
+    log_deviation: Floats
+    irregular: NDArray[np.bool_]  # log-normality is rejected; in training, of the residuals around the trend
+    trends: Trends | None  # None: frozen weights
+    slope_half_width: Floats  # of the trends, family-wise
     family: int  # series that share the confidence
 
 
@@ -120,21 +150,85 @@ def intervals(window: Window, step: Ints, value: Floats, *, frozen: bool, confid
     low, high = _mean_interval(found[finite], of[finite], num_series, alpha)
     low = np.where(infinite == window.samples, np.inf, low)
     upper = _tolerance(found[finite], of[finite], num_series, alpha)
-    if not frozen:
-        upper = upper * np.where(window.warmup, WARMUP_MARGIN, MARGIN)
-    upper = np.fmax(upper, _extreme(np.maximum, found, of, num_series, -np.inf))
     first = _extreme(np.minimum, at.astype(np.float64), of, num_series, np.inf)
     newest = _extreme(np.maximum, at.astype(np.float64), of, num_series, -np.inf)
     span = np.where(window.samples > 0, newest - first, 0.0)
+    horizon = np.where(window.samples > 0, np.maximum(span // 2, 1), 0).astype(np.int64)
+    log_mean, log_deviation = _log_moments(found, of, num_series)
+    trends = None if frozen else _trends(found, at, of, num_series)
+    if trends is not None:
+        near = finite & _newest(of, num_series)
+        upper = np.fmax(upper, _tolerance(found[near], of[near], num_series, 1.0 - confidence))
+        upper = np.fmax(upper, _risen(trends, horizon, 1.0 - confidence))
+        upper = upper * np.where(window.warmup, WARMUP_MARGIN, MARGIN)
+    upper = np.fmax(upper, _extreme(np.maximum, found, of, num_series, -np.inf))
     return Intervals(
         mean=window_mean(window, value),
         low=np.where(enough, low, np.nan),
         high=np.where(enough, np.where(infinite > 0, np.inf, high), np.nan),
         upper=np.where(enough, upper, np.nan),
         infinite=infinite,
-        horizon=np.where(window.samples > 0, np.maximum(span // 2, 1), 0).astype(np.int64),
+        horizon=horizon,
+        log_mean=np.where(enough, log_mean, np.nan),
+        log_deviation=np.where(enough, log_deviation, np.nan),
+        irregular=enough & _irregular(found, at, of, trends, num_series),
+        trends=trends,
+        slope_half_width=np.full(num_series, np.nan) if trends is None else trends.half_width(alpha),
         family=family,
     )
+
+
+def _newest(of: Ints, num_series: int) -> NDArray[np.bool_]:
+    """Return which entries are among the NEWEST_SAMPLES of their series; entries are sorted by series and step."""
+    end = np.cumsum(np.bincount(of, minlength=num_series))
+    near: NDArray[np.bool_] = end[of] - np.arange(of.size) <= NEWEST_SAMPLES
+    return near
+
+
+def _trends(value: Floats, step: Ints, of: Ints, num_series: int) -> Trends:
+    """Fit the finite, positive errors: others have no logarithm, and their series are bounded by other means."""
+    usable = np.isfinite(value) & (value > 0)
+    return fit_trends(of[usable], step[usable], np.log(value[usable]), num_series)
+
+
+def _risen(trends: Trends, horizon: Ints, alpha: float) -> Floats:
+    """Return where a surely rising error gets to at the horizon, with its noise; NaN where it does not surely rise."""
+    rising = trends.slope > trends.half_width(2 * RISE_LEVEL)
+    factor = _by_count(tolerance_factor, trends.samples, alpha)
+    with np.errstate(over="ignore", invalid="ignore"):
+        risen = np.exp(trends.level + trends.slope * horizon + factor * trends.deviation)
+    return np.where(rising, risen, np.nan)
+
+
+def _log_moments(value: Floats, of: Ints, num_series: int) -> tuple[Floats, Floats]:
+    """Return mean and deviation of the log errors; NaN for a series with an error that has no logarithm."""
+    usable = np.isfinite(value) & (value > 0)
+    unusable = np.bincount(of, weights=~usable, minlength=num_series) > 0
+    count, mean, deviation = _moments(np.log(value[usable]), of[usable], num_series)
+    known = ~unusable & (count > 1)
+    return np.where(known, mean, np.nan), np.where(known, deviation, np.nan)
+
+
+def _irregular(value: Floats, step: Ints, of: Ints, trends: Trends | None, num_series: int) -> NDArray[np.bool_]:
+    """Return which series skewness and kurtosis (D'Agostino and Pearson) say are not log-normal."""
+    from scipy import stats
+
+    usable = np.isfinite(value) & (value > 0)
+    of, logs = of[usable], np.log(value[usable])
+    if trends is not None:
+        logs = logs - np.nan_to_num(trends.slope)[of] * (step[usable] - trends.step[of])
+    count, mean, deviation = _moments(logs, of, num_series)
+    # A spread that is no more than rounding has no shape.
+    testable = (count >= MIN_SAMPLES) & (deviation > 1e-9 * np.maximum(np.abs(mean), 1.0))
+    irregular = np.zeros(num_series, dtype=bool)
+    begin = np.cumsum(count) - count
+    for samples in np.unique(count[testable]).tolist():
+        members = np.flatnonzero(testable & (count == samples))
+        chosen = logs[begin[members, None] + np.arange(samples)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # below 20 samples the p-value is approximate, as is what it is used for
+            irregular[members] = stats.normaltest(chosen, axis=1).pvalue < NORMALITY_LEVEL
+    return irregular
 
 
 def _mean_interval(value: Floats, of: Ints, num_series: int, alpha: float) -> tuple[Floats, Floats]:

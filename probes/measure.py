@@ -17,7 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loka.formats import PASS_OPERANDS, OperandSpec, Pass, Recipe, Role
+from loka.accumulation import reduced_product
+from loka.formats import PASS_OPERANDS, Accumulation, OperandSpec, Pass, Recipe, Role
 from loka.numerics import ProductError, product_errors
 from loka.probes.products import Draw, Gemm, Part
 from loka.probes.records import OperandRecord
@@ -200,12 +201,13 @@ def _multiply(
             given = amax_b if spec.per_tensor else None
             rounded = fake_quantize(b, spec, given)
             count_b.add_rounded(recipe, b, rounded, spec, given)
-            result.candidates[index, :, columns] = _product(rounded_a[index], rounded)
+            result.candidates[index, :, columns] = _product(rounded_a[index], rounded, recipe.accumulation)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, accumulation: Accumulation = "fp32") -> Tensor:
     """a [s, r, k], b [s, n, k] -> [s * r, n]."""
-    return torch.bmm(a, b.mT).flatten(0, 1)
+    product = torch.bmm(a, b.mT) if accumulation == "fp32" else reduced_product(a, b)
+    return product.flatten(0, 1)
 
 
 def _laid_out(x: Tensor) -> Tensor:

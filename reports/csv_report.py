@@ -34,6 +34,10 @@ def _of_kernel(name: str) -> _Fill:
     return lambda row, recipe, bound: (chosen_kernel(row) or {}).get(name)
 
 
+def _of_drift(name: str) -> _Fill:
+    return lambda row, recipe, bound: (recipe.get("drift") or {}).get(name)
+
+
 def _number(path: str) -> _Fill:
     """Return one number of a recipe by its dotted path: `inf` where it is infinite, empty where it is missing."""
     section, _, name = path.rpartition(".")
@@ -66,6 +70,7 @@ _COLUMNS: Final[dict[str, _Fill]] = {
     "time_us": _of_kernel("time_us"),
     "speedup": _of_kernel("speedup"),
     "note": lambda row, recipe, bound: recipe.get("note", row["reason"]),
+    **{f"drift_{name}": _of_drift(name) for name in ("per_100_steps", "low", "high", "crosses_at")},
 }
 
 COLUMNS: Final[tuple[str, ...]] = tuple(_COLUMNS)

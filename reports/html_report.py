@@ -36,6 +36,7 @@ from loka.reports.words import (
     shape,
     site_name,
     speedup,
+    upper,
 )
 from loka.reports.words import ordered as in_order
 
@@ -83,7 +84,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         percent(row["flop_share"]),
         plain(row["best"] or "-"),
         error(recipe, "mean"),
-        error(recipe, "upper_tolerance"),
+        upper(recipe),
         row["verdict"],
         plain(row["chosen"] or "-"),
         speedup(kernel["speedup"] if kernel else None),

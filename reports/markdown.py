@@ -24,6 +24,7 @@ from loka.reports.words import (
     shape,
     site_name,
     speedup,
+    upper,
 )
 
 _HEADER: Final[tuple[tuple[str, str], ...]] = (
@@ -79,7 +80,7 @@ def _cells(row: Row, decided: bool) -> list[str]:
         percent(row["flop_share"]),
         _code(plain(row["best"])) if row["best"] else "-",
         error(recipe, "mean"),
-        error(recipe, "upper_tolerance"),
+        upper(recipe),
     ]
     if decided and kernel:
         cells += [_code(plain(kernel["kernel"])), number(kernel["time_us"]), speedup(kernel["speedup"])]

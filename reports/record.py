@@ -16,6 +16,7 @@ from typing import Any, Final
 from loka.bounds import Bound
 from loka.dispatch.decide import Candidate, Decision
 from loka.errors import ArgumentError
+from loka.probes.drift import Drift
 from loka.probes.evidence import ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.records import OperandRecord
 from loka.reports.summary import summarise
@@ -137,12 +138,26 @@ def _recipe(recipe: RecipeEvidence, bound: Bound) -> dict[str, Any]:
         },
         "gate": recipe.gate,
         "horizon": recipe.horizon,
+        "drift": _drift(recipe.drift, bound),
         "loss": None,  # a run without a loss hook has no loss evidence
         "sqnr_db": _finite(recipe.sqnr_db),
         "relative_error": _finite(recipe.relative_error),
         "mere": _finite(recipe.mere),
         "note": note,
         "infinite": infinite,
+    }
+
+
+def _drift(drift: Drift | None, bound: Bound) -> dict[str, Any] | None:
+    """Return the trend of an error in training; `crosses_at` is the step at which it reaches the bound."""
+    if drift is None:
+        return None
+    return {
+        "per_100_steps": _finite(drift.per_100_steps),
+        "low": _finite(drift.low),
+        "high": _finite(drift.high),
+        "significant": drift.significant,
+        "crosses_at": drift.crosses_at(bound.row_error) if bound.row_error is not None else None,
     }
 
 

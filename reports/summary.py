@@ -16,6 +16,7 @@ from loka.reports.words import (
     Report,
     Row,
     best_recipe,
+    crossing,
     error,
     grouped,
     percent,
@@ -32,6 +33,7 @@ _FAILING: Final[dict[str, frozenset[str]]] = {
     "undecided": frozenset({"unsafe", "undecided"}),
 }
 _WORST: Final[int] = 5
+_NAMED: Final[int] = 3
 
 
 def verdict_counts(report: Report) -> dict[str, int]:
@@ -65,6 +67,7 @@ def summarise(
         "unsafe": [{"site": row["site"], "pass": row["pass"]} for row in rows if row["verdict"] == "unsafe"],
         "worst": _worst(rows),
         "undecided_reasons": grouped(row["reason"] for row in rows if row["verdict"] == "undecided"),
+        "drifting": _drifting(rows),
         "decisions": _decided(rows, decisions) if decisions else None,
     }
     return {"headline": _headline(summary, bound), **summary}
@@ -101,6 +104,31 @@ def _worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
         }
         for row, recipe in measured[:_WORST]
     ]
+
+
+def _drifting(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Return the products whose best recipe drifts towards the bound, the soonest across it first."""
+    found = [
+        {
+            "site": row["site"],
+            "pass": row["pass"],
+            "recipe": row["best"],
+            "per_100_steps": recipe["drift"]["per_100_steps"],
+            "crosses_at": step,
+        }
+        for row in rows
+        if (recipe := best_recipe(row)) is not None and (step := crossing(recipe)) is not None
+    ]
+    return sorted(found, key=lambda entry: entry["crosses_at"])
+
+
+def _drift_sentence(drifting: Sequence[Row]) -> str:
+    """Return which products drift towards the bound and when they cross it, the first few by name."""
+    shown = [f"{product_name(entry)} crosses it about step {entry['crosses_at']:,}" for entry in drifting[:_NAMED]]
+    if len(drifting) > _NAMED:
+        shown.append(f"{len(drifting) - _NAMED:,} more later")
+    verb = "drifts" if len(drifting) == 1 else "drift"
+    return f"{plural(len(drifting), 'product')} {verb} towards the bound: {', '.join(shown)}."
 
 
 def _size(recipe: Row) -> float:
@@ -158,6 +186,8 @@ def _headline(summary: Mapping[str, Any], bound: Mapping[str, Any]) -> str:
         f"({percent(summary['safe_flop_share'])} of GEMM FLOPs) within {bound['text']}"
     )
     sentence += f"; {', '.join(rest)}." if rest else "."
+    if summary["drifting"]:
+        sentence += f" {_drift_sentence(summary['drifting'])}"
     return f"{sentence} {_gain(summary['decisions'])}" if summary["decisions"] else sentence
 
 

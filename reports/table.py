@@ -33,6 +33,7 @@ from loka.reports.words import (
     shape,
     site_name,
     speedup,
+    upper,
 )
 
 _STYLE: Final[dict[str, Style]] = {
@@ -62,7 +63,7 @@ _COLUMNS: Final[tuple[_Column, ...]] = (
     _Column(name="FLOPs", cell=lambda row: percent(row["flop_share"]), justify="right"),
     _Column(name="recipe", cell=lambda row: plain(row["best"] or "-")),
     _Column(name="mean", cell=lambda row: error(best_recipe(row), "mean"), justify="right"),
-    _Column(name="upper", cell=lambda row: error(best_recipe(row), "upper_tolerance"), justify="right"),
+    _Column(name="upper", cell=lambda row: upper(best_recipe(row)), justify="right"),
     _Column(name="verdict", cell=lambda row: str(row["verdict"])),
     _Column(name="kernel", cell=lambda row: plain(row["chosen"] or "-")),
     _Column(name="speed", cell=lambda row: speedup(kernel["speedup"] if (kernel := chosen_kernel(row)) else None)),

@@ -16,6 +16,8 @@ Row = Mapping[str, Any]
 VERDICTS: Final[tuple[str, ...]] = ("unsafe", "undecided", "safe")
 ORDER: Final[str] = "Unsafe first, then undecided, then safe; by FLOP share within each."
 
+DRIFTS: Final[str] = "^ marks an error that drifts towards the bound: probe again before the step at which it crosses"
+
 _STATUS: Final[dict[str, str]] = {
     "complete": "complete",
     "running": "still running when this was read",
@@ -100,6 +102,18 @@ def error(recipe: Row | None, key: str) -> str:
     return f"{value:.3f}" if value >= 0.001 or value == 0.0 else f"{value:.0e}"
 
 
+def crossing(recipe: Row | None) -> int | None:
+    """Return the step at which the error of a recipe drifts across the bound, None where it does not."""
+    drift = recipe.get("drift") if recipe is not None else None
+    step: int | None = drift["crosses_at"] if drift else None
+    return step
+
+
+def upper(recipe: Row | None) -> str:
+    """Return the upper tolerance of a recipe, with a mark where it drifts towards the bound."""
+    return error(recipe, "upper_tolerance") + ("^" if crossing(recipe) is not None else "")
+
+
 def speedup(value: float | None) -> str:
     """Return e.g. `1.31x`, `-` for none."""
     return "-" if value is None else f"{value:.2f}x"
@@ -161,6 +175,8 @@ def notes(report: Report) -> list[str]:
     relative = sum(any(recipe["gate"] == "relative_error" for recipe in row["recipes"]) for row in report["sites"])
     if relative:
         lines.append(f"{plural(relative, 'product')} with few output columns: judged by relative_error, not row_error")
+    if report["summary"].get("drifting"):
+        lines.append(DRIFTS)
     horizons = [recipe["horizon"] for row in report["sites"] for recipe in row["recipes"] if recipe["horizon"]]
     if horizons:
         lines.append(f"weights were training: the evidence holds for {min(horizons):,} steps beyond the last sample")

@@ -73,6 +73,8 @@
     number("p99 of rows", "row_error.p99"), number("upper", "row_error.upper_tolerance"),
     number("relative_error", "relative_error"), number("SQNR [dB]", "sqnr_db"), number("MERE", "mere"),
     ["horizon [steps]", (recipe) => recipe.horizon ?? "frozen weights", "number"],
+    ["drift per 100 steps", (recipe) => recipe.drift ? percent(recipe.drift.per_100_steps) : "-", "number"],
+    ["crosses the bound at step", (recipe) => recipe.drift ? show(recipe.drift.crosses_at, 6) : "-", "number"],
     ["note", (recipe) => recipe.note, "words"],
   ];
   const kernelColumns = [

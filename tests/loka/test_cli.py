@@ -29,6 +29,7 @@ SURFACE = {
         "--budget",
     },
     "explain": {"--pass", "--bound", "--run", "--device", "--device-profile", "--assume-speedup", "--format"},
+    "diff": {"--bound", "--run-a", "--run-b", "--common", "--fail-on-change", "--format"},
     "kernels": {"--format", "--device"},
     "env": {"--format"},
 }
@@ -174,3 +175,37 @@ def test_debug_shows_the_traceback() -> None:
     code, _, errors = run("report", "missing.db")
     assert code == 2
     assert errors.startswith("Error:")
+
+
+def probed(path: Path, *, scale: float, width: int = 32) -> str:
+    """A probed evaluation of one seeded model; outliers in a few columns grow with `scale`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, 16))
+    with loka.probe(model, path, every=1, overhead=100.0), torch.no_grad():
+        for _ in range(12):
+            data = torch.randn(64, 32)
+            data[:, :2] *= scale
+            model(data)
+    return str(path)
+
+
+def test_diff_tells_a_change_of_the_data_from_none_and_refuses_another_model(tmp_path: Path) -> None:
+    first, again = probed(tmp_path / "a.db", scale=1.0), probed(tmp_path / "b.db", scale=1.0)
+    wild, other = probed(tmp_path / "c.db", scale=1e3), probed(tmp_path / "d.db", scale=1.0, width=48)
+    code, text, _ = run("diff", first, again, "--fail-on-change", "--format", "json")
+    assert code == 0
+    assert json.loads(text)["changed"] is False
+    code, text, _ = run("diff", first, wild, "--format", "json")
+    assert code == 0
+    assert {change["site"] for change in json.loads(text)["errors"]} == {"0", "2"}
+    code, text, _ = run("diff", first, wild, "--fail-on-change")
+    assert code == 1
+    assert "changed beyond noise" in text
+    code, _, errors = run("diff", first, other)
+    assert code == 2
+    assert "different models" in errors
+    code, _, _ = run("diff", first, other, "--common")
+    assert code == 0
+    code, _, errors = run("diff", first, __file__)
+    assert code == 2
+    assert "neither" in errors

@@ -18,6 +18,7 @@ from loka.quantize import (
     fake_quantize,
     finite_amax,
     quantize,
+    round_stochastically,
     round_to_format,
     saturated_share,
     scale_from_amax,
@@ -411,3 +412,45 @@ def test_rows_below_change_nothing_unless_the_group_spans_them(x: Tensor, spec: 
     taller = torch.cat([x, torch.full((1, x.shape[1]), value)])
     if spec.group_rows == 1:
         assert torch.equal(fake_quantize(taller, spec)[:-1], fake_quantize(x, spec))
+
+
+# --- stochastic rounding ---
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stochastic_rounding_takes_one_of_the_two_neighbours_and_is_right_on_average(name):
+    fmt = FORMATS[name]
+    scales = torch.logspace(-3, torch.tensor(fmt.max).log2().item(), 60, base=2.0)
+    x = torch.cat([scales, -scales, scales * fmt.min_subnormal]).clamp(-fmt.max, fmt.max)
+    draws = round_stochastically(x.expand(4000, -1).contiguous(), fmt, torch.Generator().manual_seed(0))
+    values = all_values(fmt)
+    below = values[(torch.bucketize(x, values, right=True) - 1).clamp_min(0)]
+    above = values[torch.bucketize(x, values).clamp_max(len(values) - 1)]
+    assert bool(((draws == below) | (draws == above)).all())
+    width = (above - below).clamp_min(1e-30)
+    assert float(((draws.double().mean(0) - x.double()) / width).abs().max()) < 4.5 * 0.5 / 4000**0.5
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stochastic_rounding_keeps_values_of_the_format_and_treats_the_rest_as_the_cast_does(name):
+    fmt = FORMATS[name]
+    values = all_values(fmt)
+    assert round_stochastically(values, fmt, torch.Generator()).equal(values)
+    odd = torch.tensor([NAN, INF, -INF, 1e9, -1e9])
+    torch.testing.assert_close(
+        round_stochastically(odd, fmt, torch.Generator()), cast(odd, fmt).float(), equal_nan=True, rtol=0, atol=0
+    )
+
+
+def test_stochastic_quantisation_is_seeded_and_costs_twice_the_squared_error():
+    x, spec = torch.randn(256, 512), RECIPES["rowwise"].operand("grad_output")
+    one, two = (fake_quantize(x, spec, stochastic=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert one.equal(two)
+    ratio = (one - x).square().mean() / (fake_quantize(x, spec) - x).square().mean()
+    assert float(ratio) == pytest.approx(2.0, rel=0.03)  # E[d (1 - d)] against E[min(d, 1 - d)^2] of a step
+
+
+def all_values(fmt):
+    """Every finite value of a format, in order, each once."""
+    codes = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).float()
+    return codes[codes.isfinite()].unique()

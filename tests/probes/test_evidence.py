@@ -6,11 +6,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loka.errors import ArgumentError, DatabaseError, EvidenceError
 from loka.formats import DEFAULT_RECIPES, PASSES
+from loka.numerics import product_error
 from loka.probes.database import open_database
 from loka.probes.evidence import MIN_SAMPLES, collect_evidence, load_evidence
 from loka.probes.records import Event
@@ -168,7 +170,7 @@ def test_a_reduction_of_length_one_is_no_evidence(tmp_path):
     found = recipe(collected(tmp_path, later(*[(made_product(k=1, value=0.0),)] * ENOUGH)).products[0])
     assert found.samples == 0
     assert found.verdict(1.0) == "undecided"
-    assert found.note == "reduction length 1: exact by construction"
+    assert found.note == "reduction length 1: no evidence"
 
 
 def test_a_reduction_that_is_sometimes_of_length_one_counts_only_when_it_is_not(tmp_path):
@@ -349,3 +351,46 @@ def test_collecting_from_an_open_engine_is_the_same(tmp_path):
     write_run(tmp_path / "run.db", later(*[(made_product(),)] * ENOUGH))
     engine = open_database(tmp_path / "run.db", create=False)
     assert plain(collect_evidence(engine)) == plain(load_evidence(tmp_path / "run.db"))
+
+
+def test_a_step_without_tokens_neither_counts_nor_breaks_the_rest(tmp_path):
+    empty = made_product(m=0, value=None)
+    found = collected(tmp_path, later(*[(made_product(),)] * 9, (empty,), (empty,))).products[0]
+    assert (found.m, found.m_min, found.m_max) == (64, 0, 64)
+    assert recipe(found).samples == 9
+    assert recipe(found).verdict(0.05) == "safe"
+    (tmp_path / "never").mkdir()
+    found = collected(tmp_path / "never", later(*[(empty,)] * 9)).products[0]
+    assert found.flop_share == 0.0
+    assert [one.verdict(1e9) for one in found.recipes] == ["undecided"] * len(found.recipes)
+    assert {one.note for one in found.recipes} == {"not measured in any sampled step"}
+
+
+def test_operands_that_are_all_zero_are_no_evidence(tmp_path):
+    # No row of the reference has a norm to compare with, so the measurement says NaN and counts the rows.
+    nothing = dict.fromkeys(DEFAULT_RECIPES, product_error(torch.zeros(64, 16), torch.zeros(64, 16)))
+    found = recipe(collected(tmp_path, later(*[(made_product(value=nothing),)] * 10)).products[0])
+    assert found.verdict(1e9) == "undecided"
+    assert found.note == "0 of 8 sampled steps; NaN in 10 sampled steps, which do not count"
+    assert found.drift is None
+
+
+def test_shapes_that_change_from_step_to_step_are_one_row_with_its_range(tmp_path):
+    steps = later(*((made_product(m=16 + 8 * index),) for index in range(9)))
+    (found,) = collected(tmp_path, steps).products
+    assert (found.m, found.m_min, found.m_max) == (48, 16, 80)
+    assert recipe(found).samples == 9
+    # Once too few output columns for a row error, always judged by the error of the whole.
+    (tmp_path / "columns").mkdir()
+    steps = later(*((made_product(n=4 if index == 3 else 256),) for index in range(9)))
+    (found,) = collected(tmp_path / "columns", steps).products
+    assert recipe(found).gate == "relative_error"
+    assert recipe(found).error.mean == pytest.approx(0.9 * 0.03)
+
+
+def test_errors_that_are_not_log_normal_are_said(tmp_path):
+    noise = random.Random(1)
+    values = [0.02 * math.exp(0.001 * noise.gauss(0, 1)) for _ in range(29)] + [0.03]
+    steps = later(*((made_product(value=value),) for value in values))
+    found = recipe(collected(tmp_path, steps, frozen=True).products[0])
+    assert found.note == "errors are not log-normal over steps: the upper tolerance is less sure than it says"

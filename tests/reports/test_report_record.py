@@ -37,7 +37,7 @@ KEYS = {
     "bound": {"row_error", "confidence", "family", "loss", "text"},
     "summary": {
         *("headline", "products", "verdicts", "passes", "flop_shares", "safe_flop_share", "unsafe", "worst"),
-        *("undecided_reasons", "decisions"),
+        *("undecided_reasons", "decisions", "drifting"),
     },
     "site": {
         *("site", "pass", "op", "m", "n", "k", "calls", "flop_share", "operands", "recipes", "kernels", "chosen"),
@@ -46,7 +46,7 @@ KEYS = {
     "operand": {"amax", "rms", "zeros", "nan", "inf", "elements", "underflow", "saturation", "note"},
     "recipe": {
         *("recipe", "format", "verdict", "n", "row_error", "gate", "horizon", "loss", "sqnr_db", "relative_error"),
-        *("mere", "note", "infinite"),
+        *("mere", "note", "infinite", "drift"),
     },
     "row_error": {"mean", "low", "high", "p99", "upper_tolerance"},
     "kernel": {

@@ -273,6 +273,7 @@ def test_csv_columns_are_stable():
         *("row_error_mean", "row_error_low", "row_error_high", "row_error_p99", "row_error_upper_tolerance"),
         *("bound_row_error", "confidence", "relative_error", "sqnr_db", "mere", "horizon"),
         *("chosen", "time_us", "speedup", "note"),
+        *("drift_per_100_steps", "drift_low", "drift_high", "drift_crosses_at"),
     ) == csv_report.COLUMNS
 
 
