@@ -8,6 +8,7 @@ The large operand is walked through in slabs of whole groups that fit a cache: w
 fresh pages, and memory stays small whatever the size of the weight.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,9 @@ from loka.quantize import fake_quantize, finite_amax, saturated_share
 
 # Rows per product and step: 64 rows with all columns are within 5 % of the full product at the worst site measured.
 ROWS: Final[int] = 64
+# More, up to this many, where the product is so small that they cost next to nothing: its rows differ the most.
+_MOST_ROWS: Final[int] = 512
+_CHEAP_MACS: Final[int] = 1 << 22
 # Fewer where the result is so wide that its copies, one per recipe, would take more than some 64 MiB.
 _MIN_ROWS: Final[int] = 16
 _RESULT_ELEMENTS: Final[int] = 1 << 21
@@ -78,11 +82,14 @@ class Measurement:
 
     errors: Mapping[str, ProductError]
     operands: tuple[OperandRecord, ...]
-    deviations: "Deviations | None" = None  # where they were asked for and can be had
+    alignment: float = math.nan  # mean over rows of A^-1/2; see `loka.probes.distributions.alignment`
+    # Tensors, where they were asked for and can be had: not to be kept beyond the step.
+    deviations: "Deviations | None" = None
+    sampled: "Sampled | None" = None
 
-    def without_deviations(self) -> "Measurement":
+    def without_tensors(self) -> "Measurement":
         """Return what can be kept when the step is over."""
-        return self if self.deviations is None else replace(self, deviations=None)
+        return replace(self, deviations=None, sampled=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +100,16 @@ class Deviations:
     index: Tensor | None  # None: all rows, in order
     extent: int
     block: int  # so many neighbouring rows belong to one item of the loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """What a plain product was measured on: rows a [r, k] fp32, the whole of b [n, k], their product y [r, n] fp32."""
+
+    a: Tensor
+    b: Tensor
+    y: Tensor
+    a_amax: float  # of all rows
 
 
 @contextmanager
@@ -116,11 +133,18 @@ def exact_arithmetic() -> Iterator[None]:
 
 
 def measure(
-    gemm: Gemm, product: Pass, recipes: Sequence[Recipe], draw: Draw, *, keep_deviations: bool = False
+    gemm: Gemm,
+    product: Pass,
+    recipes: Sequence[Recipe],
+    draw: Draw,
+    *,
+    keep_deviations: bool = False,
+    keep_sampled: bool = False,
 ) -> Measurement:
     """Measure one product under every recipe. Reads the operands only; neither autograd nor autocast sees it.
 
-    `draw.rows` is the number of rows wanted; fewer are taken where the result is very wide.
+    `draw.rows` is the number of rows wanted; fewer are taken where the result is very wide. Of a plain product the
+    deviations, and what it was measured on, are returned too where they are wanted.
     """
     roles = PASS_OPERANDS[product]
     tensors = (gemm.a, gemm.b)
@@ -128,7 +152,7 @@ def measure(
         return Measurement(errors={}, operands=tuple(map(_unread, roles, tensors)))
     counts = (_Counts(), _Counts(step=max(gemm.n // ROWS, 1)))
     errors: Mapping[str, ProductError] = {}
-    deviations = None
+    alignment, deviations, sampled = math.nan, None, None
     with exact_arithmetic():
         statistics = [_statistics(tensor) for tensor in tensors]
         rows = min(draw.rows, max(_MIN_ROWS, _RESULT_ELEMENTS // max(gemm.n, 1)))
@@ -143,16 +167,21 @@ def measure(
             reference = torch.cat([result.reference for result in results])
             found = product_errors(candidates, reference)
             errors = {recipe.name: error for recipe, error in zip(recipes, found, strict=True)}
+            alignment = _mean_alignment(results)
+            if keep_sampled and is_plain_product(gemm):
+                a, y = results[0].a[0], results[0].reference
+                sampled = Sampled(a=a, b=gemm.b[0], y=y, a_amax=statistics[0].amax)
             if keep_deviations and is_plain_product(gemm):
                 block = draw.block if gemm.m % draw.block == 0 else 1
-                deviations = Deviations(
-                    values=results[0].candidates.sub_(results[0].reference),
-                    index=parts[0].index,
-                    extent=gemm.m,
-                    block=block,
-                )
+                values = results[0].candidates.sub_(results[0].reference)
+                deviations = Deviations(values=values, index=parts[0].index, extent=gemm.m, block=block)
     operands = tuple(entry.record(role, count) for role, entry, count in zip(roles, statistics, counts, strict=True))
-    return Measurement(errors=errors, operands=operands, deviations=deviations)
+    return Measurement(errors=errors, operands=operands, alignment=alignment, deviations=deviations, sampled=sampled)
+
+
+def rows_of(gemm: Gemm) -> int:
+    """Return how many rows of a product are measured."""
+    return max(ROWS, min(_MOST_ROWS, _CHEAP_MACS // max(gemm.n * gemm.k, 1)))
 
 
 def is_plain_product(gemm: Gemm) -> bool:
@@ -168,9 +197,11 @@ def _specs(recipes: Sequence[Recipe], roles: tuple[Role, Role]) -> _Specs:
 
 
 class _Result:
-    """Products of one part: reference [rows, n], candidates [recipes, rows, n]."""
+    """Products of one part: reference [rows, n], candidates [recipes, rows, n]; a [s, r, k] and b's energy [s, k]."""
 
     def __init__(self, part: Part, recipes: Sequence[Recipe]) -> None:
+        self.a = _laid_out(part.a)
+        self.energy = torch.zeros((part.b.shape[0], part.b.shape[2]), dtype=torch.float64, device=part.b.device)
         shape = (part.a.shape[0] * part.a.shape[1], part.b.shape[1])
         self.reference = torch.empty(shape, dtype=torch.float32, device=part.a.device)
         self.candidates = torch.empty((len(recipes), *shape), dtype=torch.float32, device=part.a.device)
@@ -181,7 +212,7 @@ def _multiply(
 ) -> None:
     """Fill in the result of one part and count what rounding did, one slab of b's rows at a time."""
     count_a, count_b = counts
-    a = _laid_out(part.a)
+    a = result.a
     amax_a, amax_b = (_tensor_amax(x, amax) for x, amax in zip((part.a_full, part.b), known, strict=True))
     count_a.add(a)
     rounded_a = []
@@ -196,12 +227,21 @@ def _multiply(
         columns = slice(begin, begin + slab)
         b = _laid_out(part.b[:, columns])
         count_b.add(b)
+        result.energy += torch.linalg.vector_norm(b, dim=1).double().square_()
         result.reference[:, columns] = _product(a, b)
         for index, (recipe, _, spec) in enumerate(specs):
             given = amax_b if spec.per_tensor else None
             rounded = fake_quantize(b, spec, given)
             count_b.add_rounded(recipe, b, rounded, spec, given)
             result.candidates[index, :, columns] = _product(rounded_a[index], rounded, recipe.accumulation)
+
+
+def _mean_alignment(results: Sequence["_Result"]) -> float:
+    """Return the mean of A^-1/2 over all rows that have a reference; NaN where none has."""
+    terms = torch.cat([torch.bmm(one.a.double().square_(), one.energy.unsqueeze(-1)).flatten() for one in results])
+    reference = torch.cat([one.reference.double().square_().sum(-1) for one in results])
+    some = terms.isfinite() & reference.isfinite() & (reference > 0)
+    return float((terms[some] / reference[some]).sqrt_().mean()) if bool(some.any()) else math.nan
 
 
 def _product(a: Tensor, b: Tensor, accumulation: Accumulation = "fp32") -> Tensor:

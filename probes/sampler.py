@@ -16,9 +16,10 @@ from loka.probes.budget import Budget
 from loka.probes.capture import Capture, Sighting
 from loka.probes.impact import ImpactMeter, block_of
 from loka.probes.losses import LossHook, apply_hook, items_of
-from loka.probes.measure import ROWS, Measurement, is_plain_product, measure
+from loka.probes.measure import Measurement, is_plain_product, measure, rows_of
 from loka.probes.products import Draw
 from loka.probes.records import LossImpact, ProductRecord, StepRecord
+from loka.probes.settled import Settled
 from loka.probes.sites import SiteKey, SiteMap
 
 log: Final = logging.getLogger("loka.probe")
@@ -51,6 +52,7 @@ class Memory:
 
     calls: dict[JobKey, int] = field(default_factory=dict)  # per step
     items: int = 0  # of the loss in a batch; 0: not known
+    settled: Settled = field(default_factory=Settled)
 
 
 @dataclass(slots=True)
@@ -101,7 +103,7 @@ class Sampler:
     def _measure(self, sighting: Sighting) -> Measurement:
         gemm = sighting.gemm
         seed = hash((self.step, sighting.key.ordinal, gemm.m, gemm.n, gemm.k)) % 2**31
-        draw = Draw(ROWS, torch.Generator().manual_seed(seed))
+        draw = Draw(rows_of(gemm), torch.Generator().manual_seed(seed))
         meets_gradient = (
             self.takes_impact and sighting.product == "fprop" and self.capture.builds_graph and is_plain_product(gemm)
         )
@@ -112,7 +114,7 @@ class Sampler:
         found = measure(gemm, sighting.product, self.recipes, draw, keep_deviations=meets_gradient)
         if found.deviations is not None:
             self.meter.keep(sighting, found.deviations)
-        return found.without_deviations()
+        return found.without_tensors()
 
     def returned(self, output: Any, hook: str | LossHook | None) -> str:
         """Look at what the root returned; take the curvature where it is due. Returns why that failed, in words."""
@@ -183,6 +185,10 @@ class Sampler:
         """Return the step's record; names are settled here, when all of a module's products are known."""
         seen = self._seen
         self.budget.known(seen)
+        for key, entry in seen.items():
+            if entry.measurement is not None and entry.measurement.errors:
+                far = self.memory.settled.saw(key, entry.measurement.errors, entry.shape[1])
+                self.budget.settle(key, settled=far)
         names = self.sites.finish_names(key for key, _ in seen)
         self.memory.calls.update({key: entry.calls for key, entry in seen.items()})
         with _disable_current_modes():  # the next step may have begun under a mode of the user's
@@ -216,6 +222,7 @@ def _record(site: str, product: Pass, seen: _Seen, impacts: Mapping[str, LossImp
         parameter=seen.parameter,
         operands=measurement.operands if measurement else (),
         errors=measurement.errors if measurement else {},
+        alignment=measurement.alignment if measurement else math.nan,
         impacts=impacts,
         unmeasured=seen.unmeasured,
     )

@@ -13,7 +13,7 @@ from loka.formats import DEFAULT_RECIPES, PASS_OPERANDS, PASSES, RECIPES, recipe
 from loka.numerics import product_error, product_errors
 from loka.probes import measure as measure_module
 from loka.probes.convolution import convolution_gemm
-from loka.probes.measure import measure
+from loka.probes.measure import measure, rows_of
 from loka.probes.products import Draw, Factors, gemm
 from tests.probes.made_probe import probed, product
 
@@ -369,3 +369,27 @@ def test_reduced_accumulation_adds_its_own_error():
         assert errors[exact].row_error < 1e-6
         assert 1e-3 < errors[f"{exact}_fast_accum"].row_error < 2e-2
         assert errors[f"{exact}_fast_accum"].bias == pytest.approx(-errors[f"{exact}_fast_accum"].row_error, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(64, 16, 2048), (40, 429, 13)])
+def test_alignment_is_that_of_the_rows(shape):
+    m, n, k = shape
+    a, b = correlated(m, k), heavy_tailed(n, k)
+    exact = (a.double() @ b.double().T).square().sum(1)
+    wanted = (a.double().square() @ b.double().square().sum(0) / exact).sqrt().mean()
+    assert measured(a, b).alignment == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_alignment_of_nothing_is_nan():
+    assert math.isnan(measured(torch.zeros(8, 16), torch.randn(4, 16)).alignment)
+    assert math.isnan(measured(torch.full((8, 16), math.nan), torch.randn(4, 16)).alignment)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "rows"), [(768, 256, 64), (32, 32, 512), (123_200, 1024, 64), (256, 128, 128), (1, 1, 512), (0, 5, 512)]
+)
+def test_small_products_are_measured_on_more_rows(n, k, rows):
+    assert (
+        rows_of(gemm(Factors("mm", torch.empty(4, k, device="meta"), torch.empty(k, n, device="meta")), a_is_p=True))
+        == rows
+    )
