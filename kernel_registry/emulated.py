@@ -2,11 +2,14 @@
 
 Runs on every device and is what other kernels are compared with. Accumulation is fp32; it holds as long as the process
 does not allow TF32 or bf16 inside fp32 products (`torch.get_float32_matmul_precision() == "highest"`, the default).
+Recipes of reduced accumulation are defined by `emulate` as well, but no kernel here runs them: they model a hardware
+unit, one group of products after the other.
 """
 
 import torch
 from torch import Tensor
 
+from loka.accumulation import reduced_product
 from loka.formats import PASS_OPERANDS, RECIPES, Pass, Recipe
 from loka.kernel_registry.torch_mm import matmul
 from loka.quantize import fake_quantize
@@ -17,6 +20,8 @@ def emulate(recipe: Recipe, a: Tensor, b: Tensor, *, product: Pass, out_dtype: t
     role_a, role_b = PASS_OPERANDS[product]
     quantized_a = fake_quantize(a, recipe.operand(role_a))
     quantized_b = fake_quantize(b, recipe.operand(role_b))
+    if recipe.accumulation == "reduced":
+        return reduced_product(quantized_a, quantized_b).to(out_dtype)
     return matmul(quantized_a, quantized_b).to(out_dtype)
 
 

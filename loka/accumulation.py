@@ -31,7 +31,7 @@ def reduced_product(a: Tensor, b: Tensor, *, promote_every: int | None = None) -
     m, k = a.shape[-2:]
     step = max(_BLOCK // max(m * GROUP * a.shape[:-2].numel(), 1), 1)
     if b.shape[-2] > step:
-        blocks = b.split(step, dim=-2)
+        blocks = torch.split(b, step, dim=-2)
         return torch.cat([reduced_product(a, block, promote_every=promote_every) for block in blocks], dim=-1)
     total = torch.zeros(*a.shape[:-1], b.shape[-2], dtype=torch.float32, device=a.device)
     running = torch.zeros_like(total)

@@ -18,6 +18,8 @@ Gate = Literal["row_error", "relative_error"]
 MIN_COLUMNS: Final[int] = 8
 # Denominator floor of `mere`, as a share of rms(reference). Unfloored, it does not settle from batch to batch.
 MERE_FLOOR: Final[float] = 1e-3
+# Elements of all candidates together that are compared at once: copies in fp64 stay small however wide the product.
+_AT_ONCE: Final[int] = 1 << 20
 # The smallest normal fp32: a floor below it would divide by zero.
 _TINY: Final[float] = 2.0**-126
 
@@ -61,9 +63,9 @@ def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
     Differences are taken in fp32, norms in fp64; one transfer to the host serves all candidates.
     """
     reference = reference.float()
-    row_norm = reference.double().norm(
-        dim=-1
-    )  # squares of fp32 cannot overflow fp64: infinite only where an element is
+    step = max(_AT_ONCE // max(actual[:, :1].numel(), 1), 1)
+    # Squares of fp32 cannot overflow fp64: a norm is infinite only where an element is.
+    row_norm = torch.cat([block.double().norm(dim=-1) for block in torch.split(reference, step)])
     finite = torch.isfinite(row_norm)
     bad_rows = int((~finite).sum())
     if bad_rows:
@@ -72,20 +74,19 @@ def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
     if reference.numel() == 0 or norm == 0:
         nothing = _nothing_compared(zero_rows=reference.shape[0] if reference.numel() else 0, bad_rows=bad_rows)
         return [nothing] * actual.shape[0]
-    difference = (actual.float() - reference).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    exact = difference.double()
-    row_difference = exact.norm(dim=-1)
-    bias = exact.flatten(1) @ reference.double().flatten() / norm**2
+    floor = max(MERE_FLOOR * norm / math.sqrt(reference.numel()), _TINY)
+    blocks = zip(torch.split(actual, step, dim=1), torch.split(reference, step), strict=True)
+    by_row = [_compare_rows(some, exact, floor) for some, exact in blocks]
+    row_difference, along, relative_by_row = (torch.cat(column, dim=-1) for column in zip(*by_row, strict=True))
     some = row_norm > 0
     ratio = row_difference[:, some] / row_norm[some]
-    floor = max(MERE_FLOOR * norm / math.sqrt(reference.numel()), _TINY)
     columns = torch.stack(
         [
             ratio.mean(-1),
             _quantile(ratio, 0.99),
             row_difference.norm(dim=-1) / norm,
-            difference.abs_().div_(reference.abs().clamp_min_(floor)).mean((-2, -1)).double(),
-            bias,
+            relative_by_row.mean(-1),
+            along.sum(-1) / norm**2,
         ],
         dim=-1,
     )
@@ -104,6 +105,15 @@ def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
         )
         for row_error, p99, relative, mere, along in columns.tolist()
     ]
+
+
+def _compare_rows(actual: Tensor, reference: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of every candidate and row |y_hat - y|, <y_hat - y, y> and the mean of |y_hat - y| / max(|y|, floor)."""
+    difference = (actual.float() - reference).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    exact = difference.double()
+    along = torch.einsum("crn,rn->cr", exact, reference.double())
+    norm = exact.norm(dim=-1)
+    return norm, along, difference.abs_().div_(reference.abs().clamp_min_(floor)).mean(-1).double()
 
 
 def _quantile(ratio: Tensor, q: float) -> Tensor:

@@ -30,45 +30,51 @@ ROWS: Final[int] = 64
 # More, up to this many, where the product is so small that they cost next to nothing: its rows differ the most.
 _MOST_ROWS: Final[int] = 512
 _CHEAP_MACS: Final[int] = 1 << 22
-# Fewer where the result is so wide that its copies, one per recipe, would take more than some 64 MiB.
+# Fewer where they or the result are so wide that their copies, one per recipe, would take more than some 32 MiB.
 _MIN_ROWS: Final[int] = 16
-_RESULT_ELEMENTS: Final[int] = 1 << 21
+_ELEMENTS: Final[int] = 1 << 20
 # Elements of the large operand that are quantised at a time: 1 MiB on a CPU, 64 MiB where launches are what costs.
 _SLAB: Final[int] = 1 << 18
 _DEVICE_SLAB: Final[int] = 1 << 24
-# Slabs hold whole groups of every recipe: blocks of a weight have 128 rows.
-_SLAB_ROWS: Final[int] = 128
+# Slabs hold whole groups of every recipe: blocks of a weight have 128 x 128 elements.
+_GROUP: Final[int] = 128
+# Elements of a row that are looked at together.
+_PIECE: Final[int] = 1 << 13
 
 
 @dataclass(slots=True)
 class _Counts:
-    """What becomes of the elements of one operand, by recipe; zeros are counted over one in `step` of its rows."""
+    """What becomes of the elements of one operand, by recipe; zeros are counted over one in `step` of its rows.
+
+    Counts are added up in place: small tensors that outlive the slabs would lie between them and break up the heap.
+    """
 
     step: int = 1
     elements: int = 0
     saturated: dict[str, float] = field(default_factory=dict)  # elements
-    _non_zero: list[Tensor] = field(default_factory=list)
-    _kept: dict[str, list[Tensor]] = field(default_factory=dict)  # of those, elements that are still not zero
+    _non_zero: Tensor | None = None
+    _kept: dict[str, Tensor] = field(default_factory=dict)  # of those, elements that are still not zero
 
     def add(self, exact: Tensor) -> None:
         """Count a piece of the operand; once, whatever the number of recipes."""
         self.elements += exact.numel()
-        self._non_zero.append(torch.count_nonzero(exact[:, :: self.step]))
+        count = torch.count_nonzero(exact[:, :: self.step])
+        self._non_zero = count if self._non_zero is None else self._non_zero.add_(count)
 
     def add_rounded(
         self, recipe: Recipe, exact: Tensor, rounded: Tensor, spec: OperandSpec, amax: Tensor | None
     ) -> None:
         """Count what a recipe made of that piece."""
-        self._kept.setdefault(recipe.name, []).append(torch.count_nonzero(rounded[:, :: self.step]))
+        count = torch.count_nonzero(rounded[:, :: self.step])
+        self._kept[recipe.name] = self._kept[recipe.name].add_(count) if recipe.name in self._kept else count
         clipped = saturated_share(exact, spec, amax) * exact.numel() if recipe.saturating else 0.0
         self.saturated[recipe.name] = self.saturated.get(recipe.name, 0.0) + clipped
 
     def underflow(self) -> dict[str, float]:
         """Share of the non-zero elements that became zero; one transfer to the host."""
-        if not self._kept:
+        if self._non_zero is None or not self._kept:
             return {}
-        columns = [self._non_zero, *self._kept.values()]
-        non_zero, *kept = torch.stack([torch.stack(column).sum() for column in columns]).tolist()
+        non_zero, *kept = torch.stack([self._non_zero, *self._kept.values()]).tolist()
         return {name: 1.0 - count / non_zero if non_zero else 0.0 for name, count in zip(self._kept, kept, strict=True)}
 
     def saturation(self) -> dict[str, float]:
@@ -155,7 +161,7 @@ def measure(
     alignment, deviations, sampled = math.nan, None, None
     with exact_arithmetic():
         statistics = [_statistics(tensor) for tensor in tensors]
-        rows = min(draw.rows, max(_MIN_ROWS, _RESULT_ELEMENTS // max(gemm.n, 1)))
+        rows = min(draw.rows, max(_MIN_ROWS, _ELEMENTS // max(gemm.n, gemm.k, 1)))
         parts = [part for part in gemm.parts(replace(draw, rows=rows)) if part.a.numel() and part.b.numel()]
         results = [_Result(part, recipes) for part in parts]
         for part, result in zip(parts, results, strict=True):
@@ -163,9 +169,7 @@ def measure(
             known = [entry.amax if entire else None for entry, entire in zip(statistics, whole, strict=True)]
             _multiply(part, result, _specs(recipes, roles), counts, known)
         if results:
-            candidates = torch.cat([result.candidates for result in results], dim=1)
-            reference = torch.cat([result.reference for result in results])
-            found = product_errors(candidates, reference)
+            found = product_errors(*_together(results))
             errors = {recipe.name: error for recipe, error in zip(recipes, found, strict=True)}
             alignment = _mean_alignment(results)
             if keep_sampled and is_plain_product(gemm):
@@ -206,6 +210,11 @@ class _Result:
         self.reference = torch.empty(shape, dtype=torch.float32, device=part.a.device)
         self.candidates = torch.empty((len(recipes), *shape), dtype=torch.float32, device=part.a.device)
 
+    def put(self, index: int | None, columns: slice, product: Tensor, *, adds: bool) -> None:
+        """Take some columns of a candidate, or of the reference; or add them to what earlier parts of k gave."""
+        target = (self.reference if index is None else self.candidates[index])[:, columns]
+        target.add_(product) if adds else target.copy_(product)
+
 
 def _multiply(
     part: Part, result: _Result, specs: _Specs, counts: tuple[_Counts, _Counts], known: Sequence[float | None]
@@ -220,20 +229,46 @@ def _multiply(
         given = amax_a if spec.per_tensor else None
         rounded_a.append(fake_quantize(a, spec, given))
         count_a.add_rounded(recipe, a, rounded_a[-1], spec, given)
-    slices, n, k = part.b.shape
-    elements = _SLAB if a.device.type == "cpu" else _DEVICE_SLAB
-    slab = max(elements // max(slices * k, 1) // _SLAB_ROWS, 1) * _SLAB_ROWS
-    for begin in range(0, n, slab):
-        columns = slice(begin, begin + slab)
-        b = _laid_out(part.b[:, columns])
-        count_b.add(b)
-        result.energy += torch.linalg.vector_norm(b, dim=1).double().square_()
-        result.reference[:, columns] = _product(a, b)
-        for index, (recipe, _, spec) in enumerate(specs):
-            given = amax_b if spec.per_tensor else None
-            rounded = fake_quantize(b, spec, given)
-            count_b.add_rounded(recipe, b, rounded, spec, given)
-            result.candidates[index, :, columns] = _product(rounded_a[index], rounded, recipe.accumulation)
+    for rows, columns in _slabs(part.b, specs):
+        whole = part.b[:, rows]
+        row_amax = _row_amax(whole) if columns[0].stop < whole.shape[2] else None
+        for some in columns:
+            b = _laid_out(whole[..., some])
+            count_b.add(b)
+            result.energy[:, some] += torch.linalg.vector_norm(b, dim=1).double().square_()
+            result.put(None, rows, _product(a[..., some], b), adds=some.start > 0)
+            for index, (recipe, _, spec) in enumerate(specs):
+                given = amax_b if spec.per_tensor else row_amax if spec.group_k is None else None
+                rounded = fake_quantize(b, spec, given)
+                count_b.add_rounded(recipe, b, rounded, spec, given)
+                product = _product(rounded_a[index][..., some], rounded, recipe.accumulation)
+                result.put(index, rows, product, adds=some.start > 0)
+
+
+def _slabs(b: Tensor, specs: _Specs) -> Iterator[tuple[slice, list[slice]]]:
+    """Cut b [s, n, k] into slabs of rows, and those into pieces along k where whole rows are too long."""
+    slices, n, k = b.shape
+    elements = (_SLAB if b.device.type == "cpu" else _DEVICE_SLAB) // max(slices, 1)
+    height = max(elements // max(k, 1) // _GROUP, 1) * _GROUP
+    width = max(elements // _GROUP // _GROUP, 1) * _GROUP
+    if k <= 4 * width or any(recipe.accumulation == "reduced" for recipe, _, _ in specs):  # adds in the order of k
+        width = max(k, 1)
+    columns = [slice(begin, min(begin + width, k)) for begin in range(0, k, width)]
+    for begin in range(0, n, height):
+        yield slice(begin, begin + height), columns
+
+
+def _row_amax(b: Tensor) -> Tensor:
+    """Return the largest finite |b| of every row of [s, n, k], shaped to scale groups of a whole row."""
+    amax = torch.stack([finite_amax(piece, (2,)).float() for piece in torch.split(b, _PIECE, dim=2)]).amax(0)
+    return amax[:, :, None, None, None]
+
+
+def _together(results: Sequence[_Result]) -> tuple[Tensor, Tensor]:
+    """Return the candidates [recipes, rows, n] and the reference [rows, n] of all parts; of one part, as they are."""
+    if len(results) == 1:
+        return results[0].candidates, results[0].reference
+    return torch.cat([one.candidates for one in results], dim=1), torch.cat([one.reference for one in results])
 
 
 def _mean_alignment(results: Sequence["_Result"]) -> float:

@@ -11,13 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from loka.dispatch import linear as op
 from loka.dispatch.linear import linear
 from loka.errors import KernelError
-from loka.formats import RECIPES
 from tests.dispatch.made_conversion import Calls, emulated
-from tests.kernel_registry.test_gemm_kernels import accumulation_bound, modelled
+from tests.kernel_registry.test_gemm_kernels import EMULATED, accumulation_bound, modelled
 
 HIGH = ("", "", "")
 # Every recipe in every pass, and three at once.
-KERNELS = [(name, name, name) for name in RECIPES] + [("rowwise", "tensorwise", "blockwise")]
+KERNELS = [(name, name, name) for name in EMULATED] + [("rowwise", "tensorwise", "blockwise")]
 # (M, K, N): plain, ragged against every group, wider than a block, one row, one column.
 SHAPES = [(32, 64, 48), (17, 45, 33), (130, 257, 131), (1, 40, 24), (40, 24, 1)]
 
@@ -205,7 +204,7 @@ def test_gradients_accumulate() -> None:
 
 def test_a_bad_value_reaches_only_its_own_rows() -> None:
     x, weight, _, grad = operands(8, 16, 12)
-    for recipe in RECIPES:
+    for recipe in EMULATED:
         kernels = named((recipe, recipe, recipe))
         bad = x.detach().clone()
         bad[2, 3] = float("nan")

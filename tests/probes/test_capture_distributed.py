@@ -137,6 +137,8 @@ def work(rank, kind):
     dist.barrier()
     del model, probe, train_one  # a DDP model freed after its process group may hang in the reducer
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # all is over and checked: a compiled DDP model's threads may abort the interpreter as it goes down
 
 
 def processes(count, folder, kind):

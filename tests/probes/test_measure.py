@@ -189,9 +189,11 @@ def test_strides_of_the_operands_do_not_matter(transposed):
     assert [(op.amax, op.zeros) for op in found.operands] == [(op.amax, op.zeros) for op in usual.operands]
 
 
-def test_a_very_wide_result_is_measured_on_fewer_rows():
-    found = measured(torch.randn(64, 8), torch.randn(100_000, 8), recipes=[recipe("rowwise")])
-    assert found.errors["rowwise"].rows == 20  # 2^21 elements
+def test_a_very_wide_product_is_measured_on_fewer_rows():
+    found = measured(torch.randn(64, 8), torch.randn(50_000, 8), recipes=[recipe("rowwise")])
+    assert found.errors["rowwise"].rows == 20  # 2^20 elements
+    found = measured(torch.randn(64, 50_000), torch.randn(8, 50_000), recipes=[recipe("rowwise")])
+    assert found.errors["rowwise"].rows == 20
 
 
 def test_saturation_is_counted_where_the_recipe_clips():
@@ -393,3 +395,15 @@ def test_small_products_are_measured_on_more_rows(n, k, rows):
         rows_of(gemm(Factors("mm", torch.empty(4, k, device="meta"), torch.empty(k, n, device="meta")), a_is_p=True))
         == rows
     )
+
+
+def test_a_reduction_longer_than_a_slab_is_the_same_product_in_pieces(monkeypatch):
+    a, b = heavy_tailed(20, 2100), heavy_tailed(150, 2100)
+    whole = measured(a, b)
+    monkeypatch.setattr("loka.probes.measure._SLAB", 1 << 15)  # pieces of 256 along k, slabs of 128 rows
+    pieces = measured(a, b)
+    for name, error in whole.errors.items():
+        if "fast_accum" not in name:
+            assert pieces.errors[name].row_error == pytest.approx(error.row_error, rel=1e-3)
+    assert pieces.alignment == pytest.approx(whole.alignment, rel=1e-4)
+    assert [operand.underflow for operand in pieces.operands] == [operand.underflow for operand in whole.operands]
