@@ -305,13 +305,17 @@ def _steps(engine: Engine, run: int) -> Iterator[StepRecord]:
             )
 
 
-def read_learned(engine: Engine, run: int) -> tuple[LearnedRecord, ...]:
-    """Return what the run of this key has learned, in the order in which it was first written."""
+def read_learned(
+    engine: Engine, run_id: str | None = None, *, kind: str | None = None, site: str | None = None
+) -> tuple[LearnedRecord, ...]:
+    """Return what a run has learned, all or one kind or site, in the order in which it was first written."""
     table = schema.distributions
     columns = [table.c[name] for name in ("site", "product", "kind", "samples", "step", "data")]
     with transaction(engine) as connection:
-        found = connection.execute(select(*columns).where(table.c.run == run).order_by(table.c.number)).mappings()
-        return tuple(LearnedRecord(**row) for row in found)
+        query = select(*columns).where(table.c.run == find_run(connection, run_id).number).order_by(table.c.number)
+        for column, wanted in ((table.c.kind, kind), (table.c.site, site)):
+            query = query if wanted is None else query.where(column == wanted)
+        return tuple(LearnedRecord(**row) for row in connection.execute(query).mappings())
 
 
 def write_timings(engine: Engine, timings: Iterable[Timing]) -> None:

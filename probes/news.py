@@ -40,6 +40,15 @@ class News:
         )
         yield from self._once(("loss_hook",), step, message)
 
+    def forgotten(self, step: int, operands: int) -> Iterator[Event]:
+        """Yield that there was no memory for what could be learned of some operands."""
+        if operands:
+            message = (
+                f"the distributions of {operands} operands are not kept: together with the others they would take more "
+                "than 16 MB and 4 % of the parameters' memory"
+            )
+            yield from self._once(("memory",), step, message)
+
     def _once(self, key: tuple[str, ...], step: int, message: str) -> Iterator[Event]:
         if key not in self._told:
             self._told.add(key)

@@ -15,6 +15,7 @@ from loka.formats import Pass, Recipe
 from loka.probes.budget import Budget
 from loka.probes.capture import Capture, Sighting
 from loka.probes.impact import ImpactMeter, block_of
+from loka.probes.learning import LEARN_EVERY, Learner
 from loka.probes.losses import LossHook, apply_hook, items_of
 from loka.probes.measure import Measurement, is_plain_product, measure, rows_of
 from loka.probes.products import Draw
@@ -53,6 +54,8 @@ class Memory:
     calls: dict[JobKey, int] = field(default_factory=dict)  # per step
     items: int = 0  # of the loss in a batch; 0: not known
     settled: Settled = field(default_factory=Settled)
+    learner: Learner = field(default_factory=lambda: Learner.within(0))
+    names: dict[SiteKey, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -111,7 +114,11 @@ class Sampler:
             block = block_of(gemm.m, self.memory.items)
             draw = replace(draw, rows=min(_ITEMS * block, _MOST_ROWS), block=block)
             meets_gradient = self.meter.wants(min(draw.rows, gemm.m) * gemm.n)
-        found = measure(gemm, sighting.product, self.recipes, draw, keep_deviations=meets_gradient)
+        # The second sample, then every fourth: the first may be that of an untrained model.
+        learns = self.budget.samples_of((sighting.key, sighting.product)) % LEARN_EVERY == 1
+        found = measure(gemm, sighting.product, self.recipes, draw, keep_deviations=meets_gradient, keep_sampled=learns)
+        if found.sampled is not None:
+            self.memory.learner.learn(sighting.key, sighting.product, found.sampled, self.step)
         if found.deviations is not None:
             self.meter.keep(sighting, found.deviations)
         return found.without_tensors()
@@ -190,6 +197,7 @@ class Sampler:
                 far = self.memory.settled.saw(key, entry.measurement.errors, entry.shape[1])
                 self.budget.settle(key, settled=far)
         names = self.sites.finish_names(key for key, _ in seen)
+        self.memory.names.update(names)
         self.memory.calls.update({key: entry.calls for key, entry in seen.items()})
         with _disable_current_modes():  # the next step may have begun under a mode of the user's
             impacts = self.meter.finish()

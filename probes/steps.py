@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from loka.probes.budget import Budget
+from loka.probes.learning import Learner, size_of
 from loka.probes.news import News
 from loka.probes.records import RunProgress, RunStatus
 from loka.probes.rhythm import Rhythm
@@ -41,7 +43,7 @@ class Steps:
         self._settings = settings
         self._sites = SiteMap(model, settings.filter_fn)
         self._weights = WeightWatch(fingerprint(model))
-        self._memory = Memory()
+        self._memory = Memory(learner=Learner.within(size_of(model.parameters())))
         self._loss = settings.loss
         self._writer: Writer | None = None
         self._lost = 0
@@ -56,6 +58,7 @@ class Steps:
     def stop(self) -> None:
         """End the run, and the sample that is open."""
         self._finish()
+        self._write_learned(final=True)
         self._stopped_at = time.perf_counter()
 
     def progress(self, status: RunStatus, reason: str) -> RunProgress:
@@ -138,6 +141,7 @@ class Steps:
             hidden = {site or type(self._model).__name__: op for site, op in sampler.hidden_products.items()}
             for event in self.news.of(record, hidden):
                 self._writer.event(event)
+            self._write_learned()
             finishing_s = time.perf_counter() - started
             whole_s = now - self._step_started_at + finishing_s if now and self.rhythm.spans_one_step() else 0.0
             self.budget.end_sample(probe_s + finishing_s, whole_s, self._inside_s + finishing_s)
@@ -145,6 +149,16 @@ class Steps:
             if sampler.failure:
                 self._end(_gave_up(sampler.step, sampler.failure))
         sampler.let_go()
+
+    def _write_learned(self, *, final: bool = False) -> None:
+        """Write what was learned so far, at ever longer intervals: it is kept as a whole, and rewritten as a whole."""
+        memory, writer = self._memory, self._writer
+        if writer is None or not (final or memory.learner.is_due(self.budget.samples)):
+            return
+        with self._harmless(self.rhythm.steps), _disable_current_modes():
+            writer.learned(memory.learner.records(memory.names), final=final)
+            for event in self.news.forgotten(self.rhythm.steps, len(memory.learner.left_out)):
+                writer.event(event)
 
     @contextmanager
     def _harmless(self, step: int) -> Iterator[None]:

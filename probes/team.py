@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from loka.errors import ArgumentError
 from loka.numerics import ProductError
+from loka.probes.learning import merged
 from loka.probes.records import (
     Event,
     LearnedRecord,
@@ -55,8 +56,8 @@ class Writer(Protocol):
     def event(self, event: Event) -> None:
         """Take something that happened."""
 
-    def learned(self, records: Iterable[LearnedRecord]) -> bool:
-        """Take what the run has learned."""
+    def learned(self, records: Iterable[LearnedRecord], *, final: bool) -> bool:
+        """Take what the run has learned so far, or in all."""
 
     def finish(self, progress: RunProgress) -> None:
         """Take the final totals, and close."""
@@ -123,9 +124,9 @@ class Outbox:
         """Post something that happened on this rank."""
         self._put(b"E" + json.dumps(asdict(replace(event, message=f"rank {self._rank}: {event.message}"))).encode())
 
-    def learned(self, records: Iterable[LearnedRecord]) -> bool:
-        """Post what this rank has learned."""
-        for record in records:
+    def learned(self, records: Iterable[LearnedRecord], *, final: bool) -> bool:
+        """Post what this rank has learned in all; what it had learned half-way would only be in the way."""
+        for record in records if final else ():
             header = json.dumps({**asdict(record), "data": ""}).encode()
             self._put(b"L" + header + b"\n" + record.data)
         return True
@@ -170,6 +171,7 @@ class TeamWriter:
         self._taken = dict.fromkeys(others, 0)
         self._newest = dict.fromkeys(self._taken, -1)  # step
         self._open = set(self._taken)  # ranks that have not said that they are done
+        self._learned: list[LearnedRecord] = []
         self._lost = ""
 
     @property
@@ -186,9 +188,12 @@ class TeamWriter:
         """Record something that happened on this rank."""
         self._writer.event(event)
 
-    def learned(self, records: Iterable[LearnedRecord]) -> bool:
-        """Record what this rank has learned."""
-        return self._writer.learned(records)
+    def learned(self, records: Iterable[LearnedRecord], *, final: bool) -> bool:
+        """Record what this rank has learned; in the end what all ranks have."""
+        if not final:
+            return self._writer.learned(records, final=False)
+        self._learned.extend(records)
+        return True
 
     def finish(self, progress: RunProgress) -> None:
         """Wait a little for the others, say whose part is missing, and close."""
@@ -203,6 +208,8 @@ class TeamWriter:
             why = self._lost or "it did not close its part of the run"
             message = f"rank {rank}: {why}; {seen}, what it saw after that is missing"
             self._writer.event(Event(step=progress.steps, kind="rank_missing", message=message))
+        if self._learned:
+            self._writer.learned(merged(self._learned), final=True)
         self._writer.finish(progress)
 
     def _receive(self, progress: RunProgress) -> None:
@@ -231,7 +238,7 @@ class TeamWriter:
             self._writer.event(Event(**json.loads(body)))
         elif kind == b"L":
             header, data = body.split(b"\n", 1)
-            self._writer.learned([LearnedRecord(**{**json.loads(header), "data": data})])
+            self._learned.append(LearnedRecord(**{**json.loads(header), "data": data}))
         else:
             self._open.discard(rank)
             end = json.loads(body)

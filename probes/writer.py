@@ -106,7 +106,7 @@ class RunWriter:
         if not self._offer(_Entry(step=step, progress=progress)):
             self._dropped += 1
 
-    def learned(self, records: Iterable[LearnedRecord]) -> bool:
+    def learned(self, records: Iterable[LearnedRecord], *, final: bool) -> bool:
         """Hand over what the run has learned; each replaces what was kept of it before. Says whether it was taken."""
         taken = [self._offer(_Entry(learned=(record,))) for record in records]
         return all(taken)

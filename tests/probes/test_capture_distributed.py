@@ -19,7 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import loka
+from loka.probes.database import open_database, read_learned
 from loka.probes.evidence import load_evidence
+from loka.probes.learning import STATISTICS, restore
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, product, recorded, seen
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +205,18 @@ def test_four_ranks_with_uneven_and_empty_shards_are_one_run(tmp_path, kind):
     empty = [product(step, "up") for step in steps if step.rank == 1]
     assert all(math.isnan(error.row_error) for one in empty for error in one.errors.values())
     assert run.events == ()
+    learned = {(one.site, one.product, one.kind): restore(one) for one in learned_by(tmp_path / "run.db")}
+    assert learned["up", "fprop", STATISTICS].a.rows == sum(rows.values())
+    assert learned["up", "fprop", "input"].count == sum(rows.values())
+    assert learned["down", "dgrad", "grad_output"].count == sum(rows.values())
+
+
+def learned_by(path):
+    engine = open_database(path, create=False)
+    try:
+        return read_learned(engine)
+    finally:
+        engine.dispose()
 
 
 def test_a_rank_that_dies_leaves_a_database_that_says_what_is_missing(tmp_path):
