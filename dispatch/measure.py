@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loka.bounds import Bound
-from loka.dispatch.decide import request_of, row_error_limit
+from loka.dispatch.candidates import request_of
 from loka.dispatch.profile import TimeTable, time_key
 from loka.errors import KernelError
 from loka.formats import Pass
@@ -86,7 +86,6 @@ def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit
 
 def _shapes(evidence: RunEvidence, registry: Registry, info: DeviceInfo, bound: Bound | None) -> list[_Shape]:
     """Return the distinct shapes with something to compare, those with most floating-point operations first."""
-    limit = None if bound is None else row_error_limit(bound)
     kernels: dict[tuple[object, ...], dict[str, KernelSpec]] = {}
     requests: dict[tuple[object, ...], GemmRequest] = {}
     flops: dict[tuple[object, ...], float] = {}
@@ -100,7 +99,7 @@ def _shapes(evidence: RunEvidence, registry: Registry, info: DeviceInfo, bound: 
         found = kernels.setdefault(key, {})
         for spec in registry.candidates(request.op):
             servable = registry.unavailable(spec, info) is None and spec.cannot(request) is None
-            if servable and (limit is None or _safe(product, spec, limit)):
+            if servable and (bound is None or _safe(product, spec, bound)):
                 found[spec.name] = spec
     order = sorted((key for key in requests if kernels[key]), key=lambda key: (-flops[key], str(key)))
     return [
@@ -111,8 +110,8 @@ def _shapes(evidence: RunEvidence, registry: Registry, info: DeviceInfo, bound: 
     ]
 
 
-def _safe(product: ProductEvidence, spec: KernelSpec, limit: float) -> bool:
-    return any(each.recipe == spec.recipe and each.verdict(limit) == "safe" for each in product.recipes)
+def _safe(product: ProductEvidence, spec: KernelSpec, bound: Bound) -> bool:
+    return any(each.recipe == spec.recipe and each.judge(bound, product.product) == "safe" for each in product.recipes)
 
 
 def _missing(shapes: list[_Shape], known: TimeTable) -> list[_Shape]:

@@ -1,10 +1,12 @@
 """From a probe database to a plan: collect the evidence, time what is missing, decide every product, say what came out.
 
 The same evidence and the same times make the same plan, byte for byte; `created` is therefore the time of the run that
-the plan rests on. A plan in which nothing gains says so in its first note.
+the plan rests on. A plan in which nothing gains says so in its first note. Under a bound on the loss, forward products
+share one budget (`loss_budget`); every other product, and every product under a bound on the error, is decided alone.
 """
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,8 +16,10 @@ from typing import Final
 import torch
 from sqlalchemy import Engine
 
-from loka.bounds import DEFAULT_ROW_ERROR, Bound
-from loka.dispatch.decide import Decision, decide, request_of, row_error_limit
+from loka.bounds import DEFAULT_ROW_ERROR, GRADIENT_BIAS, Bound
+from loka.dispatch.candidates import consider, request_of
+from loka.dispatch.decide import Decision, conclude
+from loka.dispatch.loss_budget import Spending, share_out
 from loka.dispatch.measure import Progress, measure_products
 from loka.dispatch.plan import Plan
 from loka.dispatch.profile import DeviceProfile, TimeTable
@@ -81,9 +85,10 @@ def plan(  # noqa: PLR0913 - the public keyword API; bundled into PlanOptions at
     default CUDA if there is one. Missing times are measured there for about `budget_s` seconds and kept in the
     database, unless `measure` is False, or times come from a `device_profile` (a record or its path), or emulated
     kernels are to count as `assume_speedup` times faster than the baseline. filter: sites that may leave it.
+    bound=Bound(loss=2e-4) needs a run that saw a backward pass, best under `probe(loss=...)`: all forward products
+    together then stay within that share of the loss.
     Raises EvidenceError, DatabaseError, PlanError for a bad profile, ArgumentError for a filter that matches nothing.
     """
-    row_error_limit(bound)
     registry = default_registry() if registry is None else registry
     profile = device_profile
     if profile is not None and not isinstance(profile, DeviceProfile):
@@ -100,11 +105,28 @@ def plan(  # noqa: PLR0913 - the public keyword API; bundled into PlanOptions at
     engine = db if isinstance(db, Engine) else open_database(db, create=False)
     try:
         evidence = collect_evidence(engine, run, confidence=bound.confidence)
+        check_loss(evidence, bound)
         timings = _timings(engine, evidence, bound, registry, options)
     finally:
         if engine is not db:
             engine.dispose()
     return decide_all(evidence, bound, registry, timings, options)
+
+
+def check_loss(evidence: RunEvidence, bound: Bound) -> None:
+    """Raise EvidenceError when a bound limits the loss and the run does not tell what any error does to it."""
+    if bound.loss is None or evidence.has_loss:
+        return
+    if math.isnan(evidence.mean_loss):
+        found = "none saw a backward pass that begins at one positive loss"
+    else:
+        found = "none of those that saw a backward pass took what an error does to the loss, as one in a few does"
+    raise EvidenceError(
+        f"A bound of {bound} needs to know what each error costs the loss, and run {evidence.info.id} holds no loss "
+        f"evidence: of its {evidence.progress.sampled_steps} sampled steps, {found}. Probe the training loop itself "
+        'and for longer, best with probe(loss="bce") or "cross_entropy", or bound the error of each product instead: '
+        "row_error=0.05."
+    )
 
 
 def _timings(
@@ -144,10 +166,15 @@ def decide_all(
     source = "measured" if options.profile is None else f"profile: {options.profile.label}"
     times = TimeTable(timings, source=source, assume_speedup=options.assume_speedup)
     selected = _selected(evidence, options.filter)
-    decisions = tuple(
-        decide(request_of(product), product, bound, registry, times, options.info, selected=product.site in selected)
-        for product in evidence.products
-    )
+    # In an order of their own: which of two equal purchases a budget is spent on depends on it.
+    products = sorted(evidence.products, key=lambda product: (product.site, PASSES.index(product.product)))
+    considered = [
+        consider(request_of(product), product, bound, registry, times, options.info, selected=product.site in selected)
+        for product in products
+    ]
+    spending = share_out(considered, bound) if bound.loss is not None else None
+    rations = spending.rations if spending is not None else {}
+    decisions = tuple(conclude(each, rations.get(position)) for position, each in enumerate(considered))
     return Plan(
         created=evidence.info.created,
         model=evidence.info.model,
@@ -161,7 +188,7 @@ def decide_all(
         },
         bound=bound,
         decisions=decisions,
-        notes=_notes(evidence, bound, decisions, options),
+        notes=(*_notes(evidence, bound, decisions, options), *_about_loss(spending)),
     )
 
 
@@ -196,7 +223,7 @@ def _outcome(evidence: RunEvidence, bound: Bound, decisions: tuple[Decision, ...
         gain = slowest if slowest == fastest else f"{slowest} to {fastest}"
         return (
             f"FP8 on {len(low)} of {len(decisions)} products on {where}, each {gain} its baseline's speed ({source}) "
-            f"and within {bound}."
+            f"and {'within' if bound.loss is None else 'all fprop together within'} {bound}."
         )
     safe = _safe_by_pass(evidence, bound)
     if not safe:
@@ -222,15 +249,14 @@ def _outcome(evidence: RunEvidence, bound: Bound, decisions: tuple[Decision, ...
 
 def _safe_by_pass(evidence: RunEvidence, bound: Bound) -> str:
     """Return e.g. `14 of 18 fprop, 3 of 18 dgrad products`; empty where nothing is safe."""
-    limit = row_error_limit(bound)
     total = Counter(product.product for product in evidence.products)
-    safe = Counter(product.product for product in evidence.products if _is_safe(product, limit))
+    safe = Counter(product.product for product in evidence.products if _is_safe(product, bound))
     parts = [f"{safe[each]} of {total[each]} {each}" for each in PASSES if safe[each]]
     return f"{', '.join(parts)} products" if parts else ""
 
 
-def _is_safe(product: ProductEvidence, limit: float) -> bool:
-    return any(recipe.verdict(limit) == "safe" for recipe in product.recipes)
+def _is_safe(product: ProductEvidence, bound: Bound) -> bool:
+    return any(recipe.judge(bound, product.product) == "safe" for recipe in product.recipes)
 
 
 def _lost(decisions: tuple[Decision, ...], code: str) -> int:
@@ -263,17 +289,25 @@ def _about_times(decisions: tuple[Decision, ...], options: PlanOptions) -> list[
 
 def _about_evidence(evidence: RunEvidence, bound: Bound, decisions: tuple[Decision, ...]) -> list[str]:
     notes = []
-    limit = row_error_limit(bound)
-    undecided = sum(
-        bool(product.recipes)
-        and not _is_safe(product, limit)
-        and any(recipe.verdict(limit) == "undecided" for recipe in product.recipes)
+    open_products = [
+        product
         for product in evidence.products
+        if not _is_safe(product, bound)
+        and any(recipe.judge(bound, product.product) == "undecided" for recipe in product.recipes)
+    ]
+    blind = sum(
+        bound.row_error_of(product.product) is None and all(recipe.loss is None for recipe in product.recipes)
+        for product in open_products
     )
-    if undecided:
+    if undecided := len(open_products) - blind:
         notes.append(
             f"Undecided for lack of samples: {undecided} of {len(decisions)} products, kept on their baseline. "
             "Probe longer."
+        )
+    if blind:
+        notes.append(
+            f"What rounding {blind} of {len(decisions)} products does to the loss was not taken: they stay on their "
+            "baseline. `loka explain` says why."
         )
     left_out = _lost(decisions, "filtered")
     if left_out:
@@ -286,4 +320,28 @@ def _about_evidence(evidence: RunEvidence, bound: Bound, decisions: tuple[Decisi
         )
     if evidence.progress.status not in ("complete", "detached"):
         notes.append(f"The run is {evidence.progress.status}: it was not probed to its end.")
+    return notes
+
+
+def _about_loss(spending: Spending | None) -> list[str]:
+    """Say how much of the budget of loss is spent, by how many, and what no budget can promise."""
+    if spending is None or not spending.candidates:
+        return []
+    share = 100 * spending.spent / spending.budget
+    notes = [
+        f"Of the loss budget of {spending.budget:g}, {spending.spent:.3g} ({share:.3g} %) is spent, by "
+        f"{spending.buyers} of the {spending.candidates} fprop products that could gain (mean increase "
+        f"{spending.kl:.3g}). dgrad and wgrad change no loss in the same step and are held to row_error <= "
+        f"{DEFAULT_ROW_ERROR:g} and an error along the gradient <= {GRADIENT_BIAS:g}."
+    ]
+    if spending.buyers:
+        notes.append(
+            f"On one batch, the first-order term adds +-{spending.spread:.3g} of the loss (one standard deviation, in "
+            "quadrature over products): noise of either sign, which no budget is charged for."
+        )
+    if spending.empirical:
+        notes.append(
+            f"The loss evidence of {spending.empirical} of these products rests on the data's own labels, which may "
+            'overstate it up to tenfold: probe(loss="bce") or "cross_entropy" draws labels from the model.'
+        )
     return notes

@@ -64,7 +64,13 @@ class FailOn(StrEnum):
 
 Database = Annotated[str, typer.Argument(metavar="DB", help="Probe database: a path or a database URL.")]
 RunOption = Annotated[str | None, typer.Option("--run", help="Run id or its beginning; the newest by default.")]
-BoundOption = Annotated[str, typer.Option("--bound", help="Error bound, e.g. 0.05 or row_error=0.05.")]
+BoundOption = Annotated[
+    str,
+    typer.Option(
+        "--bound",
+        help="row_error=0.05 (or 0.05) for each product, or loss=2e-4, a share of the loss for all fprop products.",
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="Device, e.g. cpu or cuda:0; CUDA where there is one.")
 ]

@@ -8,6 +8,9 @@ the evidence a horizon, after which it is no longer valid; `drift` says how fast
     safe        upper_tolerance <= bound
     unsafe      low > bound
     undecided   anything else, fewer than MIN_SAMPLES sampled steps included: never safe for lack of evidence
+
+Under a bound on the loss, forward products are judged by their `LossEvidence`, backward products by the default bound
+on the error and by their bias. The ranks of a distributed run make one sample per step.
 """
 
 import math
@@ -20,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Engine
 
+from loka.bounds import Bound
 from loka.errors import ArgumentError, EvidenceError
 from loka.formats import RECIPES, ROLES, Pass, Role
 from loka.numerics import Gate, gate_for
@@ -36,15 +40,17 @@ from loka.probes.intervals import (
     select_window,
     window_mean,
 )
+from loka.probes.loss_evidence import LossEvidence, RunLoss, loss_evidence
 from loka.probes.records import Event, OperandRecord, RunInfo, RunProgress
 from loka.probes.rows import operand_record
 from loka.probes.schema import METRICS
-from loka.probes.series import OPERAND_VALUES, SHAPE, RunSeries, Shares, load_series, load_shares
+from loka.probes.series import OPERAND_VALUES, SHAPE, RunSeries, Shares, load_series, load_shares, over_ranks
 
 __all__ = [
     "MIN_SAMPLES",
     "Drift",
     "ErrorInterval",
+    "LossEvidence",
     "ProductEvidence",
     "RecipeEvidence",
     "RunEvidence",
@@ -85,6 +91,24 @@ class RecipeEvidence:
     # Mean and deviation of the log errors over the same steps, what two runs are compared by; NaN: not all have one.
     log_mean: float = math.nan
     log_deviation: float = math.nan
+    bias: float = math.nan  # mean over steps of the part of the error along the result
+    loss: LossEvidence | None = None  # fprop; None: no step took it
+
+    def judge(self, bound: Bound, product: Pass) -> Verdict:
+        """Judge as a recipe of `product`; under a bound on the loss, fprop alone against the whole budget."""
+        limit = bound.row_error_of(product)
+        if limit is None:
+            return "undecided" if self.loss is None or bound.loss is None else self.loss.verdict(bound.loss)
+        verdict, most = self.verdict(limit), bound.bias_of(product)
+        if most is None or abs(self.bias) <= most:
+            return verdict
+        return "undecided" if math.isnan(self.bias) and verdict != "unsafe" else "unsafe"
+
+    def upper(self, bound: Bound, product: Pass) -> float:
+        """Return what a verdict compares with the bound: the tolerance of the error, or the cost in loss."""
+        if bound.row_error_of(product) is not None:
+            return self.error.upper_tolerance
+        return math.nan if self.loss is None else self.loss.cost
 
     def verdict(self, limit: float) -> Verdict:
         """Judge against a bound on the gated error."""
@@ -128,6 +152,12 @@ class RunEvidence:
     confidence: float
     family: int  # rows that share the confidence
     products: tuple[ProductEvidence, ...]
+    mean_loss: float = math.nan  # per item, over the steps that are evidence, in the loss' own unit
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether any step took the impact of a product on the loss."""
+        return any(recipe.loss is not None for product in self.products for recipe in product.recipes)
 
 
 def load_evidence(db: str | os.PathLike[str], run_id: str | None = None, *, confidence: float = 0.95) -> RunEvidence:
@@ -160,18 +190,20 @@ def collect_evidence(engine: Engine, run_id: str | None = None, *, confidence: f
         shares = load_shares(connection, series.place[newest_operands[newest_operands >= 0]])
     frozen = not run.progress.weights_changed
     errors = _judge(series, frozen=frozen, confidence=confidence)
+    loss = loss_evidence(series, frozen=frozen, confidence=confidence)
     return RunEvidence(
         info=run.info,
         progress=run.progress,
         events=run.events,
         confidence=confidence,
         family=errors.interval.family,
-        products=_products(series, errors, _operands(series, newest_operands, shares)),
+        products=_products(series, errors, loss, _operands(series, newest_operands, shares)),
+        mean_loss=loss.mean,
     )
 
 
-_ROW_ERROR, _ROW_P99, _RELATIVE, _SQNR, _MERE = (
-    METRICS.index(name) for name in ("row_error", "row_error_p99", "relative_error", "sqnr_db", "mere")
+_ROW_ERROR, _ROW_P99, _RELATIVE, _SQNR, _MERE, _BIAS = (
+    METRICS.index(name) for name in ("row_error", "row_error_p99", "relative_error", "sqnr_db", "mere", "bias")
 )
 _BATCH, _M, _N, _K, _CALLS = (SHAPE.index(name) for name in ("batch", "m", "n", "k", "calls"))
 _AMAX, _NAN, _INF = (OPERAND_VALUES.index(name) for name in ("amax", "nan", "inf"))
@@ -204,9 +236,17 @@ def _judge(series: RunSeries, *, frozen: bool, confidence: float) -> _Errors:
     by_row = np.array([gate == "row_error" for gate in gates])
     gated = np.where(by_row[row], series.metrics[:, _ROW_ERROR], series.metrics[:, _RELATIVE])
     sums = sums[series.error_sample]
-    known = sums & ~np.isnan(gated)
+    sample = series.error_sample[sums]
+    merged = over_ranks(
+        np.stack([number[sums], series.step[sample]], axis=1),
+        series.rank[series.at[sample]],
+        series.error_rows[sums].astype(np.float64),
+        gated[sums],
+        np.column_stack([gated, series.metrics])[sums],
+    )
+    (number, step), gated = merged.key.T, merged.value[:, 0]
+    known = ~np.isnan(gated)
     total = num_rows * num_recipes
-    step = series.step[series.error_sample]
     window = select_window(number[known], step[known], gated[known], total, frozen=frozen)
     return _Errors(
         frozen=frozen,
@@ -214,8 +254,8 @@ def _judge(series: RunSeries, *, frozen: bool, confidence: float) -> _Errors:
         reduces=reduces,
         window=window,
         interval=intervals(window, step[known], gated[known], frozen=frozen, confidence=confidence),
-        metrics=tuple(window_mean(window, column) for column in series.metrics[known].T),
-        missing=np.bincount(number[sums & np.isnan(gated)], minlength=total),
+        metrics=tuple(window_mean(window, column) for column in merged.value[known, 1:].T),
+        missing=np.bincount(number[~known], minlength=total),
     )
 
 
@@ -251,7 +291,7 @@ def _operands(series: RunSeries, newest: Ints, shares: Shares) -> list[dict[Role
 
 
 def _products(
-    series: RunSeries, errors: _Errors, operands: list[dict[Role, OperandRecord]]
+    series: RunSeries, errors: _Errors, loss: RunLoss, operands: list[dict[Role, OperandRecord]]
 ) -> tuple[ProductEvidence, ...]:
     num_rows = len(series.rows)
     batch, m, n, k, calls = (series.shape[:, column] for column in (_BATCH, _M, _N, _K, _CALLS))
@@ -283,14 +323,16 @@ def _products(
                 flops=float(flops[row]),
                 flop_share=float(share[row]),
                 operands=operands[row],
-                recipes=_recipes(series, errors, row, static["unmeasured"]),
+                recipes=_recipes(series, errors, loss, row, static["unmeasured"]),
                 unmeasured=static["unmeasured"],
             )
         )
     return tuple(result)
 
 
-def _recipes(series: RunSeries, errors: _Errors, row: int, unmeasured: str) -> tuple[RecipeEvidence, ...]:
+def _recipes(
+    series: RunSeries, errors: _Errors, loss: RunLoss, row: int, unmeasured: str
+) -> tuple[RecipeEvidence, ...]:
     product = series.rows[row][1]
     interval, result = errors.interval, []
     for index, name in enumerate(series.recipes):
@@ -316,6 +358,8 @@ def _recipes(series: RunSeries, errors: _Errors, row: int, unmeasured: str) -> t
                 drift=_drift(errors, number),
                 log_mean=float(interval.log_mean[number]),
                 log_deviation=float(interval.log_deviation[number]),
+                bias=float(errors.metrics[_BIAS][number]),
+                loss=loss.by_series[number] if product == "fprop" else None,
             )
         )
     return tuple(result)

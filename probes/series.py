@@ -1,25 +1,41 @@
 """All samples of one run as arrays: a few bulk reads instead of a hundred thousand records.
 
 Rows are the (site, pass) pairs of the run, in the order in which their sites were first seen. Samples are sorted by row
-and step, so the last sample of a row is its newest.
+and step, so the last sample of a row is its newest. In a distributed run every rank has samples of the same step;
+`over_ranks` makes one entry of what the ranks measured.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Connection, Select, Table, case, select
 
 from loka.formats import PASSES, ROLES, Pass
 from loka.probes.intervals import Floats, Ints
 from loka.probes.rows import Row, number
-from loka.probes.schema import METRICS, errors, operand_recipes, operands, products, recipes, samples, steps
+from loka.probes.schema import (
+    COUNTS,
+    IMPACTS,
+    METRICS,
+    errors,
+    impacts,
+    operand_recipes,
+    operands,
+    products,
+    recipes,
+    samples,
+    steps,
+)
 
 OPERAND_VALUES: Final = ("amax", "rms", "zeros", "nan", "inf", "elements")
 SHAPE: Final = ("batch", "m", "n", "k", "calls")
+# Whose labels a curvature rests on, from none at all to the least sure.
+LABELS: Final = ("", "closed", "sampled", "empirical")
 # Both databases take at least this many parameters in one statement.
 _MOST_PARAMETERS: Final = 10_000
 
@@ -29,24 +45,45 @@ Shares = Mapping[tuple[int, int, int], list[tuple[str, float, float]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSeries:
-    """One run: R rows, S samples, E errors, O operands. A `_sample` array points into the samples."""
+    """One run: R rows, T steps of a rank, S samples, E errors, I impacts, O operands.
+
+    A `_sample` array points into the samples, `at` from the samples into the steps of a rank.
+    """
 
     rows: tuple[tuple[str, Pass], ...]  # [R]: (site, pass)
     recipes: tuple[str, ...]  # those of the run, then any other that occurs
     num_steps: int  # sampled steps in which anything was seen
     static: Mapping[int, Row]  # the run's rows of `products`, by key
+    step_at: Ints  # [T], as counted by the run
+    rank: Ints  # [T]
+    loss: Floats  # [T], mean per item; NaN: not known
+    labels: Ints  # [T], index into LABELS
     row: Ints  # [S]
+    at: Ints  # [S], index into the steps of a rank
     step: Ints  # [S], as counted by the run
     place: Ints  # [S, 2]: steps.number and position, the key of a sample
     product: Ints  # [S], key into `static`
     shape: Ints  # [S, 5], in the order of SHAPE
     error_sample: Ints  # [E]
     error_recipe: Ints  # [E], index into `recipes`
-    metrics: Floats  # [E, 5], in the order of schema.METRICS
+    metrics: Floats  # [E, 6], in the order of schema.METRICS
+    error_rows: Ints  # [E], rows that entered
+    impact_sample: Ints  # [I]
+    impact_recipe: Ints  # [I], index into `recipes`
+    impacts: Floats  # [I, 3], in the order of schema.IMPACTS
     operand_sample: Ints  # [O]
     operand_slot: Ints  # [O]
     operand_role: Ints  # [O], index into ROLES
     operand_values: Floats  # [O, 6], in the order of OPERAND_VALUES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merged:
+    """One entry per key, sorted by it."""
+
+    key: Ints  # [n, keys]
+    value: Floats  # [n, columns]
+    ranks: Ints  # [n], that have an entry
 
 
 def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) -> RunSeries:
@@ -61,27 +98,39 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
     row = np.array([row_of[_name(static[key])] for key in table[:, 3].tolist()], dtype=np.int64)
     order = np.argsort(row, kind="stable")
     row, table = row[order], table[order]
+    measured = _of_recipes(connection, errors, (*METRICS, *COUNTS), run)
+    taken = _of_recipes(connection, impacts, IMPACTS, run)
     names = dict(connection.execute(select(recipes.c.number, recipes.c.name)).all())
-    measures = [errors.c[name] for name in ("step", "position", "recipe", *METRICS)]
-    measured = _numbers(connection, _of_run(select(*measures), errors, run))
-    used = {int(key): names[int(key)] for key in np.unique(measured[:, 2])}
+    used = {int(key): names[int(key)] for key in np.union1d(measured[:, 2], taken[:, 2])}
     known = tuple(dict.fromkeys((*run_recipes, *sorted(used.values()))))
+    of_recipe = {key: known.index(name) for key, name in used.items()}
     role = case({name: index for index, name in enumerate(ROLES)}, value=operands.c.role)
     values = [operands.c[name] for name in ("step", "position", "slot", *OPERAND_VALUES)]
     inputs = _numbers(connection, _of_run(select(*values, role), operands, run))
+    of_step = _numbers(connection, _steps_query(run))
+    at = np.searchsorted(of_step[:, 0], table[:, 1])
     return RunSeries(
         rows=rows,
         recipes=known,
         num_steps=np.unique(table[:, 1]).size,
         static=static,
+        step_at=of_step[:, 1].astype(np.int64),
+        rank=of_step[:, 2].astype(np.int64),
+        loss=of_step[:, 3],
+        labels=of_step[:, 4].astype(np.int64),
         row=row,
+        at=at,
         step=table[:, 0],
         place=table[:, 1:3],
         product=table[:, 3],
         shape=table[:, 4:],
         error_sample=_locate(table[:, 1:3], measured[:, :2]),
-        error_recipe=np.array([known.index(used[int(key)]) for key in measured[:, 2]], dtype=np.int64),
-        metrics=measured[:, 3:],
+        error_recipe=_indices(measured[:, 2], of_recipe),
+        metrics=measured[:, 3 : 3 + len(METRICS)],
+        error_rows=measured[:, 3 + len(METRICS)].astype(np.int64),
+        impact_sample=_locate(table[:, 1:3], taken[:, :2]),
+        impact_recipe=_indices(taken[:, 2], of_recipe),
+        impacts=taken[:, 3:],
         operand_sample=_locate(table[:, 1:3], inputs[:, :2]),
         operand_slot=inputs[:, 2].astype(np.int64),
         operand_role=inputs[:, -1].astype(np.int64),
@@ -102,6 +151,57 @@ def load_shares(connection: Connection, place: Ints) -> Shares:
             for position, slot, name, underflow, saturation in connection.execute(query):
                 shares[step, position, slot].append((name, number(underflow), number(saturation)))
     return shares
+
+
+def over_ranks(key: Ints, rank: Ints, weight: Floats, decides: Ints | Floats, value: Floats) -> Merged:
+    """Make one entry of all those with the same `key` [n, keys]: `value` [n, columns] averaged over ranks by `weight`.
+
+    NaN does not enter a mean. Of several entries of one rank that with the largest `decides` counts. Entries come back
+    sorted by key; one that stands alone comes back as it is.
+    """
+    order = np.lexsort((np.nan_to_num(decides, nan=-np.inf), rank, *key.T[::-1]))
+    key, rank = key[order], rank[order]
+    new_key = _changes(key)
+    last = np.append((new_key | _changes(rank[:, None]))[1:], True)[: order.size]
+    kept = order[last]
+    group = (np.cumsum(new_key) - 1)[last]
+    ranks = np.bincount(group)
+    begin = np.cumsum(ranks) - ranks
+    merged = value[kept[begin]]
+    shared = np.flatnonzero(ranks[group] > 1)
+    if shared.size:
+        several = np.flatnonzero(ranks > 1)
+        found, weights = value[kept[shared]], weight[kept[shared], None]
+        weights = np.where(np.isnan(found), 0.0, weights)
+        sums, totals = np.zeros_like(merged), np.zeros_like(merged)
+        np.add.at(sums, group[shared], np.where(weights > 0, found, 0.0) * weights)
+        np.add.at(totals, group[shared], weights)
+        with np.errstate(invalid="ignore"):
+            merged[several] = (sums / np.where(totals > 0, totals, np.nan))[several]
+    return Merged(key=key[new_key], value=merged, ranks=ranks)
+
+
+def _changes(sorted_key: Ints) -> NDArray[np.bool_]:
+    """Return which rows of a sorted array differ from the row before; the first does."""
+    changed = np.ones(len(sorted_key), dtype=bool)
+    changed[1:] = (sorted_key[1:] != sorted_key[:-1]).any(axis=1)
+    return changed
+
+
+def _indices(recipe: Floats, index: Mapping[int, int]) -> Ints:
+    return np.array([index[int(key)] for key in recipe], dtype=np.int64)
+
+
+def _steps_query(run: int) -> Select[Any]:
+    labels = case({name: index for index, name in enumerate(LABELS)}, value=steps.c.labels, else_=0)
+    columns = (steps.c.number, steps.c.step, steps.c.rank, steps.c.loss, labels)
+    return select(*columns).where(steps.c.run == run).order_by(steps.c.number)
+
+
+def _of_recipes(connection: Connection, table: Table, columns: Sequence[str], run: int) -> Floats:
+    """Return a table of numbers per recipe as [rows, 3 + columns]: steps.number, position, recipe, then the columns."""
+    chosen = (table.c[name] for name in ("step", "position", "recipe", *columns))
+    return _numbers(connection, _of_run(select(*chosen), table, run))
 
 
 def _of_run(query: Select[Any], table: Table, run: int) -> Select[Any]:

@@ -6,8 +6,7 @@ import torch
 
 from loka.bounds import Bound
 from loka.dispatch.decide import Decision
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.errors import EvidenceError
+from loka.dispatch.planner import PlanOptions, check_loss, decide_all
 from loka.hardware import current_device
 from loka.kernel_registry.registry import default_registry
 from loka.probes.database import open_database, read_timings
@@ -35,13 +34,9 @@ def report_of(
         timings = read_timings(engine, str(options.info))
     finally:
         engine.dispose()
+    check_loss(evidence, bound)
     decisions: dict[tuple[str, str], Decision] = {}
-    if evidence.products and bound.row_error is not None:
+    if evidence.products:
         made = decide_all(evidence, bound, default_registry(), timings, options)
         decisions = {(each.request.site, each.request.product): each for each in made.decisions}
-    elif bound.row_error is None:
-        raise EvidenceError(
-            f"A report within {bound} needs loss evidence, which this database does not hold. Bound the error of each "
-            "product instead: --bound row_error=0.05."
-        )
     return build_report(evidence, bound, decisions)

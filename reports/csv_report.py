@@ -14,6 +14,7 @@ from loka.reports.words import Report, Row, chosen_kernel
 # What starts a formula, full-width forms included, and the white space that may precede one.
 _FORMULA: Final[tuple[str, ...]] = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _ERRORS: Final[tuple[str, ...]] = ("mean", "low", "high", "p99", "upper_tolerance")
+_LOSS: Final[tuple[str, ...]] = ("kl", "kl_high", "first_order", "low", "high", "cost", "samples", "labels")
 
 _Fill = Callable[[Row, Row, Row], Any]
 
@@ -36,6 +37,10 @@ def _of_kernel(name: str) -> _Fill:
 
 def _of_drift(name: str) -> _Fill:
     return lambda row, recipe, bound: (recipe.get("drift") or {}).get(name)
+
+
+def _of_loss(name: str) -> _Fill:
+    return lambda row, recipe, bound: (recipe.get("loss") or {}).get(name)
 
 
 def _number(path: str) -> _Fill:
@@ -71,6 +76,9 @@ _COLUMNS: Final[dict[str, _Fill]] = {
     "speedup": _of_kernel("speedup"),
     "note": lambda row, recipe, bound: recipe.get("note", row["reason"]),
     **{f"drift_{name}": _of_drift(name) for name in ("per_100_steps", "low", "high", "crosses_at")},
+    **{f"loss_{name}": _of_loss(name) for name in _LOSS},
+    "bias": _of_recipe("bias"),
+    "bound_loss": _of_bound("loss"),
 }
 
 COLUMNS: Final[tuple[str, ...]] = tuple(_COLUMNS)

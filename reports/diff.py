@@ -2,7 +2,9 @@
 
 Errors are compared as the ratio of their geometric means over the steps that are evidence, with the interval of Welch's
 t on their logarithms, at a confidence shared by all ratios (Bonferroni). An error changed when its interval leaves out
-1. A verdict can change without that: the bound then lies close, and the report of either run says how close.
+1. A verdict can change without that: the bound then lies close, and the report of either run says how close. Under a
+bound on the loss, a verdict on fprop is that of its cost in loss, alone against the budget; what is compared as a ratio
+stays the error.
 """
 
 import math
@@ -13,8 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from loka.bounds import Bound
-from loka.dispatch.decide import Decision, row_error_limit
+from loka.dispatch.decide import Decision
 from loka.dispatch.plan import Plan
+from loka.dispatch.planner import check_loss
 from loka.errors import ArgumentError
 from loka.formats import Pass
 from loka.probes.evidence import MIN_SAMPLES, ProductEvidence, RecipeEvidence, RunEvidence, Verdict, load_evidence
@@ -60,7 +63,7 @@ class VerdictChange:
     recipe: str
     first: Verdict
     second: Verdict
-    upper_first: float
+    upper_first: float  # what the verdict compares with the bound
     upper_second: float
     beyond_noise: bool  # whether the error itself changed
 
@@ -136,7 +139,8 @@ def diff(
 
 def diff_runs(first: RunEvidence, second: RunEvidence, bound: Bound, *, common: bool = False) -> RunDiff:
     """Compare two runs of one model; with `common`, the sites that two models share. Raises EvidenceError."""
-    limit = row_error_limit(bound)
+    for evidence in (first, second):
+        check_loss(evidence, bound)
     if not common:
         check_same_model(first.info.fingerprint, second.info.fingerprint, instead=_INSTEAD)
     mine, others = _by_key(first.products), _by_key(second.products)
@@ -158,14 +162,14 @@ def diff_runs(first: RunEvidence, second: RunEvidence, bound: Bound, *, common: 
             site=key[0],
             product=key[1],
             recipe=one.recipe,
-            first=one.verdict(limit),
-            second=two.verdict(limit),
-            upper_first=one.error.upper_tolerance,
-            upper_second=two.error.upper_tolerance,
+            first=one.judge(bound, key[1]),
+            second=two.judge(bound, key[1]),
+            upper_first=one.upper(bound, key[1]),
+            upper_second=two.upper(bound, key[1]),
             beyond_noise=(key, one.recipe) in beyond,
         )
         for key, one, two in pairs
-        if one.verdict(limit) != two.verdict(limit)
+        if one.judge(bound, key[1]) != two.judge(bound, key[1])
     ]
     return RunDiff(
         first=first.info.id,

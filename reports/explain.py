@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,10 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from loka.dispatch.decide import Candidate, Decision
+from loka.dispatch.candidates import Candidate, LossCost
+from loka.dispatch.decide import Decision
 from loka.dispatch.plan import Plan
 from loka.errors import EvidenceError, nearest
 from loka.formats import Pass
+from loka.reports.words import small
 
 
 def decisions_of(plan: Plan, site: str, product: Pass | None = None) -> tuple[Decision, ...]:
@@ -47,11 +50,15 @@ def _decision(decision: Decision) -> list[RenderableType]:
 def _table(decision: Decision) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("kernel", no_wrap=True)
-    for name in ("time us", "row error", "upper"):
+    has_loss = decision.loss is not None or any(each.loss is not None for each in decision.rejected)
+    for name in ("time us", "row error", "upper", *(["kl"] if has_loss else [])):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
+    loss = [_kl(decision.loss)] if has_loss else []
     table.add_row(
-        decision.kernel, _number(decision.time_us), "", _number(decision.error_upper), "[bold green]chosen[/]"
+        *(decision.kernel, _number(decision.time_us), "", _number(decision.error_upper)),
+        *loss,
+        "[bold green]chosen[/]",
     )
     for candidate in decision.rejected:
         table.add_row(
@@ -59,6 +66,7 @@ def _table(decision: Decision) -> Table:
             _number(candidate.time_us),
             _number(candidate.error_mean),
             _number(candidate.error_upper),
+            *([_kl(candidate.loss)] if has_loss else []),
             candidate.code or "admissible",
         )
     return table
@@ -88,6 +96,7 @@ def _plain(decision: Decision) -> dict[str, Any]:
         "time_source": decision.time_source,
         "error_upper": decision.error_upper,
         "horizon": decision.horizon,
+        "loss": _loss(decision.loss),
         "rejected": [_candidate(candidate) for candidate in decision.rejected],
     }
 
@@ -102,7 +111,16 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "spread_us": candidate.spread_us,
         "error_mean": candidate.error_mean,
         "error_upper": candidate.error_upper,
+        "loss": _loss(candidate.loss),
     }
+
+
+def _loss(loss: LossCost | None) -> dict[str, float | None] | None:
+    return None if loss is None else asdict(loss)
+
+
+def _kl(loss: LossCost | None) -> str:
+    return "" if loss is None else small(loss.kl)
 
 
 def _number(value: float | None) -> str:

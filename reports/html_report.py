@@ -14,6 +14,7 @@ and the style of this file by their hashes, and nothing else.
 import base64
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,9 @@ from loka.reports.words import (
     chosen_kernel,
     error,
     events,
+    limited,
+    loss_columns,
+    loss_share,
     notes,
     percent,
     plain,
@@ -55,6 +59,7 @@ def render(report: Report) -> str:
     )
     style, script = (_inline(name) for name in ("report.css", "report.js"))
     position = {id(row): index for index, row in enumerate(report["sites"])}
+    loss = loss_columns(report)
     return environment.get_template("report.html").render(
         report=report,
         headline=plain(report["summary"]["headline"]),
@@ -64,8 +69,11 @@ def render(report: Report) -> str:
         order=ORDER,
         verdicts=VERDICTS,
         shares=_shares(report),
+        limited=limited(report),
+        loss=loss,
+        cell=Markup("<td>"),
         decided=any(row["kernels"] for row in report["sites"]),
-        rows=[(position[id(row)], row["verdict"], _cells(row)) for row in in_order(report)],
+        rows=[(position[id(row)], row["verdict"], _before(row, loss), _after(row)) for row in in_order(report)],
         style=style,
         script=script,
         style_hash=_hash(style),
@@ -74,9 +82,9 @@ def render(report: Report) -> str:
     )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    """Return the cells of a row, the kernel and its speed-up last."""
-    recipe, kernel = best_recipe(row), chosen_kernel(row)
+def _before(row: Row, loss: Iterable[str]) -> tuple[str, ...]:
+    """Return the cells of a row before its verdict, those on the loss last."""
+    recipe = best_recipe(row)
     return (
         site_name(row),
         row["pass"],
@@ -85,10 +93,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         plain(row["best"] or "-"),
         error(recipe, "mean"),
         upper(recipe),
-        row["verdict"],
-        plain(row["chosen"] or "-"),
-        speedup(kernel["speedup"] if kernel else None),
+        *(loss_share(recipe, name) for name in loss),
     )
+
+
+def _after(row: Row) -> tuple[str, str]:
+    """Return the cells of a row after its verdict: the kernel and its speed-up."""
+    kernel = chosen_kernel(row)
+    return plain(row["chosen"] or "-"), speedup(kernel["speedup"] if kernel else None)
 
 
 def _shares(report: Report) -> list[tuple[str, int, float, float, str]]:

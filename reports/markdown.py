@@ -15,6 +15,9 @@ from loka.reports.words import (
     chosen_kernel,
     error,
     events,
+    limited,
+    loss_columns,
+    loss_share,
     notes,
     number,
     ordered,
@@ -54,23 +57,25 @@ def render(report: Report) -> str:
 
 
 def _legend(report: Report) -> str:
-    limit = report["bound"]["row_error"]
-    against = f", compared with the bound of {limit:g}" if limit is not None else ""
-    return (
-        f"{ORDER} mean: row_error of the best recipe over steps; upper: its tolerance for 99 % of steps{against}; "
-        "speed: against the baseline."
+    meanings = (
+        "mean: row_error of the best recipe over steps",
+        f"upper: its tolerance for 99 % of steps{limited(report)}",
+        *loss_columns(report).values(),
+        "speed: against the baseline",
     )
+    return f"{ORDER} {'; '.join(meanings)}."
 
 
 def _table(report: Report) -> str:
     rows = ordered(report)
     decided = any(row["kernels"] for row in rows)
-    header = _HEADER + _DECIDED if decided else _HEADER
+    loss = tuple(loss_columns(report))
+    header = (*_HEADER, *((name, "--:") for name in loss), *(_DECIDED if decided else ()))
     lines = [_line([name for name, _ in header]), _line([rule for _, rule in header])]
-    return "\n".join([*lines, *(_line(_cells(row, decided)) for row in rows)])
+    return "\n".join([*lines, *(_line(_cells(row, decided=decided, loss=loss)) for row in rows)])
 
 
-def _cells(row: Row, decided: bool) -> list[str]:
+def _cells(row: Row, *, decided: bool, loss: tuple[str, ...]) -> list[str]:
     recipe, kernel = best_recipe(row), chosen_kernel(row)
     cells = [
         _MARK[row["verdict"]],
@@ -81,6 +86,7 @@ def _cells(row: Row, decided: bool) -> list[str]:
         _code(plain(row["best"])) if row["best"] else "-",
         error(recipe, "mean"),
         upper(recipe),
+        *(loss_share(recipe, name) for name in loss),
     ]
     if decided and kernel:
         cells += [_code(plain(kernel["kernel"])), number(kernel["time_us"]), speedup(kernel["speedup"])]

@@ -4,8 +4,9 @@ Everything a renderer shows is in this document and nothing else is: a report ca
 without the database. It is valid JSON: what is not a finite number is null, `note` says why, and `infinite` names the
 fields that were infinite rather than missing.
 
-A recipe's verdict is that of its interval. A product's verdict is the best over its recipes: safe if any recipe is
-safe, unsafe if every recipe is unsafe, else undecided.
+A recipe's verdict is that of its interval; under a bound on the loss, a recipe of fprop is judged by what it does to
+the loss, alone against the whole budget, and the summary says what all safe ones spend together. A product's verdict
+is the best over its recipes: safe if any recipe is safe, unsafe if every recipe is unsafe, else undecided.
 """
 
 import math
@@ -14,10 +15,12 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loka.bounds import Bound
-from loka.dispatch.decide import Candidate, Decision
+from loka.dispatch.candidates import Candidate, no_loss
+from loka.dispatch.decide import Decision
 from loka.errors import ArgumentError
+from loka.formats import Pass
 from loka.probes.drift import Drift
-from loka.probes.evidence import ProductEvidence, RecipeEvidence, RunEvidence
+from loka.probes.evidence import LossEvidence, ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.records import OperandRecord
 from loka.reports.summary import summarise
 from loka.reports.words import Report
@@ -27,7 +30,8 @@ SCHEMA: Final[int] = 1
 # A candidate that lost on speed alone could run; every other code keeps it out.
 _ADMISSIBLE: Final[frozenset[str | None]] = frozenset({None, "slower", "tie", "no_gain"})
 _RANK: Final[dict[str, int]] = {"safe": 0, "undecided": 1, "unsafe": 2}
-_NO_LOSS: Final[str] = "the bound limits the loss, of which this run holds no evidence"
+_LITTLE_LOSS: Final[str] = "too few sampled steps took what it does to the loss: more samples may settle it"
+_CLOSE_LOSS: Final[str] = "the budget of loss lies inside the interval: more samples may settle it"
 _NO_DECISIONS: Final[dict[tuple[str, str], Decision]] = {}
 
 
@@ -87,9 +91,10 @@ def _run(evidence: RunEvidence) -> dict[str, Any]:
 
 
 def _product(product: ProductEvidence, bound: Bound, decision: Decision | None) -> dict[str, Any]:
-    recipes = [_recipe(recipe, bound) for recipe in product.recipes]
+    recipes = [_recipe(recipe, bound, product.product) for recipe in product.recipes]
     verdict = _best_verdict(entry["verdict"] for entry in recipes)
-    best = min(recipes, key=_badness, default=None)
+    by_loss = bound.row_error_of(product.product) is None
+    best = min(recipes, key=lambda entry: _badness(entry, by_loss=by_loss), default=None)
     return {
         "site": product.site,
         "pass": product.product,
@@ -115,7 +120,7 @@ def _product(product: ProductEvidence, bound: Bound, decision: Decision | None) 
     }
 
 
-def _recipe(recipe: RecipeEvidence, bound: Bound) -> dict[str, Any]:
+def _recipe(recipe: RecipeEvidence, bound: Bound, product: Pass) -> dict[str, Any]:
     interval = recipe.error
     numbers = {
         "row_error.mean": interval.mean,
@@ -131,24 +136,37 @@ def _recipe(recipe: RecipeEvidence, bound: Bound) -> dict[str, Any]:
     return {
         "recipe": recipe.recipe,
         "format": recipe.format,
-        "verdict": recipe.verdict(bound.row_error) if bound.row_error is not None else "undecided",
+        "verdict": recipe.judge(bound, product),
         "n": recipe.samples,
         "row_error": {
             name.partition(".")[2]: _finite(value) for name, value in numbers.items() if name.startswith("row_error.")
         },
         "gate": recipe.gate,
         "horizon": recipe.horizon,
-        "drift": _drift(recipe.drift, bound),
-        "loss": None,  # a run without a loss hook has no loss evidence
+        "drift": _drift(recipe.drift, bound.row_error_of(product)),
+        "loss": _loss(recipe.loss),
         "sqnr_db": _finite(recipe.sqnr_db),
         "relative_error": _finite(recipe.relative_error),
         "mere": _finite(recipe.mere),
+        "bias": _finite(recipe.bias),
         "note": note,
         "infinite": infinite,
     }
 
 
-def _drift(drift: Drift | None, bound: Bound) -> dict[str, Any] | None:
+def _loss(loss: LossEvidence | None) -> dict[str, Any] | None:
+    """Return what a recipe does to the loss, relative to it; None where no backward pass was seen."""
+    if loss is None:
+        return None
+    numbers = ("kl", "first_order", "low", "high", "kl_low", "kl_high", "first_order_low", "spread", "cost")
+    return {
+        **{name: _finite(getattr(loss, name)) for name in numbers},
+        "samples": loss.samples,
+        "labels": loss.labels,
+    }
+
+
+def _drift(drift: Drift | None, limit: float | None) -> dict[str, Any] | None:
     """Return the trend of an error in training; `crosses_at` is the step at which it reaches the bound."""
     if drift is None:
         return None
@@ -157,7 +175,7 @@ def _drift(drift: Drift | None, bound: Bound) -> dict[str, Any] | None:
         "low": _finite(drift.low),
         "high": _finite(drift.high),
         "significant": drift.significant,
-        "crosses_at": drift.crosses_at(bound.row_error) if bound.row_error is not None else None,
+        "crosses_at": drift.crosses_at(limit) if limit is not None else None,
     }
 
 
@@ -193,6 +211,7 @@ def _kernels(decision: Decision) -> list[dict[str, Any]]:
         "code": None,
         "spread_us": None,
         "error_upper": _finite(decision.error_upper),
+        "loss_cost": decision.loss.cost if decision.loss is not None else None,
     }
     others = (candidate for candidate in decision.rejected if candidate.kernel != decision.kernel)
     return [chosen, *(_candidate(candidate, decision.baseline_time_us) for candidate in others)]
@@ -210,6 +229,7 @@ def _candidate(candidate: Candidate, baseline_time_us: float | None) -> dict[str
         "code": candidate.code,
         "spread_us": _finite(candidate.spread_us),
         "error_upper": _finite(candidate.error_upper),
+        "loss_cost": candidate.loss.cost if candidate.loss is not None else None,
     }
 
 
@@ -217,30 +237,45 @@ def _best_verdict(verdicts: Iterable[str]) -> str:
     return min(verdicts, key=_RANK.__getitem__, default="undecided")
 
 
-def _badness(entry: Mapping[str, Any]) -> tuple[int, float, float]:
+def _badness(entry: Mapping[str, Any], *, by_loss: bool) -> tuple[float, ...]:
     """Return the key by which the best recipe is the smallest; what is unknown or infinite comes last."""
-    upper, mean = entry["row_error"]["upper_tolerance"], entry["row_error"]["mean"]
-    return _RANK[entry["verdict"]], math.inf if upper is None else upper, math.inf if mean is None else mean
+    loss = entry["loss"] or {}
+    judged = [loss.get("cost"), loss.get("kl")] if by_loss else []
+    numbers = [*judged, entry["row_error"]["upper_tolerance"], entry["row_error"]["mean"]]
+    return _RANK[entry["verdict"]], *(math.inf if number is None else number for number in numbers)
 
 
 def _reason(verdict: str, product: ProductEvidence, best: Mapping[str, Any] | None, bound: Bound) -> str:
     """Return why the product is not safe, in words that group well; empty when it is."""
     if verdict == "safe":
         return ""
+    by_loss = bound.row_error_of(product.product) is None
     if verdict == "unsafe":
-        return "every recipe exceeds the bound"
+        return "every recipe exceeds the budget of loss" if by_loss else "every recipe exceeds the bound"
     if product.unmeasured:
         return product.unmeasured
     if best is None:
         return "no recipe was measured"
-    if bound.row_error is None:
-        return _NO_LOSS
+    return _open_loss(product, best) if by_loss else _open_error(product, best, bound)
+
+
+def _open_loss(product: ProductEvidence, best: Mapping[str, Any]) -> str:
+    """Return why the cost in loss of the best recipe settles nothing."""
+    if best["loss"] is None:
+        return f"what it does to the loss is unknown: {no_loss(product)}"
+    return _LITTLE_LOSS if best["loss"]["cost"] is None else _CLOSE_LOSS
+
+
+def _open_error(product: ProductEvidence, best: Mapping[str, Any], bound: Bound) -> str:
+    """Return why the error of the best recipe settles nothing."""
     if note := next(recipe.note for recipe in product.recipes if recipe.recipe == best["recipe"]):
         return note
     if "row_error.upper_tolerance" in best["infinite"]:
         return "the error was infinite in some steps"
     if best["row_error"]["upper_tolerance"] is None:
         return "nothing to compare"
+    if best["bias"] is None and bound.bias_of(product.product) is not None:
+        return "its error along the gradient is not known"
     return "the bound lies inside the interval: more samples may settle it"
 
 

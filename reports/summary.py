@@ -23,6 +23,7 @@ from loka.reports.words import (
     plain,
     plural,
     product_name,
+    small,
     speedup,
 )
 
@@ -68,6 +69,7 @@ def summarise(
         "worst": _worst(rows),
         "undecided_reasons": grouped(row["reason"] for row in rows if row["verdict"] == "undecided"),
         "drifting": _drifting(rows),
+        "loss": _spending(rows, bound) if bound["loss"] is not None else None,
         "decisions": _decided(rows, decisions) if decisions else None,
     }
     return {"headline": _headline(summary, bound), **summary}
@@ -86,6 +88,8 @@ def _share(rows: Iterable[Row], verdict: str) -> float:
 def _failure(row: Row) -> str:
     recipe = best_recipe(row)
     best = f"; best recipe {row['best']}, upper tolerance {error(recipe, 'upper_tolerance')}" if recipe else ""
+    if recipe and recipe.get("loss"):
+        best += f", kl {small(recipe['loss']['kl'])}"
     return f"{product_name(row)} is {row['verdict']}: {plain(row['reason'])}{best}"
 
 
@@ -104,6 +108,27 @@ def _worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
         }
         for row, recipe in measured[:_WORST]
     ]
+
+
+def _spending(rows: Iterable[Row], bound: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what all safe forward products, each with its best recipe, would spend of the budget of loss together."""
+    recipes = [best_recipe(row) for row in rows if row["pass"] == "fprop" and row["verdict"] == "safe"]
+    losses = [recipe["loss"] for recipe in recipes if recipe is not None]
+    return {
+        "budget": bound["loss"],
+        "products": len(losses),
+        "kl": math.fsum(loss["kl"] for loss in losses),
+        "cost": math.fsum(loss["cost"] for loss in losses),
+        "spread": math.sqrt(math.fsum(loss["spread"] ** 2 for loss in losses)),
+    }
+
+
+def _spending_sentence(loss: Mapping[str, Any]) -> str:
+    share = 100 * loss["cost"] / loss["budget"]
+    return (
+        f"Together the {plural(loss['products'], 'safe fprop product')} would spend {small(loss['cost'])} of the loss "
+        f"({share:.3g} % of the budget)."
+    )
 
 
 def _drifting(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -186,6 +211,8 @@ def _headline(summary: Mapping[str, Any], bound: Mapping[str, Any]) -> str:
         f"({percent(summary['safe_flop_share'])} of GEMM FLOPs) within {bound['text']}"
     )
     sentence += f"; {', '.join(rest)}." if rest else "."
+    if summary["loss"]:
+        sentence += f" {_spending_sentence(summary['loss'])}"
     if summary["drifting"]:
         sentence += f" {_drift_sentence(summary['drifting'])}"
     return f"{sentence} {_gain(summary['decisions'])}" if summary["decisions"] else sentence

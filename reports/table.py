@@ -25,6 +25,9 @@ from loka.reports.words import (
     elide_site,
     error,
     events,
+    limited,
+    loss_columns,
+    loss_share,
     notes,
     ordered,
     percent,
@@ -64,12 +67,14 @@ _COLUMNS: Final[tuple[_Column, ...]] = (
     _Column(name="recipe", cell=lambda row: plain(row["best"] or "-")),
     _Column(name="mean", cell=lambda row: error(best_recipe(row), "mean"), justify="right"),
     _Column(name="upper", cell=lambda row: upper(best_recipe(row)), justify="right"),
+    _Column(name="kl", cell=lambda row: loss_share(best_recipe(row), "kl"), justify="right"),
+    _Column(name="cost", cell=lambda row: loss_share(best_recipe(row), "cost"), justify="right"),
     _Column(name="verdict", cell=lambda row: str(row["verdict"])),
     _Column(name="kernel", cell=lambda row: plain(row["chosen"] or "-")),
     _Column(name="speed", cell=lambda row: speedup(kernel["speedup"] if (kernel := chosen_kernel(row)) else None)),
 )
 # Left out in this order where the width does not suffice.
-_DROP: Final[tuple[str, ...]] = ("speed", "mean", "m x k x n", "FLOPs", "kernel", "recipe")
+_DROP: Final[tuple[str, ...]] = ("speed", "mean", "m x k x n", "FLOPs", "kernel", "recipe", "kl", "cost")
 
 
 def render(report: Report) -> str:
@@ -104,11 +109,10 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 def _legend(report: Report, widths: Mapping[str, int], dropped: Sequence[str]) -> str:
     """Return what the columns that are shown mean, what is shortened in them, and which ones are not shown."""
-    limit = report["bound"]["row_error"]
-    against = f", bound {limit:g}" if limit is not None else ""
     meanings = {
         "mean": "mean: row_error of the best recipe over steps",
-        "upper": f"upper: row_error tolerance of the best recipe for 99 % of steps{against}",
+        "upper": f"upper: row_error tolerance of the best recipe for 99 % of steps{limited(report)}",
+        **loss_columns(report),
         "speed": "speed: against the baseline",
     }
     legend = f"{ORDER} {'; '.join(words for name, words in meanings.items() if name in widths)}."
@@ -130,7 +134,8 @@ def _print_rows(report: Report, console: Console) -> tuple[Mapping[str, int], li
     """
     rows = ordered(report)
     decided = any(row["kernels"] for row in rows)
-    columns = [column for column in _COLUMNS if decided or column.name not in ("kernel", "speed")]
+    without = {*(() if decided else ("kernel", "speed")), *({"kl", "cost"} - loss_columns(report).keys())}
+    columns = [column for column in _COLUMNS if column.name not in without]
     cells = {column.name: [column.cell(row) for row in rows] for column in columns}
     widths, dropped = _fit({name: max(map(len, [name, *texts])) for name, texts in cells.items()}, console.width)
     mark = "~" if console.options.ascii_only else "\u2026"

@@ -4,9 +4,12 @@ Site names, reasons and messages come out of a database and are untrusted. `plai
 then escapes for its own format.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
+
+from loka.bounds import DEFAULT_ROW_ERROR
 
 # A report as plain data: `loka.reports.record.build_report` documents its keys.
 Report = dict[str, Any]
@@ -16,6 +19,10 @@ Row = Mapping[str, Any]
 VERDICTS: Final[tuple[str, ...]] = ("unsafe", "undecided", "safe")
 ORDER: Final[str] = "Unsafe first, then undecided, then safe; by FLOP share within each."
 
+_LOSS: Final[dict[str, str]] = {
+    "kl": "kl: what the best recipe adds to the loss, on average and relative to it",
+    "cost": "cost: what it takes of the budget of {budget:g}: the upper bound of kl, and a sure first-order increase",
+}
 DRIFTS: Final[str] = "^ marks an error that drifts towards the bound: probe again before the step at which it crosses"
 
 _STATUS: Final[dict[str, str]] = {
@@ -102,6 +109,35 @@ def error(recipe: Row | None, key: str) -> str:
     return f"{value:.3f}" if value >= 0.001 or value == 0.0 else f"{value:.0e}"
 
 
+def limited(report: Report) -> str:
+    """Return what the tolerance of an error is compared with, e.g. `, compared with the bound of 0.05`."""
+    limits = report["bound"]
+    if limits["row_error"] is not None:
+        return f", compared with the bound of {limits['row_error']:g}"
+    return f", on dgrad and wgrad compared with {DEFAULT_ROW_ERROR:g}"
+
+
+def loss_columns(report: Report) -> dict[str, str]:
+    """Return the columns on the loss and what they mean: none where no recipe was seen to do something to the loss."""
+    budget = report["bound"]["loss"]
+    if not any(recipe.get("loss") is not None for row in report["sites"] for recipe in row["recipes"]):
+        return {}
+    return {name: words.format(budget=budget) for name, words in _LOSS.items() if name == "kl" or budget is not None}
+
+
+def loss_share(recipe: Row | None, name: str) -> str:
+    """Return one number on what a recipe does to the loss, relative to it, e.g. `1.2e-6`."""
+    loss = recipe.get("loss") if recipe is not None else None
+    return small(loss[name] if loss else None)
+
+
+def small(value: float | None) -> str:
+    """Return a number of any size in two digits, its exponent without zeros; `-` for none."""
+    if value is None:
+        return "-"
+    return re.sub(r"e([+-])0", r"e\1", f"{value:.1e}") if 0.0 < abs(value) < 0.001 else f"{value:.2g}"
+
+
 def crossing(recipe: Row | None) -> int | None:
     """Return the step at which the error of a recipe drifts across the bound, None where it does not."""
     drift = recipe.get("drift") if recipe is not None else None
@@ -177,9 +213,32 @@ def notes(report: Report) -> list[str]:
         lines.append(f"{plural(relative, 'product')} with few output columns: judged by relative_error, not row_error")
     if report["summary"].get("drifting"):
         lines.append(DRIFTS)
+    lines += _about_loss(report)
     horizons = [recipe["horizon"] for row in report["sites"] for recipe in row["recipes"] if recipe["horizon"]]
     if horizons:
         lines.append(f"weights were training: the evidence holds for {min(horizons):,} steps beyond the last sample")
+    return lines
+
+
+def _about_loss(report: Report) -> list[str]:
+    """Return what the safe forward products spend of a budget of loss, and what the evidence rests on."""
+    lines, loss = [], report["summary"].get("loss")
+    if loss:
+        lines.append(
+            f"loss budget {loss['budget']:g}: the {plural(loss['products'], 'safe fprop product')} together, each with "
+            f"its best recipe, would spend {small(loss['cost'])} (mean kl {small(loss['kl'])}); a plan spends the "
+            "budget once, where it saves most time"
+        )
+        lines.append(
+            f"the first-order term of one batch adds +-{small(loss['spread'])} of the loss (one standard deviation): "
+            "noise of either sign, which no budget is charged for"
+        )
+    if any(
+        (recipe.get("loss") or {}).get("labels") == "empirical" for row in report["sites"] for recipe in row["recipes"]
+    ):
+        lines.append(
+            "loss evidence from the data's own labels, which may overstate it up to tenfold: give the probe its loss"
+        )
     return lines
 
 

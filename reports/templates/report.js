@@ -15,6 +15,8 @@
   };
   const sites = open(packed.sites);
   const best = (site) => site.recipes.find((recipe) => recipe.recipe === site.best);
+  const hasLoss = sites.some((site) => site.recipes.some((recipe) => recipe.loss));
+  const lossCells = hasLoss ? ["kl", ...(packed.bound.loss === null ? [] : ["cost"])] : [];
   const chosen = (site) => site.kernels.find((kernel) => kernel.status === "chosen");
 
   // Numbers: null is unknown, unless the report says that it was infinite.
@@ -63,6 +65,12 @@
   };
 
   const number = (name, path, digits) => [name, (recipe) => show(measured(recipe, path), digits), "number"];
+  // What a recipe of a forward product does to the loss, relative to it.
+  const ofLoss = (name, key) => [name, (recipe) => show(recipe.loss?.[key] ?? null), "number"];
+  const lossColumns = [
+    ofLoss("kl", "kl"), ofLoss("kl high", "kl_high"), ofLoss("cost", "cost"), ofLoss("first order", "first_order"),
+    ofLoss("loss low", "low"), ofLoss("loss high", "high"), ofLoss("loss samples", "samples"), ofLoss("labels", "labels"),
+  ];
   const recipeColumns = [
     ["recipe", (recipe) => recipe.recipe],
     ["format", (recipe) => recipe.format],
@@ -72,6 +80,8 @@
     number("mean", "row_error.mean"), number("low", "row_error.low"), number("high", "row_error.high"),
     number("p99 of rows", "row_error.p99"), number("upper", "row_error.upper_tolerance"),
     number("relative_error", "relative_error"), number("SQNR [dB]", "sqnr_db"), number("MERE", "mere"),
+    number("bias", "bias"),
+    ...(hasLoss ? lossColumns : []),
     ["horizon [steps]", (recipe) => recipe.horizon ?? "frozen weights", "number"],
     ["drift per 100 steps", (recipe) => recipe.drift ? percent(recipe.drift.per_100_steps) : "-", "number"],
     ["crosses the bound at step", (recipe) => recipe.drift ? show(recipe.drift.crosses_at, 6) : "-", "number"],
@@ -83,6 +93,7 @@
     ["time [us]", (kernel) => show(kernel.time_us), "number"],
     ["speed", (kernel) => (kernel.speedup === null ? "-" : kernel.speedup.toFixed(2) + "x"), "number"],
     ["upper", (kernel) => show(kernel.error_upper), "number"],
+    ...(hasLoss ? [["costs the loss", (kernel) => show(kernel.loss_cost), "number"]] : []),
     ["reason", (kernel) => kernel.reason, "words"],
   ];
   const operandColumns = (recipes) => [
@@ -120,6 +131,7 @@
   const keys = [
     (site) => site.site, (site) => site.pass, (site) => site.flops, (site) => site.flop_share, (site) => site.best,
     error("mean"), error("upper_tolerance"),
+    ...lossCells.map((name) => (site) => best(site)?.loss?.[name] ?? null),
     (site) => ["unsafe", "undecided", "safe"].indexOf(site.verdict),
     (site) => site.chosen, (site) => (chosen(site) ? chosen(site).speedup : null),
   ];

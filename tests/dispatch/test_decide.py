@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from loka.bounds import Bound
 from loka.dispatch.decide import ATEN_OPS, MIN_SPEEDUP, request_of
-from loka.errors import EvidenceError
 from loka.formats import PASSES
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.spec import KernelSpec
@@ -196,9 +195,12 @@ def test_the_baseline_is_of_the_dtype_that_runs():
     assert decided(evidence=product(dtype="float16")).kernel == "torch.mm.fp16"
 
 
-def test_a_bound_on_the_loss_needs_evidence_that_is_not_there():
-    with pytest.raises(EvidenceError, match=r"no loss evidence.*row_error=0\.05"):
-        decided(bound=Bound(loss=2e-4))
+def test_under_a_bound_on_the_loss_a_product_of_unknown_cost_stays_and_says_why():
+    decision = decided({BASE: 30.0, ROW: 10.0}, bound=Bound(loss=2e-4))
+    assert decision.kernel == BASE
+    assert codes(decision)[ROW] == "undecided"
+    assert "what rowwise does to the loss is unknown here: no sampled step took it" in reason(decision, ROW)
+    assert reason(decision, ROW) in decision.why
 
 
 def test_an_assumed_speedup_chooses_among_the_emulated_kernels():

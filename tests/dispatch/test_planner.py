@@ -1,5 +1,6 @@
 """From evidence to a plan: deterministic, honest about what it rests on, and saying so when nothing gains."""
 
+import math
 import random
 import time
 from dataclasses import replace
@@ -21,6 +22,9 @@ from loka.hardware import device_info
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.database import open_database
+from loka.probes.records import StepRecord
+from loka.reports.build import report_of
+from loka.reports.diff import diff
 from tests.dispatch.made_evidence import (
     BOUND,
     HOPPER,
@@ -33,6 +37,7 @@ from tests.dispatch.made_evidence import (
     timings,
     unknown,
 )
+from tests.probes.made_records import made_info, made_product, made_progress, write_run
 
 BASE, ROW = "torch.mm.bf16", "torch.scaled_mm.rowwise"
 LOUD = (recipe("rowwise", 0.3, low=0.25),)
@@ -132,9 +137,22 @@ def test_a_run_without_products_is_no_evidence():
         planned()
 
 
-def test_a_bound_on_the_loss_is_refused_before_anything_is_opened(tmp_path):
-    with pytest.raises(EvidenceError, match="no loss evidence"):
-        planner.plan(tmp_path / "nothing.db", Bound(loss=1e-4))
+@pytest.mark.parametrize(("loss", "found"), [(math.nan, "none saw a backward pass"), (0.4, "none of those that saw")])
+def test_a_bound_on_the_loss_without_loss_evidence_is_one_clear_refusal(loss, found, tmp_path, monkeypatch):
+    steps = [StepRecord(step=at, products=(made_product(),), loss=loss) for at in range(10)]
+    write_run(tmp_path / "run.db", steps, made_info(), made_progress(10))
+    monkeypatch.setattr(planner, "measure_products", lambda *arguments, **options: pytest.fail("nothing to measure"))
+    bound = Bound(loss=1e-4)
+    words = rf"loss <= 0\.0001.*no loss evidence: of its 10 sampled steps, {found}.*probe\(loss=.*row_error=0\.05"
+    ask = (
+        lambda: planner.plan(tmp_path / "run.db", bound),
+        lambda: report_of(tmp_path / "run.db", bound),
+        lambda: diff(str(tmp_path / "run.db"), str(tmp_path / "run.db"), bound),
+    )
+    for each in ask:
+        with pytest.raises(EvidenceError, match=words) as caught:
+            each()
+        assert "\n" not in str(caught.value)
 
 
 # --- determinism and scale ---

@@ -50,6 +50,17 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def forward_database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run that never went backward."""
+    path = tmp_path_factory.mktemp("cli") / "forward.db"
+    model = nn.Sequential(nn.Linear(32, 16))
+    with torch.no_grad(), loka.probe(model, path, every=1, overhead=100.0):
+        for _ in range(10):
+            model(torch.randn(64, 32))
+    return str(path)
+
+
 def run(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120", "NO_COLOR": "1"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -103,6 +114,36 @@ def test_plan_writes_a_file_and_says_what_is_gained(database: str, tmp_path: Pat
     assert loka.Plan.load(target).environment["time_source"] in ("measured", "none")
 
 
+def test_a_bound_on_the_loss_goes_through_every_command(database: str, tmp_path: Path) -> None:
+    bound, target = ("--bound", "loss=0.1"), tmp_path / "plan.json"
+    code, text, _ = run("plan", database, "-o", str(target), "--assume-speedup", "1.3", *bound)
+    assert code == 0
+    assert "Of the loss budget of 0.1" in text.replace("\n", " ")
+    plan = loka.Plan.load(target)
+    assert plan.bound == loka.Bound(loss=0.1)
+    paid = [each.loss.cost for each in plan.decisions if each.loss is not None]
+    assert paid
+    assert 0 < sum(cost or 0.0 for cost in paid) <= 0.1
+    documents = {}
+    for format in ("table", "json", "csv", "md", "html"):
+        code, documents[format], _ = run("report", database, "--format", format, *bound)
+        assert code == 0
+    report = json.loads(documents["json"])
+    assert report["bound"]["loss"] == 0.1
+    (row,) = (row for row in report["sites"] if (row["site"], row["pass"]) == ("0", "fprop"))
+    best = next(recipe for recipe in row["recipes"] if recipe["recipe"] == row["best"])
+    assert best["loss"]["cost"] >= best["loss"]["kl"] > 0
+    assert all("cost" in documents[format] for format in ("table", "csv", "md", "html"))
+    code, text, _ = run(
+        "explain", database, "0", "--pass", "fprop", "--format", "json", "--assume-speedup", "1.3", *bound
+    )
+    assert code == 0
+    (decision,) = json.loads(text)
+    assert decision["loss"]["cost"] <= 0.1
+    code, text, _ = run("diff", database, database, *bound)
+    assert code == 0
+
+
 def test_explain_gives_a_reason_for_every_candidate(database: str) -> None:
     code, text, _ = run("explain", database, "0", "--pass", "output", "--format", "json")
     assert code == 0
@@ -141,7 +182,12 @@ def test_kernels_and_env_are_valid_json() -> None:
         (("report", "missing.db"), "missing.db"),
         (("report", "."), "folder"),
         (("plan", "{db}", "--bound", "tight"), "--bound"),
-        (("plan", "{db}", "--bound", "loss=2e-4"), "loss evidence"),
+        (("plan", "{db}", "--bound", "loss=-1"), "positive number"),
+        (("plan", "{db}", "--bound", "loss=1e-4,row_error=0.05"), "is not a bound"),
+        (("plan", "{forward}", "--bound", "loss=2e-4"), "loss evidence"),
+        (("report", "{forward}", "--bound", "loss=2e-4"), "loss evidence"),
+        (("explain", "{forward}", "0", "--bound", "loss=2e-4"), "loss evidence"),
+        (("diff", "{forward}", "{forward}", "--bound", "loss=2e-4"), "loss evidence"),
         (("plan", "{db}", "--filter", "heed*"), "heed"),
         (("plan", "{db}", "--device-profile", "nowhere.json"), "nowhere.json"),
         (("explain", "{db}", "00"), "00"),
@@ -156,10 +202,16 @@ def test_kernels_and_env_are_valid_json() -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_bad_input_is_one_paragraph_and_a_non_zero_exit(
-    arguments: tuple[str, ...], words: str, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    words: str,
+    database: str,
+    forward_database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, errors = run(*(argument.replace("{db}", database) for argument in arguments))
+    paths = {"{db}": database, "{forward}": forward_database}
+    code, _, errors = run(*(paths.get(argument, argument) for argument in arguments))
     assert code == 2
     text = errors.strip()
     assert text.startswith("Error:")

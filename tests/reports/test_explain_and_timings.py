@@ -2,12 +2,14 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from loka.bounds import Bound
-from loka.dispatch.decide import Candidate, Decision
+from loka.dispatch.candidates import Candidate, LossCost
+from loka.dispatch.decide import Decision
 from loka.dispatch.plan import Plan
 from loka.errors import EvidenceError
 from loka.kernel_registry.spec import GemmRequest
@@ -66,7 +68,22 @@ def test_explain_json_holds_the_same_numbers() -> None:
         "spread_us": None,
         "error_mean": None,
         "error_upper": None,
+        "loss": None,
     }
+    cost = LossCost(kl=1e-6, kl_low=8e-7, kl_high=2e-6, cost=3e-6)
+    (entry,) = json.loads(explain_json([replace(decision(), loss=cost)]))
+    assert entry["loss"] == {"kl": 1e-6, "kl_low": 8e-7, "kl_high": 2e-6, "cost": 3e-6}
+
+
+def test_explain_shows_what_the_loss_pays_only_where_that_is_known() -> None:
+    lost = Candidate(kernel=KERNEL, recipe="mxfp8_floor", code="budget_spent", reason="costs too much")
+    known = replace(lost, loss=LossCost(kl=1.23e-6, kl_low=8e-7, kl_high=2e-6, cost=3e-6))
+    assert "kl" not in text_of(explain_text([replace(decision(), rejected=(lost,))])).split()
+    text = text_of(explain_text([replace(decision(), rejected=(known,))]))
+    assert "kl" in text.split()
+    assert "1.2e-6" in text
+    assert text.split().count("budget_spent") == 1
+    assert max(map(len, text.split("\n"))) <= 80
 
 
 def test_a_site_or_pass_that_is_not_there_names_what_is() -> None:

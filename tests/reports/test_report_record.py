@@ -1,11 +1,13 @@
 """The report document: keys, numbers in their place, verdicts, the summary and the gate."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from loka.bounds import Bound
 from loka.errors import ArgumentError
+from loka.probes.loss_evidence import LossEvidence
 from loka.probes.records import Event
 from loka.reports import json_report
 from loka.reports.record import build_report
@@ -37,7 +39,7 @@ KEYS = {
     "bound": {"row_error", "confidence", "family", "loss", "text"},
     "summary": {
         *("headline", "products", "verdicts", "passes", "flop_shares", "safe_flop_share", "unsafe", "worst"),
-        *("undecided_reasons", "decisions", "drifting"),
+        *("undecided_reasons", "decisions", "drifting", "loss"),
     },
     "site": {
         *("site", "pass", "op", "m", "n", "k", "calls", "flop_share", "operands", "recipes", "kernels", "chosen"),
@@ -46,13 +48,26 @@ KEYS = {
     "operand": {"amax", "rms", "zeros", "nan", "inf", "elements", "underflow", "saturation", "note"},
     "recipe": {
         *("recipe", "format", "verdict", "n", "row_error", "gate", "horizon", "loss", "sqnr_db", "relative_error"),
-        *("mere", "note", "infinite", "drift"),
+        *("mere", "note", "infinite", "drift", "bias"),
     },
     "row_error": {"mean", "low", "high", "p99", "upper_tolerance"},
+    "loss": {
+        *("kl", "first_order", "low", "high", "kl_low", "kl_high", "first_order_low", "spread", "cost"),
+        *("samples", "labels"),
+    },
+    "spending": {"budget", "products", "kl", "cost", "spread"},
     "kernel": {
         *("kernel", "status", "reason", "time_us", "speedup", "recipe", "code", "spread_us", "error_upper"),
+        "loss_cost",
     },
 }
+
+
+def felt(**changes):
+    """A recipe of a forward product with a large error that costs the loss 1e-5, 1.2e-5 at most."""
+    loss = {"kl": 1e-5, "kl_low": 0.8e-5, "kl_high": 1.2e-5, "first_order": 1e-6, "first_order_low": -1e-4}
+    loss |= {"spread": 1e-4, "low": -2e-4, "high": 2e-4, "samples": 6, "labels": "closed"}
+    return replace(recipe("tensorwise", 0.04), loss=LossEvidence(**(loss | changes)))
 
 
 def build(*products, bound=BOUND, decisions=None, **changes):
@@ -63,8 +78,11 @@ def test_keys_of_schema_1_are_exactly_these():
     evidence, decisions = mixed()
     report = build_report(evidence, BOUND, decisions)
     site = report["sites"][0]
+    spent = build(product(recipes=(felt(),)), bound=Bound(loss=2e-4))
     found = {
         "": report,
+        "loss": spent["sites"][0]["recipes"][0]["loss"],
+        "spending": spent["summary"]["loss"],
         "run": report["run"],
         "bound": report["bound"],
         "summary": report["summary"],
@@ -289,7 +307,44 @@ def test_headline_without_a_gain_says_why(code, ending):
     assert build(made, decisions=decisions)["summary"]["headline"].endswith(ending)
 
 
-def test_loss_bound_leaves_every_product_undecided():
+def test_a_bound_on_the_loss_judges_fprop_by_its_cost_and_gradients_by_their_error():
+    calm, loud = felt(), felt(kl=1e-3, kl_low=9e-4, kl_high=1.1e-3)
+    gradient = replace(calm, loss=None, bias=0.002)
+    report = build(
+        product("calm", recipes=(loud, replace(calm, recipe="rowwise"))),
+        product("loud", recipes=(loud,)),
+        product("close", recipes=(felt(kl=1.5e-4, kl_low=1e-4, kl_high=3e-4),)),
+        product("few", recipes=(felt(kl_high=NAN, kl_low=NAN),)),
+        product("good", product="dgrad", recipes=(gradient,)),
+        product("biased", product="wgrad", recipes=(replace(gradient, bias=-0.02),)),
+        bound=Bound(loss=2e-4),
+    )
+    verdicts = {row["site"]: (row["verdict"], row["reason"]) for row in report["sites"]}
+    assert verdicts["calm"] == verdicts["good"] == ("safe", "")
+    assert verdicts["loud"] == ("unsafe", "every recipe exceeds the budget of loss")
+    assert verdicts["close"][0] == verdicts["few"][0] == "undecided"
+    assert "inside the interval" in verdicts["close"][1]
+    assert "too few" in verdicts["few"][1]
+    assert verdicts["biased"] == ("unsafe", "every recipe exceeds the bound")
+    row = report["sites"][0]
+    assert row["best"] == "rowwise"
+    assert row["recipes"][1]["loss"]["cost"] == 1.2e-5
+    assert row["recipes"][1]["bias"] is None
+    assert report["sites"][4]["recipes"][0]["bias"] == 0.002
+    spent = report["summary"]["loss"]
+    assert (spent["budget"], spent["products"], spent["cost"], spent["kl"]) == (2e-4, 1, 1.2e-5, 1e-5)
+    assert "would spend 1.2e-5 of the loss (6 % of the budget)" in report["summary"]["headline"]
+    json.dumps(report, allow_nan=False)
+
+
+def test_what_no_step_takes_is_told_apart_from_what_none_took():
+    report = build(product("plain"), product("batches", batch=8), bound=Bound(loss=2e-4))
+    plain, batches = (row["reason"] for row in report["sites"])
+    assert "no sampled step took it" in plain
+    assert "batches of matrices" in batches
+
+
+def test_loss_bound_without_loss_evidence_leaves_every_product_undecided():
     report = build(product(), product("down", recipes=UNSAFE), bound=Bound(loss=2e-4))
     assert report["bound"]["row_error"] is None
     assert report["bound"]["loss"] == 2e-4

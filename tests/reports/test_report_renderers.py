@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from loka.bounds import Bound
 from loka.formats import PASSES
+from loka.probes.loss_evidence import LossEvidence
 from loka.probes.records import Event
 from loka.reports import csv_report, html_report, markdown, table
 from loka.reports.record import build_report
@@ -274,7 +276,44 @@ def test_csv_columns_are_stable():
         *("bound_row_error", "confidence", "relative_error", "sqnr_db", "mere", "horizon"),
         *("chosen", "time_us", "speedup", "note"),
         *("drift_per_100_steps", "drift_low", "drift_high", "drift_crosses_at"),
+        *("loss_kl", "loss_kl_high", "loss_first_order", "loss_low", "loss_high", "loss_cost", "loss_samples"),
+        *("loss_labels", "bias", "bound_loss"),
     ) == csv_report.COLUMNS
+
+
+def loss_report(bound):
+    loss = LossEvidence(
+        **{"kl": 1.04e-5, "kl_low": 8e-6, "kl_high": 1.26e-5, "first_order": 1e-6, "first_order_low": 2e-6},
+        **{"spread": 1e-4, "low": -2e-4, "high": 2e-4, "samples": 6, "labels": "empirical"},
+    )
+    return build_report(run(product(recipes=(replace(recipe("rowwise", 0.04), loss=loss),))), bound)
+
+
+@pytest.mark.parametrize(
+    ("report", "columns"),
+    [
+        (lambda: mixed_report(), []),
+        (lambda: loss_report(BOUND), ["kl"]),
+        (lambda: loss_report(Bound(loss=2e-4)), ["kl", "cost"]),
+    ],
+    ids=["no evidence", "bound on the error", "bound on the loss"],
+)
+def test_columns_on_the_loss_are_there_only_where_they_say_something(report, columns):
+    report = report()
+    numbers = {"kl": "1.0e-5", "cost": "1.5e-5"}
+    text = {"table": table.render(report), "md": markdown.render(report), "html": html_report.render(report)}
+    header = next(line for line in text["table"].splitlines() if line.startswith("site")).split()
+    assert [name for name in header if name in numbers] == columns
+    header = next(line for line in text["md"].splitlines() if line.startswith("| verdict")).split()
+    assert [name for name in header if name in numbers] == columns
+    assert re.findall(r'<th scope="col">(kl|cost)</th>', text["html"]) == columns
+    for name, number in numbers.items():
+        for rendered in text.values():
+            assert (f"{name}: what" in rendered) == (name in columns)
+            assert (number in rendered) == (name in columns)
+    (cost,) = {line["loss_cost"] for line in csv.DictReader(io.StringIO(csv_report.render(report), newline=""))}
+    assert (float(cost) == pytest.approx(1.46e-5)) if columns else cost == ""
+    assert ("overstate it up to tenfold" in text["table"].replace("\n", " ")) == bool(columns)
 
 
 def test_csv_keeps_products_without_recipes_and_infinite_errors():
