@@ -11,7 +11,7 @@ from loka.errors import KernelError
 from loka.formats import PASSES, Pass
 from loka.hardware import current_device, device_info
 from loka.kernel_registry.registry import default_registry
-from loka.probes.database import open_database, read_timings, write_timings
+from loka.probes.database import open_database, read_learned, read_timings, write_timings
 from loka.probes.evidence import ProductEvidence, RunEvidence, collect_evidence
 from loka.probes.records import Environment, RunInfo, RunProgress, Timing
 from loka.version import VERSION
@@ -31,7 +31,13 @@ def bench_database(
         evidence = collect_evidence(engine)
         known = read_timings(engine, str(device_info(where)))
         measured = measure_products(
-            evidence, default_registry(), where, budget_s=budget_s, known=known, on_progress=on_progress
+            evidence,
+            default_registry(),
+            where,
+            budget_s=budget_s,
+            known=known,
+            learned=read_learned(engine),
+            on_progress=on_progress,
         )
         if measured:
             write_timings(engine, measured)

@@ -8,17 +8,17 @@ among the known times, the whole shape is timed again.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from loka.bounds import Bound
 from loka.dispatch.candidates import request_of
+from loka.dispatch.draws import Source, draw_operands, sources
 from loka.dispatch.profile import TimeTable, time_key
 from loka.errors import KernelError
 from loka.formats import Pass
@@ -26,21 +26,13 @@ from loka.hardware import DeviceInfo, device_info
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, Kernel, KernelSpec
 from loka.probes.evidence import ProductEvidence, RunEvidence
-from loka.probes.records import Timing
-from loka.timing import MIN_REPETITIONS, Candidate, measure, num_inputs
+from loka.probes.records import LearnedRecord, Timing
+from loka.timing import MIN_REPETITIONS, Candidate, measure
 
 logger = logging.getLogger("loka.dispatch")
 
 # Called with shapes done, shapes in all, and the shape that is timed next.
 Progress = Callable[[int, int, str], None]
-
-# Whether a and b of a pass are transposed views of what training holds: dX = dY W^T reads W [n, k] along n, and
-# dW = dY^T X reads both activations along the batch.
-_TRANSPOSED: Final[dict[Pass, tuple[bool, bool]]] = {
-    "fprop": (False, False),
-    "dgrad": (False, True),
-    "wgrad": (True, True),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +41,7 @@ class _Shape:
 
     request: GemmRequest
     kernels: tuple[KernelSpec, ...]
+    source: Source
 
 
 def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit on it
@@ -59,16 +52,18 @@ def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit
     budget_s: float,
     bound: Bound | None = None,
     known: Iterable[Timing] = (),
+    learned: Iterable[LearnedRecord] = (),
     on_progress: Progress | None = None,
 ) -> list[Timing]:
     """Time baseline and candidates on every distinct linear product, the largest share of the work first.
 
     Only what is not `known` is timed, and with a `bound` only kernels whose recipe is safe at some site of the shape.
-    Shapes that do not fit what is left of `budget_s` are left out and logged. Operands are N(0, 1).
+    Shapes that do not fit what is left of `budget_s` are left out and logged. Operands are drawn from what was
+    `learned` of the site that spends most on a shape (see `draws`).
     """
     device = torch.device(device)
     info = device_info(device)
-    shapes = _missing(_shapes(evidence, registry, info, bound), TimeTable(known))
+    shapes = _missing(_shapes(evidence, registry, info, bound, sources(learned, evidence.products)), TimeTable(known))
     deadline = time.perf_counter() + budget_s
     timings: list[Timing] = []
     for done, shape in enumerate(shapes):
@@ -84,11 +79,18 @@ def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit
     return timings
 
 
-def _shapes(evidence: RunEvidence, registry: Registry, info: DeviceInfo, bound: Bound | None) -> list[_Shape]:
+def _shapes(
+    evidence: RunEvidence,
+    registry: Registry,
+    info: DeviceInfo,
+    bound: Bound | None,
+    known_of: Mapping[tuple[str, Pass], Source],
+) -> list[_Shape]:
     """Return the distinct shapes with something to compare, those with most floating-point operations first."""
     kernels: dict[tuple[object, ...], dict[str, KernelSpec]] = {}
     requests: dict[tuple[object, ...], GemmRequest] = {}
     flops: dict[tuple[object, ...], float] = {}
+    largest: dict[tuple[object, ...], ProductEvidence] = {}
     for product in evidence.products:
         request = request_of(product)
         if request.op != "linear" or not request.m * request.n * request.k:
@@ -96,6 +98,8 @@ def _shapes(evidence: RunEvidence, registry: Registry, info: DeviceInfo, bound: 
         key = time_key("", request)
         requests.setdefault(key, request)
         flops[key] = flops.get(key, 0.0) + product.flops
+        if key not in largest or product.flops > largest[key].flops:
+            largest[key] = product
         found = kernels.setdefault(key, {})
         for spec in registry.candidates(request.op):
             servable = registry.unavailable(spec, info) is None and spec.cannot(request) is None
@@ -104,7 +108,9 @@ def _shapes(evidence: RunEvidence, registry: Registry, info: DeviceInfo, bound: 
     order = sorted((key for key in requests if kernels[key]), key=lambda key: (-flops[key], str(key)))
     return [
         _Shape(
-            requests[key], (registry.baseline(requests[key]), *(kernels[key][name] for name in sorted(kernels[key])))
+            requests[key],
+            (registry.baseline(requests[key]), *(kernels[key][name] for name in sorted(kernels[key]))),
+            known_of[largest[key].site, largest[key].product],
         )
         for key in order
     ]
@@ -126,7 +132,7 @@ def _time_shape(
     start = time.perf_counter()
     dtype: torch.dtype = getattr(torch, request.dtype)
     with torch.no_grad():
-        operands = draw_operands(request, dtype, device)
+        operands = draw_operands(request, dtype, device, shape.source)
         calls = {}
         for spec in shape.kernels:
             call = _runnable(spec, request, operands, dtype)
@@ -154,7 +160,7 @@ def _time_shape(
             median_us=result.median_us,
             spread_us=result.spread_us,
             repetitions=result.repetitions,
-            values="normal",
+            values=shape.source.values,
             created=created,
         )
         for name, result in measured.items()
@@ -181,19 +187,6 @@ def _run(
 ) -> Tensor:
     a, b = operands[index]
     return kernel(a, b, product=product, out_dtype=dtype)
-
-
-def draw_operands(request: GemmRequest, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Draw a [m, k] and b [n, k] from N(0, 1), laid out as in training; as many copies as leave the cache cold."""
-    generator = torch.Generator(device).manual_seed(0)
-    transposed_a, transposed_b = _TRANSPOSED[request.product]
-    shape_a, shape_b = (request.m, request.k), (request.n, request.k)
-    a = torch.randn(shape_a[::-1] if transposed_a else shape_a, generator=generator, device=device).to(dtype)
-    b = torch.randn(shape_b[::-1] if transposed_b else shape_b, generator=generator, device=device).to(dtype)
-    copies = num_inputs(a.nbytes + b.nbytes, device)
-    # Other addresses are what makes a read cold; other values would only cost time to draw.
-    pairs = [(a, b), *((a.clone(), b.clone()) for _ in range(copies - 1))]
-    return [(x.t() if transposed_a else x, y.t() if transposed_b else y) for x, y in pairs]
 
 
 def _label(request: GemmRequest) -> str:

@@ -27,7 +27,7 @@ from loka.errors import DatabaseError, EvidenceError
 from loka.formats import PASSES
 from loka.hardware import DeviceInfo, current_device, device_info
 from loka.kernel_registry.registry import Registry, default_registry
-from loka.probes.database import open_database, read_timings, write_timings
+from loka.probes.database import open_database, read_learned, read_timings, write_timings
 from loka.probes.evidence import ProductEvidence, RunEvidence, collect_evidence
 from loka.probes.records import Timing
 from loka.selection import select
@@ -145,6 +145,7 @@ def _timings(
         budget_s=options.budget_s,
         bound=bound,
         known=known,
+        learned=read_learned(engine, evidence.info.id),
         on_progress=options.on_progress,
     )
     try:

@@ -241,6 +241,8 @@ def explain(  # noqa: PLR0913 - one parameter per flag
     from loka.bounds import parse_bound
     from loka.dispatch.planner import plan as make_plan
     from loka.formats import pass_name
+    from loka.probes.database import open_database
+    from loka.probes.predictions import read_predictions
     from loka.reports.explain import decisions_of, explain_json, explain_text
 
     made = make_plan(
@@ -253,10 +255,15 @@ def explain(  # noqa: PLR0913 - one parameter per flag
         measure=False,
     )
     decisions = decisions_of(made, site, None if product is None else pass_name(product))
+    engine = open_database(db, create=False)
+    try:
+        predictions = read_predictions(engine, run, site=site)
+    finally:
+        engine.dispose()
     if format is TableFormat.JSON:
-        _write(explain_json(decisions), None)
+        _write(explain_json(decisions, predictions), None)
         return
-    Console(highlight=False).print(explain_text(decisions))
+    Console(highlight=False).print(explain_text(decisions, predictions))
 
 
 @app.command()

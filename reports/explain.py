@@ -1,7 +1,7 @@
 """`loka explain`: every candidate of one site, with its time, its error and why it won or lost."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,19 +32,27 @@ def decisions_of(plan: Plan, site: str, product: Pass | None = None) -> tuple[De
     return chosen
 
 
-def explain_text(decisions: Sequence[Decision]) -> Group:
+# (site, pass) -> recipe -> row error in closed form.
+Predictions = Mapping[tuple[str, Pass], Mapping[str, float]]
+
+
+def explain_text(decisions: Sequence[Decision], predictions: Predictions | None = None) -> Group:
     """Render each decision: what was chosen, every candidate in a table, and why each of them lost."""
-    return Group(*(part for decision in decisions for part in _decision(decision)))
+    predictions = predictions or {}
+    return Group(*(part for decision in decisions for part in _decision(decision, predictions)))
 
 
-def _decision(decision: Decision) -> list[RenderableType]:
+def _decision(decision: Decision, predictions: Predictions) -> list[RenderableType]:
     heading = Text(str(decision.request), style="bold")
     why = Text(f"{decision.kernel}: {decision.why}")
     reasons = [
         Padding(Text.assemble((candidate.kernel, "bold"), f": {candidate.reason}"), (0, 0, 0, 2))
         for candidate in decision.rejected
     ]
-    return [heading, why, _table(decision), *reasons, Text(f"times: {decision.time_source}\n")]
+    expected = predictions.get((decision.request.site, decision.request.product), {})
+    listed = ", ".join(f"{recipe} {_number(error)}" for recipe, error in expected.items())
+    closed_form = [Text(f"row error in closed form, without measuring: {listed}")] if listed else []
+    return [heading, why, _table(decision), *reasons, *closed_form, Text(f"times: {decision.time_source}\n")]
 
 
 def _table(decision: Decision) -> Table:
@@ -72,12 +80,13 @@ def _table(decision: Decision) -> Table:
     return table
 
 
-def explain_json(decisions: Sequence[Decision]) -> str:
+def explain_json(decisions: Sequence[Decision], predictions: Predictions | None = None) -> str:
     """Return the same as JSON: one object per decision, `rejected` with code and reason."""
-    return json.dumps([_plain(decision) for decision in decisions], indent=2, allow_nan=False)
+    predictions = predictions or {}
+    return json.dumps([_plain(decision, predictions) for decision in decisions], indent=2, allow_nan=False)
 
 
-def _plain(decision: Decision) -> dict[str, Any]:
+def _plain(decision: Decision, predictions: Predictions) -> dict[str, Any]:
     request = decision.request
     return {
         "site": request.site,
@@ -97,6 +106,7 @@ def _plain(decision: Decision) -> dict[str, Any]:
         "error_upper": decision.error_upper,
         "horizon": decision.horizon,
         "loss": _loss(decision.loss),
+        "closed_form": dict(predictions.get((request.site, request.product), {})),
         "rejected": [_candidate(candidate) for candidate in decision.rejected],
     }
 

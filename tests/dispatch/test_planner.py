@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from loka.bounds import Bound
 from loka.dispatch import planner
-from loka.dispatch.measure import draw_operands, measure_products
+from loka.dispatch.draws import draw_operands
+from loka.dispatch.measure import measure_products
 from loka.dispatch.plan import Plan
 from loka.dispatch.planner import PlanOptions, decide_all
 from loka.dispatch.profile import DeviceProfile
@@ -289,6 +290,7 @@ def database(tmp_path, monkeypatch):
         return run(small(recipes=SAFE), fingerprint={"up.weight": (48, 64)})
 
     monkeypatch.setattr(planner, "collect_evidence", collect)
+    monkeypatch.setattr(planner, "read_learned", lambda engine, run_id: ())
     return tmp_path / "run.db", asked
 
 

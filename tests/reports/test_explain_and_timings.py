@@ -75,6 +75,16 @@ def test_explain_json_holds_the_same_numbers() -> None:
     assert entry["loss"] == {"kl": 1e-6, "kl_low": 8e-7, "kl_high": 2e-6, "cost": 3e-6}
 
 
+def test_explain_shows_the_closed_form_beside_what_was_measured() -> None:
+    made = decision()
+    predictions = {(made.request.site, made.request.product): {"rowwise": 0.0312, "mxfp8": 0.028}}
+    text = text_of(explain_text([made], predictions))
+    assert "row error in closed form, without measuring: rowwise 0.0312, mxfp8 0.028" in text
+    assert "closed form" not in text_of(explain_text([made]))
+    (entry,) = json.loads(explain_json([made], predictions))
+    assert entry["closed_form"] == {"rowwise": 0.0312, "mxfp8": 0.028}
+
+
 def test_explain_shows_what_the_loss_pays_only_where_that_is_known() -> None:
     lost = Candidate(kernel=KERNEL, recipe="mxfp8_floor", code="budget_spent", reason="costs too much")
     known = replace(lost, loss=LossCost(kl=1.23e-6, kl_low=8e-7, kl_high=2e-6, cost=3e-6))

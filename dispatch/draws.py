@@ -1,0 +1,104 @@
+"""The values that kernels are timed on: drawn like the operands of the run, else normal at their measured size.
+
+How fast a GPU multiplies depends on the values: zeros and repeated bits switch fewer transistors, and a chip at its
+power limit then runs at a higher clock. Activations and gradients are drawn from what the probe has learned of them;
+weights, of which it learns nothing that the checkpoint does not hold, are normal at their measured rms.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loka.errors import ArgumentError
+from loka.formats import PASS_OPERANDS, ROLES, Pass, Role
+from loka.kernel_registry.spec import GemmRequest
+from loka.probes.evidence import ProductEvidence
+from loka.probes.learning import restore
+from loka.probes.records import LearnedRecord
+from loka.timing import num_inputs
+
+logger = logging.getLogger("loka.dispatch")
+
+# Whether a and b of a pass are transposed views of what training holds: dX = dY W^T reads W [n, k] along n, and
+# dW = dY^T X reads both activations along the batch.
+_TRANSPOSED: Final[dict[Pass, tuple[bool, bool]]] = {
+    "fprop": (False, False),
+    "dgrad": (False, True),
+    "wgrad": (True, True),
+}
+# Rows that are drawn; more repeat them. Enough that no cache or compressor gains from it, and quick to draw.
+_DRAWN_ROWS: Final[int] = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What a run knows of the operands of one product; of no run, nothing."""
+
+    learned: Mapping[Role, LearnedRecord] = field(default_factory=dict)
+    rms: Mapping[Role, float] = field(default_factory=dict)
+
+    @property
+    def values(self) -> str:
+        """Name the values in one word, as a `Timing` keeps it."""
+        return "learned" if self.learned else "normal"
+
+    def draw(self, role: Role, rows: int, features: int, generator: torch.Generator) -> Tensor:
+        """Draw an operand [rows, features] fp32 as training holds it, on the device of the generator."""
+        record = self.learned.get(role)
+        if record is not None and rows:
+            # Each role has numbers of its own: the operands of a wgrad are drawn independently of each other.
+            found = _drawn(record, min(rows, _DRAWN_ROWS), features, seed=ROLES.index(role))
+            if found is not None:
+                index = torch.arange(rows) % len(found)
+                return found[index].to(generator.device)
+        draw = torch.randn(rows, features, generator=generator, device=generator.device)
+        return draw.mul_(self.rms.get(role) or 1.0)
+
+
+def sources(learned: Iterable[LearnedRecord], products: Iterable[ProductEvidence]) -> dict[tuple[str, Pass], Source]:
+    """Return what is known of the operands of every (site, pass) of a run."""
+    records = {(record.site, record.kind): record for record in learned}
+    result = {}
+    for product in products:
+        roles = PASS_OPERANDS[product.product]
+        result[product.site, product.product] = Source(
+            learned={role: records[product.site, role] for role in roles if (product.site, role) in records},
+            rms={role: product.operands[role].rms for role in roles if role in product.operands},
+        )
+    return result
+
+
+def draw_operands(
+    request: GemmRequest, dtype: torch.dtype, device: torch.device, source: Source = Source()
+) -> list[tuple[Tensor, Tensor]]:
+    """Draw a [m, k] and b [n, k], laid out as in training; as many copies as leave the cache cold."""
+    generator = torch.Generator(device).manual_seed(0)
+    views = []
+    extents = ((request.m, request.k), (request.n, request.k))
+    for role, extent, is_view in zip(
+        PASS_OPERANDS[request.product], extents, _TRANSPOSED[request.product], strict=True
+    ):
+        rows, features = reversed(extent) if is_view else extent
+        views.append((source.draw(role, rows, features, generator).to(dtype), is_view))
+    (a, a_is_view), (b, b_is_view) = views
+    copies = num_inputs(a.nbytes + b.nbytes, device)
+    # Other addresses are what makes a read cold; other values would only cost time to draw.
+    pairs = [(a, b), *((a.clone(), b.clone()) for _ in range(copies - 1))]
+    return [(x.t() if a_is_view else x, y.t() if b_is_view else y) for x, y in pairs]
+
+
+def _drawn(record: LearnedRecord, rows: int, features: int, *, seed: int) -> Tensor | None:
+    """Draw from a stored distribution; None, and a line in the log, where it is of other features or damaged."""
+    try:
+        distribution = restore(record)
+    except ArgumentError as error:
+        logger.warning("%s of %s is drawn normal: %s", record.kind, record.site, error)
+        return None
+    if distribution.features != features or not distribution.count:
+        return None
+    drawn: Tensor = distribution.sample(rows, torch.Generator().manual_seed(seed))
+    return drawn
