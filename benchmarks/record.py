@@ -15,14 +15,14 @@ from loka.environment import environment_facts
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_record(name: str, settings: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write benchmarks/results/<date>-<name>.json and print the figures."""
+def write_record(name: str, settings: dict[str, Any], results: dict[str, Any], *, command: str = "") -> Path:
+    """Write benchmarks/results/<date>-<name>.json and print the figures; `command`: what to say instead of argv."""
     now = datetime.now(UTC)
     record = {
         "schema": 1,
         "name": name,
         "created": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": command or shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "environment": environment_facts(),
         "threads": torch.get_num_threads(),
         "settings": settings,

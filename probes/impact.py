@@ -23,12 +23,19 @@ from torch import Tensor
 from loka.formats import Recipe
 from loka.probes.capture import Sighting
 from loka.probes.losses import Labels, ModelLoss, true_scale
-from loka.probes.measure import Deviations
+from loka.probes.measure import Deviations, most_rows
+from loka.probes.products import Gemm
 from loka.probes.records import LossImpact
 from loka.probes.sites import SiteKey
 
-# Memory that the deviations of one step may take.
+# Memory that the deviations of one step may take, and what part of it one product may, unless its rows get too few.
 _KEPT_BYTES: Final[int] = 32 << 20
+_SHARE: Final[float] = 0.25
+_FEWEST_ROWS: Final[int] = 8
+# The impact is taken on rows of this many items, whose contributions differ by orders of magnitude where clicks are
+# rare; and on no more rows than that.
+_ITEMS: Final[int] = 512
+_MOST_ROWS: Final[int] = 2048
 # The largest number of rows of one item that are taken together; more, and each row counts as an item.
 MOST_BLOCK: Final[int] = 64
 
@@ -44,22 +51,55 @@ class _Site:
 
 
 @dataclass(slots=True)
+class Turns:
+    """Whose turn it is when there is no room for all in one step: of those that waited, who has had the fewest."""
+
+    _taken: dict[SiteKey, int] = field(default_factory=dict)
+    _waiting: set[SiteKey] = field(default_factory=set)
+
+    def may(self, key: SiteKey) -> bool:
+        """Whether nobody who waits has had fewer turns."""
+        had = self._taken.get(key, 0)
+        return all(had <= self._taken.get(other, 0) for other in self._waiting)
+
+    def took(self, key: SiteKey) -> None:
+        """Count a turn."""
+        self._taken[key] = self._taken.get(key, 0) + 1
+        self._waiting.discard(key)
+
+    def waits(self, key: SiteKey) -> None:
+        """Remember that there was no room."""
+        self._waiting.add(key)
+
+
+@dataclass(slots=True)
 class ImpactMeter:
     """One sampled step. `labelled` is set while the backward for drawn labels runs."""
 
     recipes: Sequence[Recipe]
+    turns: Turns = field(default_factory=Turns)
     labelled: bool = False
     loss: ModelLoss | None = None  # what the hook made of the output
     root_value: float | None = None  # what the loop's own backward began at; None: none has begun
     _sites: dict[SiteKey, _Site] = field(default_factory=dict)
     _bytes: int = 0
 
-    def wants(self, elements: int) -> bool:
-        """Whether there is room for the deviations of a product with so many elements."""
-        return self._bytes + 4 * elements * len(self.recipes) <= _KEPT_BYTES
+    def rows(self, key: SiteKey, gemm: Gemm, block: int) -> int:
+        """Return how many rows of a product are to leave their deviations in this step: whole blocks, or none."""
+        row_bytes = 4 * len(self.recipes) * max(gemm.n, 1)
+        fair = max(int(_SHARE * _KEPT_BYTES) // row_bytes, _FEWEST_ROWS)
+        rows = min(_ITEMS * block, _MOST_ROWS, most_rows(gemm), fair)
+        rows = max(rows // block, 1) * block
+        if row_bytes * min(rows, gemm.m) > _KEPT_BYTES or not self.turns.may(key):
+            return 0
+        if self._bytes + row_bytes * min(rows, gemm.m) > _KEPT_BYTES:
+            self.turns.waits(key)
+            return 0
+        return rows
 
     def keep(self, sighting: Sighting, deviations: Deviations) -> None:
         """Keep what rounding did to a forward product until its gradient comes by."""
+        self.turns.took(sighting.key)
         self._bytes += deviations.values.nbytes
         self._sites[sighting.key] = _Site(deviations, sighting.node, sighting.parameter)
 

@@ -22,9 +22,11 @@ from loka.probes.records import LearnedRecord
 # One in so many measurements of a product is learned from too: distributions move slower than they cost.
 LEARN_EVERY: Final[int] = 4
 # Memory for all that is learned: this, and a share of the parameters' own. With the deviations of one step (32 MiB)
-# it stays within 64 MB and 5 %.
+# and what is held for a moment, the probe stays within 64 MB and 5 %.
 _LIMIT_BYTES: Final[int] = 16 << 20
 _LIMIT_SHARE: Final[float] = 0.04
+# Of that, what one operand may take: merging and writing it take several times as much for a moment.
+_LARGEST_SHARE: Final[float] = 0.25
 # Columns of the low-rank correlation of an operand: a product has two such operands, and a model hundreds of products.
 _RANK: Final[int] = 16
 # Fewer where the operand is so wide that they are what takes the memory.
@@ -98,7 +100,8 @@ class Learner:
             except ArgumentError:  # the shape has changed: what was learned is of another product
                 samples = 1
         size = state.nbytes
-        if sum(self._bytes.values()) - self._bytes.get(key, 0) + size > self.limit_bytes:
+        others = sum(self._bytes.values()) - self._bytes.get(key, 0)
+        if size > _LARGEST_SHARE * self.limit_bytes or others + size > self.limit_bytes:
             self._entries.pop(key, None)
             self._bytes.pop(key, None)
             self.left_out.add((site, kind))

@@ -161,7 +161,7 @@ def measure(
     alignment, deviations, sampled = math.nan, None, None
     with exact_arithmetic():
         statistics = [_statistics(tensor) for tensor in tensors]
-        rows = min(draw.rows, max(_MIN_ROWS, _ELEMENTS // max(gemm.n, gemm.k, 1)))
+        rows = min(draw.rows, most_rows(gemm))
         parts = [part for part in gemm.parts(replace(draw, rows=rows)) if part.a.numel() and part.b.numel()]
         results = [_Result(part, recipes) for part in parts]
         for part, result in zip(parts, results, strict=True):
@@ -186,6 +186,11 @@ def measure(
 def rows_of(gemm: Gemm) -> int:
     """Return how many rows of a product are measured."""
     return max(ROWS, min(_MOST_ROWS, _CHEAP_MACS // max(gemm.n * gemm.k, 1)))
+
+
+def most_rows(gemm: Gemm) -> int:
+    """Return how many rows of a product can be measured in little memory."""
+    return max(_MIN_ROWS, _ELEMENTS // max(gemm.n, gemm.k, 1))
 
 
 def is_plain_product(gemm: Gemm) -> bool:

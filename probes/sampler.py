@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from loka.formats import Pass, Recipe
 from loka.probes.budget import Budget
 from loka.probes.capture import Capture, Sighting
-from loka.probes.impact import ImpactMeter, block_of
+from loka.probes.impact import ImpactMeter, Turns, block_of
 from loka.probes.learning import LEARN_EVERY, Learner
 from loka.probes.losses import LossHook, apply_hook, items_of
 from loka.probes.measure import Measurement, is_plain_product, measure, rows_of
@@ -26,11 +27,6 @@ from loka.probes.sites import SiteKey, SiteMap
 log: Final = logging.getLogger("loka.probe")
 
 JobKey = tuple[SiteKey, Pass]
-
-# Where the impact on the loss is taken: rows of this many items, whose contributions differ by orders of magnitude
-# where clicks are rare; and no more rows than that.
-_ITEMS: Final[int] = 512
-_MOST_ROWS: Final[int] = 2048
 
 
 @dataclass(slots=True)
@@ -54,6 +50,7 @@ class Memory:
     calls: dict[JobKey, int] = field(default_factory=dict)  # per step
     items: int = 0  # of the loss in a batch; 0: not known
     settled: Settled = field(default_factory=Settled)
+    turns: Turns = field(default_factory=Turns)
     learner: Learner = field(default_factory=lambda: Learner.within(0))
     names: dict[SiteKey, str] = field(default_factory=dict)
 
@@ -77,7 +74,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         self.capture = Capture(self.sites, self)
-        self.meter = ImpactMeter(self.recipes)
+        self.meter = ImpactMeter(self.recipes, self.memory.turns)
 
     def saw(self, sighting: Sighting) -> None:
         """Count one product; measure it when it is its turn. Of several calls, each sample takes another."""
@@ -94,7 +91,7 @@ class Sampler:
             dtype = str(gemm.a.dtype).removeprefix("torch.")
             shape = (gemm.batch, gemm.n, gemm.k)
             seen = self._seen[key] = _Seen(gemm.op, sighting.parameter, gemm.unmeasured, dtype, shape)
-        turn = self.budget.samples_of(key) % max(self.memory.calls.get(key, 1), 1)
+        turn = _turn(self.budget.samples_of(key), self.memory.calls.get(key, 1))
         if seen.measurement is None and seen.calls >= turn and self.budget.allows(key, self.capture.own_s):
             self._wait_for(gemm.a)
             started = time.perf_counter()
@@ -112,10 +109,11 @@ class Sampler:
         )
         if meets_gradient:
             block = block_of(gemm.m, self.memory.items)
-            draw = replace(draw, rows=min(_ITEMS * block, _MOST_ROWS), block=block)
-            meets_gradient = self.meter.wants(min(draw.rows, gemm.m) * gemm.n)
-        # The second sample, then every fourth: the first may be that of an untrained model.
-        learns = self.budget.samples_of((sighting.key, sighting.product)) % LEARN_EVERY == 1
+            rows = self.meter.rows(sighting.key, gemm, block)
+            meets_gradient = rows > 0
+            draw = replace(draw, rows=rows, block=block) if rows else draw
+        # The third sample, then every fourth: not with the impact on the loss, which takes memory of its own.
+        learns = self.budget.samples_of((sighting.key, sighting.product)) % LEARN_EVERY == 2
         found = measure(gemm, sighting.product, self.recipes, draw, keep_deviations=meets_gradient, keep_sampled=learns)
         if found.sampled is not None:
             self.memory.learner.learn(sighting.key, sighting.product, found.sampled, self.step)
@@ -234,3 +232,14 @@ def _record(site: str, product: Pass, seen: _Seen, impacts: Mapping[str, LossImp
         impacts=impacts,
         unmeasured=seen.unmeasured,
     )
+
+
+def _turn(samples: int, calls: int) -> int:
+    """Return which call of a product is measured next: each once in a round, in an order that chance makes anew.
+
+    Taken in order, a product with four calls would show the impact on the loss, of every fourth sample, of one call.
+    """
+    if calls < 2:
+        return 0
+    round_, place = divmod(samples, calls)
+    return random.Random(round_).sample(range(calls), calls)[place]

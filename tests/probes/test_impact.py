@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import loka
-from loka.formats import RECIPES
-from loka.probes.impact import block_of
+from loka.formats import DEFAULT_RECIPES, RECIPES
+from loka.probes.impact import ImpactMeter, block_of
 from loka.probes.losses import ModelLoss, apply_hook, items_of, logits_of, true_scale
+from loka.probes.products import Factors, gemm
 from loka.quantize import fake_quantize
-from tests.probes.made_probe import recorded
+from tests.probes.made_probe import probed, recorded
 
 
 class Tower(nn.Module):
@@ -352,3 +354,29 @@ def test_a_users_own_mode_is_not_shown_the_second_backward(tmp_path):
     assert watched == alone
     _, steps = recorded(tmp_path / "run.db")
     assert [step.labels for step in steps] == ["", "closed", "", ""]
+
+
+def test_products_that_do_not_fit_into_one_step_take_turns(tmp_path, monkeypatch):
+    model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.ReLU())], nn.Linear(64, 1))
+    # Room for two of the six: 128 rows of 64 columns under four recipes take 128 KiB.
+    monkeypatch.setattr("loka.probes.impact._KEPT_BYTES", 300 << 10)
+    monkeypatch.setattr("loka.probes.impact._SHARE", 0.5)
+
+    def loop():
+        for step in range(4 * 7):
+            x = torch.randn(128, 64, generator=torch.Generator().manual_seed(step))
+            F.binary_cross_entropy_with_logits(model(x)[:, 0], torch.ones(128)).backward()
+
+    _, steps = probed(model, tmp_path, loop, every=1)
+    taken = Counter(one.site for step in steps for one in step.products for each in [one.impacts] if each)
+    assert set(taken) == {str(2 * at) for at in range(6)} | {"12"}
+    assert max(taken.values()) - min(taken[str(2 * at)] for at in range(6)) <= 7
+    per_step = [sum(bool(one.impacts) for one in step.products) for step in steps]
+    assert max(per_step) <= 3
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(64, 512), (4096, 128), (49_152, 10), (150_000, 8), (500_000, 0)])
+def test_wide_products_leave_fewer_rows_and_are_not_left_out(columns, rows):
+    meter = ImpactMeter(tuple(RECIPES[name] for name in DEFAULT_RECIPES))
+    x, weight = torch.empty(4096, 64, device="meta"), torch.empty(64, columns, device="meta")
+    assert meter.rows("key", gemm(Factors("mm", x, weight), a_is_p=True), 1) == rows

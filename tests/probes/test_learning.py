@@ -79,7 +79,7 @@ def test_what_is_learned_stays_within_its_limit():
     whole = Learner(limit_bytes=MANY)
     whole.learn("key", "fprop", sampled(), 0)
     sizes = {record.kind: restore(record).nbytes for record in records_of(whole)}
-    tight = Learner(limit_bytes=sizes[STATISTICS] + 10)
+    tight = Learner(limit_bytes=4 * sizes[STATISTICS])
     for step in range(3):
         tight.learn("key", "fprop", sampled(seed=step), step)
     assert [record.kind for record in records_of(tight)] == [STATISTICS]
