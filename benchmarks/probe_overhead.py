@@ -136,7 +136,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    settings = {"steps_per_block": 100 if quick else 200, "rounds": 1 if quick else 3}
+    settings = {"steps_per_block": 100 if quick else 1000, "rounds": 1 if quick else 3}
     workloads: dict[str, tuple[Callable[[], tuple[nn.Module, Loss]], bool]] = {
         "wukong, batch 512, eager": (lambda: wukong(512), False),
         "transformer, 8 x 128, eager": (transformer, False),

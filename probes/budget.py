@@ -15,8 +15,10 @@ from typing import Final
 _SCHEDULED_SAMPLES: Final[int] = 10
 # How many intervals' credit the scheduled samples may be ahead.
 _AHEAD: Final[float] = 3.0
-# Share of a scheduled sample's credit given to measuring; the rest pays for capture and bookkeeping.
-_MEASURING_SHARE: Final[float] = 0.7
+# Share of a scheduled sample's credit given to measuring before it is known what capture and bookkeeping take; and what
+# is left for measuring in any case once that is known.
+_FIRST_SHARE: Final[float] = 0.5
+_LEAST_SHARE: Final[float] = 0.3
 # A run sampled more densely than every 100 steps asks for evidence before cheapness: it may spend this much in all
 # before the budget binds, e.g. 0.45 s at every=10 and 2 s at every=1.
 _GRACE_PER_DENSITY_S: Final[float] = 0.05
@@ -78,7 +80,8 @@ class Budget:
         interval = self.overhead * self.every * self.plain_step_s
         if self.samples < _SCHEDULED_SAMPLES:
             overdrawn = credit < -_AHEAD * interval
-            allowance = _MEASURING_SHARE * max(interval, credit)
+            most, fixed = max(interval, credit), self._fixed_cost_s
+            allowance = max(most - fixed, _LEAST_SHARE * most) if fixed else _FIRST_SHARE * most
         else:
             allowance = credit - self._fixed_cost_s
             overdrawn = allowance < (self._cost_of(self._queue[0]) if self._queue else 0.0)
