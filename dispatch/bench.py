@@ -7,6 +7,8 @@ import torch
 
 from loka.dispatch.measure import Progress, measure_products
 from loka.dispatch.profile import DeviceProfile, newest
+from loka.dispatch.shapes import shapes_of
+from loka.dispatch.verify import Verification, verify
 from loka.errors import KernelError
 from loka.formats import PASSES, Pass
 from loka.hardware import current_device, device_info
@@ -51,9 +53,29 @@ def bench_suite(
 ) -> tuple[Timing, ...]:
     """Measure a named suite of shapes in all three passes, in bf16 on CUDA and fp32 on a CPU."""
     where = current_device() if device is None else torch.device(device)
-    dtype = "bfloat16" if where.type == "cuda" else "float32"
-    evidence = suite_evidence(suite(name), dtype)
+    evidence = suite_evidence(suite(name), _dtype(where))
     return tuple(measure_products(evidence, default_registry(), where, budget_s=budget_s, on_progress=on_progress))
+
+
+def verify_database(
+    db: str | os.PathLike[str], device: torch.device | str | None, on_progress: Progress | None = None
+) -> list[Verification]:
+    """Compare every kernel available here with its definition on the products of a database's newest run."""
+    engine = open_database(db, create=False)
+    try:
+        shapes = shapes_of(collect_evidence(engine).products, read_learned(engine))
+    finally:
+        engine.dispose()
+    return verify(shapes, default_registry(), current_device() if device is None else device, on_progress)
+
+
+def verify_suite(
+    name: str, device: torch.device | str | None, on_progress: Progress | None = None
+) -> list[Verification]:
+    """Do the same on a named suite of shapes, on N(0, 1)."""
+    where = current_device() if device is None else torch.device(device)
+    shapes = shapes_of(suite_evidence(suite(name), _dtype(where)).products)
+    return verify(shapes, default_registry(), where, on_progress)
 
 
 def profile_of(timings: Sequence[Timing], label: str, device: torch.device | str | None) -> DeviceProfile:
@@ -102,6 +124,10 @@ def suite_evidence(shapes: Sequence[tuple[int, int, int]], dtype: str) -> RunEvi
         family=0,
         products=products,
     )
+
+
+def _dtype(device: torch.device) -> str:
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def _product(shape: tuple[int, int, int], product: Pass, dtype: str) -> ProductEvidence:

@@ -8,7 +8,7 @@ among the known times, the whole shape is timed again.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from loka.bounds import Bound
-from loka.dispatch.candidates import request_of
-from loka.dispatch.draws import Source, draw_operands, sources
-from loka.dispatch.profile import TimeTable, time_key
+from loka.dispatch.draws import draw_operands
+from loka.dispatch.profile import TimeTable
+from loka.dispatch.shapes import Shape, shapes_of
 from loka.errors import KernelError
 from loka.formats import Pass
 from loka.hardware import DeviceInfo, device_info
@@ -36,12 +36,11 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """A product to be timed, without its site, and the kernels to time on it, the baseline first."""
+class _Contest:
+    """A shape and the kernels to time on it, the baseline first."""
 
-    request: GemmRequest
+    shape: Shape
     kernels: tuple[KernelSpec, ...]
-    source: Source
 
 
 def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit on it
@@ -63,83 +62,60 @@ def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit
     """
     device = torch.device(device)
     info = device_info(device)
-    shapes = _missing(_shapes(evidence, registry, info, bound, sources(learned, evidence.products)), TimeTable(known))
+    contests = _to_time(shapes_of(evidence.products, learned), registry, info, bound, TimeTable(known))
     deadline = time.perf_counter() + budget_s
     timings: list[Timing] = []
-    for done, shape in enumerate(shapes):
+    for done, contest in enumerate(contests):
         if on_progress is not None:
-            on_progress(done, len(shapes), _label(shape.request))
+            on_progress(done, len(contests), _label(contest.shape.request))
         left = deadline - time.perf_counter()
         if left <= 0:
-            logger.warning("%d of %d shapes left untimed: %g s are spent", len(shapes) - done, len(shapes), budget_s)
+            logger.warning("%d of %d shapes left untimed: %g s spent", len(contests) - done, len(contests), budget_s)
             break
-        timings += _time_shape(shape, device, info, share_s=left / (len(shapes) - done), left_s=left)
-    if on_progress is not None and shapes:
-        on_progress(len(shapes), len(shapes), "done")
+        timings += _time(contest, device, info, share_s=left / (len(contests) - done), left_s=left)
+    if on_progress is not None and contests:
+        on_progress(len(contests), len(contests), "done")
     return timings
 
 
-def _shapes(
-    evidence: RunEvidence,
-    registry: Registry,
-    info: DeviceInfo,
-    bound: Bound | None,
-    known_of: Mapping[tuple[str, Pass], Source],
-) -> list[_Shape]:
-    """Return the distinct shapes with something to compare, those with most floating-point operations first."""
-    kernels: dict[tuple[object, ...], dict[str, KernelSpec]] = {}
-    requests: dict[tuple[object, ...], GemmRequest] = {}
-    flops: dict[tuple[object, ...], float] = {}
-    largest: dict[tuple[object, ...], ProductEvidence] = {}
-    for product in evidence.products:
-        request = request_of(product)
-        if request.op != "linear" or not request.m * request.n * request.k:
-            continue
-        key = time_key("", request)
-        requests.setdefault(key, request)
-        flops[key] = flops.get(key, 0.0) + product.flops
-        if key not in largest or product.flops > largest[key].flops:
-            largest[key] = product
-        found = kernels.setdefault(key, {})
-        for spec in registry.candidates(request.op):
-            servable = registry.unavailable(spec, info) is None and spec.cannot(request) is None
-            if servable and (bound is None or _safe(product, spec, bound)):
-                found[spec.name] = spec
-    order = sorted((key for key in requests if kernels[key]), key=lambda key: (-flops[key], str(key)))
-    return [
-        _Shape(
-            requests[key],
-            (registry.baseline(requests[key]), *(kernels[key][name] for name in sorted(kernels[key]))),
-            known_of[largest[key].site, largest[key].product],
-        )
-        for key in order
-    ]
+def _to_time(
+    shapes: Iterable[Shape], registry: Registry, info: DeviceInfo, bound: Bound | None, known: TimeTable
+) -> list[_Contest]:
+    """Return the shapes of which two kernels can be compared and a time is missing."""
+    found = []
+    for shape in shapes:
+        kernels = [
+            spec
+            for spec in registry.candidates(shape.request.op)
+            if registry.unavailable(spec, info) is None
+            and spec.cannot(shape.request) is None
+            and (bound is None or any(_safe(product, spec, bound) for product in shape.products))
+        ]
+        if kernels:
+            contest = _Contest(shape, (registry.baseline(shape.request), *kernels))
+            if any(known.lookup(spec.name, shape.request) is None for spec in contest.kernels):
+                found.append(contest)
+    return found
 
 
 def _safe(product: ProductEvidence, spec: KernelSpec, bound: Bound) -> bool:
     return any(each.recipe == spec.recipe and each.judge(bound, product.product) == "safe" for each in product.recipes)
 
 
-def _missing(shapes: list[_Shape], known: TimeTable) -> list[_Shape]:
-    return [shape for shape in shapes if any(known.lookup(spec.name, shape.request) is None for spec in shape.kernels)]
-
-
-def _time_shape(
-    shape: _Shape, device: torch.device, info: DeviceInfo, *, share_s: float, left_s: float
-) -> list[Timing]:
+def _time(contest: _Contest, device: torch.device, info: DeviceInfo, *, share_s: float, left_s: float) -> list[Timing]:
     """Time one shape within `share_s` seconds; nothing when even the fewest repetitions exceed `left_s`."""
-    request = shape.request
+    request, source = contest.shape.request, contest.shape.source
     start = time.perf_counter()
     dtype: torch.dtype = getattr(torch, request.dtype)
     with torch.no_grad():
-        operands = draw_operands(request, dtype, device, shape.source)
+        operands = draw_operands(request, dtype, device, source)
         calls = {}
-        for spec in shape.kernels:
+        for spec in contest.kernels:
             call = _runnable(spec, request, operands, dtype)
             if call is not None:
                 calls[spec.name] = call
         once_s = time.perf_counter() - start
-        if shape.kernels[0].name not in calls or len(calls) < 2:
+        if contest.kernels[0].name not in calls or len(calls) < 2:
             return []
         needed_s, left_s = once_s * (MIN_REPETITIONS + 1), left_s - once_s
         if needed_s > left_s:
@@ -160,7 +136,7 @@ def _time_shape(
             median_us=result.median_us,
             spread_us=result.spread_us,
             repetitions=result.repetitions,
-            values=shape.source.values,
+            values=source.values,
             created=created,
         )
         for name, result in measured.items()

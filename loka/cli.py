@@ -172,13 +172,24 @@ def bench(
     budget: Annotated[float, typer.Option("--budget", help="Seconds to spend.")] = 60.0,
     device: DeviceOption = None,
     export: Annotated[Path | None, typer.Option("--export", help="Write the times as a device profile.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare each kernel with its definition instead; exit with 1 on a fault.")
+    ] = False,
 ) -> None:
     """Measure every available kernel on the shapes of a run, or of a named suite."""
-    from loka.dispatch.bench import bench_database, bench_suite, profile_of
+    from loka.dispatch.bench import bench_database, bench_suite, profile_of, verify_database, verify_suite
     from loka.reports.timings import timings_table
+    from loka.reports.verification import verification_table
 
     if (db is None) == (suite is None):
         raise ArgumentError("loka bench measures either a database or a suite. Give DB, or --suite lrm27.")
+    if verify:
+        with _progress("verifying") as tick:
+            found = verify_database(db, device, tick) if db else verify_suite(suite or "", device, tick)
+        Console(highlight=False).print(verification_table(found))
+        if not all(each.holds for each in found):
+            raise typer.Exit(EXIT_GATE)
+        return
     with _progress("measuring") as tick:
         timings = bench_database(db, device, budget, tick) if db else bench_suite(suite or "", device, budget, tick)
     if export is not None:

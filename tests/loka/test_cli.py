@@ -17,7 +17,7 @@ from loka.cli import app
 SURFACE = {
     "demo": {"--out"},
     "report": {"--format", "--output", "--bound", "--fail-on", "--run", "--device"},
-    "bench": {"--suite", "--budget", "--device", "--export"},
+    "bench": {"--verify", "--suite", "--budget", "--device", "--export"},
     "plan": {
         "--output",
         "--bound",
@@ -171,6 +171,8 @@ def test_kernels_and_env_are_valid_json() -> None:
     assert code == 0
     kernels = {row["kernel"]: row for row in json.loads(text)["kernels"]}
     assert kernels["emulated.linear.rowwise"]["available"]
+    if not torch.cuda.is_available():
+        assert "needs cuda" in kernels["triton.gemm.rowwise"]["reason"]
     code, text, _ = run("env", "--format", "json")
     assert code == 0
     assert json.loads(text)["torch"] == torch.__version__
@@ -261,3 +263,9 @@ def test_diff_tells_a_change_of_the_data_from_none_and_refuses_another_model(tmp
     code, _, errors = run("diff", first, __file__)
     assert code == 2
     assert "neither" in errors
+
+
+def test_bench_verify_compares_kernels_with_their_definition(database: str) -> None:
+    code, text, _ = run("bench", database, "--verify", "--device", "cpu")
+    assert code == 0
+    assert "Nothing to verify" in text or "0 of" in text
