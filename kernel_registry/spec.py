@@ -12,9 +12,10 @@ there; None means it can. A kernel's implementation is a lazy "module:function" 
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Final, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from torch import Tensor
 from loka.errors import KernelError
 from loka.formats import PASSES, RECIPES, Pass
 from loka.hardware import DeviceInfo
+
+# What Triton takes for yes in an environment variable (triton/knobs.py).
+_TRUE: Final[tuple[str, ...]] = ("1", "true", "yes", "on", "y")
 
 # "other" is any product that has no name here; only `torch.native.other` serves it.
 Op = Literal["linear", "bmm", "grouped_linear", "convolution", "other"]
@@ -73,6 +77,7 @@ class KernelSpec:
     min_capability: tuple[int, int] | None = None
     alignment: int = 0
     module: str = ""
+    interpreter: str = ""
     traceable: bool = True  # plain aten and triton ops, which Inductor can fuse with their neighbours
     source: str = ""
     defect: str = ""
@@ -104,6 +109,8 @@ class KernelSpec:
             return self.defect
         if device.type not in self.device_types:
             return f"needs {' or '.join(self.device_types)}, this device is {device.type}"
+        if device.type == "cpu" and self.interpreter and os.environ.get(self.interpreter, "").lower() not in _TRUE:
+            return f"needs cuda (a cpu interprets it, for tests, under {self.interpreter}=1)"
         if device.type == "cuda" and self.min_capability and (device.capability or (0, 0)) < self.min_capability:
             need = ".".join(map(str, self.min_capability))
             have = ".".join(map(str, device.capability)) if device.capability else "none"

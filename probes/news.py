@@ -28,7 +28,7 @@ class News:
         """Yield that a sample was left out, the first time."""
         message = (
             f"the sample due at step {step} was left out, and more may be: they would cost more than the budget of "
-            f"{overhead:.3g} of the run's own time"
+            f"{overhead:.3g} of the run's own time. For more samples probe longer, or give probe(overhead=...) more"
         )
         yield from self._once(("over_budget",), step, message)
 

@@ -20,6 +20,23 @@ GLOBAL_HOOKS = (
     "_global_backward_hooks",
 )
 
+
+def _interpret_triton() -> None:
+    """Without a GPU, have our Triton kernels run by Triton's interpreter.
+
+    Triton wants that said before it is imported, so it is imported here. It remembers; the environment is left as a
+    user's is, and so the registry offers these kernels on a CPU to a test no more than to a user.
+    """
+    if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton.language")
+    importlib.import_module("triton.knobs").runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
+
+_interpret_triton()
+
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if CI else "dev")

@@ -196,7 +196,7 @@ def test_two_thousand_sites_are_decided_within_three_seconds(tmp_path):
             KernelSpec(name=f"shop{i}.linear.rowwise", op="linear", recipe="rowwise", implementation="m:f"),
             owner="shop",
         )
-    assert len(registry.candidates("linear")) == 12
+    assert len(registry.candidates("linear")) >= 12
     products = [product(f"layer{i}", product=each, recipes=recipes_of(i)) for i in range(2000) for each in PASSES]
     times = [
         timing(spec.name, 10.0 + i, device=device_info("cpu"), product=each)
@@ -224,10 +224,8 @@ def test_every_available_kernel_of_a_shape_is_timed_once_for_all_its_sites():
     measured = measure_products(
         evidence, built_in(), "cpu", budget_s=20.0, on_progress=lambda done, total, label: seen.append((done, total))
     )
-    assert {each.kernel for each in measured} == {
-        BASE,
-        *(spec.name for spec in KERNELS if spec.op == "linear" and spec.recipe),
-    }
+    here = [spec for spec in KERNELS if spec.op == "linear" and spec.unavailable(device_info("cpu")) is None]
+    assert {each.kernel for each in measured} == {BASE, *(spec.name for spec in here if spec.recipe)}
     assert len(measured) == len({each.kernel for each in measured})
     assert seen == [(0, 1), (1, 1)]
     for each in measured:

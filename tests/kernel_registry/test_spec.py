@@ -57,6 +57,17 @@ def test_a_kernel_that_cannot_serve_a_request_says_why(changes, wanted, word):
     assert word in spec(**changes).cannot(request(**wanted))
 
 
+@pytest.mark.parametrize(("value", "runs"), [(None, False), ("", False), ("0", False), ("1", True), ("TRUE", True)])
+def test_an_interpreted_kernel_runs_on_a_cpu_only_when_asked_for(value, runs, monkeypatch):
+    monkeypatch.delenv("SOME_INTERPRETER", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SOME_INTERPRETER", value)
+    row = spec(interpreter="SOME_INTERPRETER", min_capability=(8, 9))
+    assert (row.unavailable(CPU) is None) == runs
+    assert runs or row.unavailable(CPU) == "needs cuda (a cpu interprets it, for tests, under SOME_INTERPRETER=1)"
+    assert row.unavailable(HOPPER) is None
+
+
 def test_no_dtypes_means_any_dtype():
     assert spec(dtypes=()).cannot(request(dtype="float64")) is None
 

@@ -1,0 +1,117 @@
+"""A linear layer per expert, all in one launch per pass, with its gradients: the grouped product from end to end.
+
+Operands come in high precision and are quantised here as `loka.quantize` defines it. In the weight gradient the sum
+runs over tokens, so scales run along the tokens of one expert and never reach into the next expert's.
+"""
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from loka.errors import ArgumentError
+from loka.formats import RECIPES, OperandSpec, Recipe
+from loka.kernel_registry.triton.grouped import grouped_gemm, grouped_wgrad
+from loka.kernel_registry.triton.grouped_operands import token_groups
+from loka.kernel_registry.triton.interpreter import define_op
+from loka.quantize import cast, finite_amax, quantize, scale_from_amax
+
+GROUPED_RECIPES: Final[tuple[str, ...]] = ("rowwise", "blockwise")
+
+
+def quantize_tokens(x: Tensor, offsets: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
+    """Quantise x [tokens, features] for a sum over the tokens of each expert, without waiting for the device.
+
+    Returns codes [tokens, features] and fp32 scales [groups, features], in the rows that `token_groups` describes; a
+    group is an expert's tokens, or `spec.group_k` of them counted from its first. Rows of no group have scale 1.
+    """
+    tokens, features = x.shape
+    experts = offsets.shape[0]
+    block = spec.group_k
+    values = x.float()
+    token = torch.arange(tokens, device=x.device)
+    # As the kernels read them: an end below its predecessor is an empty expert's, one beyond the tokens is their end.
+    ends = torch.cummax(offsets.to(torch.int64).clamp(0, tokens), 0).values
+    expert = torch.searchsorted(ends, token, right=True)
+    group = expert
+    if block is not None:
+        start = torch.nn.functional.pad(ends, (1, 0))[expert]
+        group = start // block + expert + (token - start) // block
+    groups = token_groups(tokens, experts, blockwise=block is not None)
+    # Tokens after the last offset belong to nobody: one more row takes them and is dropped.
+    group = torch.where(expert < experts, group, groups)
+    magnitude = finite_amax(values.unsqueeze(-1), (-1,))
+    amax = values.new_zeros((groups + 1, features))
+    amax = amax.scatter_reduce(0, group.unsqueeze(-1).expand(-1, features), magnitude, "amax")
+    scale = scale_from_amax(amax, spec)
+    return cast(values * scale.reciprocal()[group], spec.format), scale[:groups]
+
+
+def _quantized(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
+    """Quantise [..., rows, k] and drop the groups of zeros that `quantize` appends to dynamic extents."""
+    codes, scale = quantize(x, spec)
+    rows, depth = (
+        -(-extent // group) if group else 1
+        for extent, group in zip(x.shape[-2:], (spec.group_rows, spec.group_k), strict=True)
+    )
+    return codes, scale[..., :rows, :depth]
+
+
+def _recipe(name: str) -> Recipe:
+    if name not in GROUPED_RECIPES:
+        raise ArgumentError(f"Experts run under the recipes {', '.join(GROUPED_RECIPES)}, not {name!r}: choose one.")
+    return RECIPES[name]
+
+
+# Opaque under the interpreter, a composition of traceable ops elsewhere; see `gemm`.
+@define_op("loka::grouped_linear", mutates_args=())
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, recipe: str) -> Tensor:
+    """Return x [tokens, k], sorted by expert, times its expert's weight [experts, n, k]; [tokens, n] in x's dtype.
+
+    offsets: int32 [experts], the end of each expert's tokens; rows after the last are zero. `recipe` is "rowwise" or
+    "blockwise" and holds for all three passes; differentiable in x and weight. Raises ArgumentError for another
+    recipe, KernelError as `grouped_gemm` does.
+    """
+    chosen = _recipe(recipe)
+    x_codes, x_scale = _quantized(x, chosen.operand("input"))
+    codes, scale = _quantized(weight, chosen.operand("weight"))
+    return _product(x_codes, codes, offsets, (x_scale, scale), x.dtype)
+
+
+@grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor, recipe: str) -> Tensor:
+    _recipe(recipe)
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+def _product(
+    x: Tensor, weight: Tensor, offsets: Tensor, scales: tuple[Tensor, Tensor], out_dtype: torch.dtype
+) -> Tensor:
+    if 0 in (*x.shape, *weight.shape):  # groups of nothing have no scales to speak of
+        return x.new_zeros((x.shape[0], weight.shape[1]), dtype=out_dtype)
+    out: Tensor = grouped_gemm(x, weight, offsets, *scales, out_dtype=out_dtype)
+    return out
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:
+    x, weight, offsets, ctx.recipe = inputs
+    ctx.save_for_backward(x, weight, offsets)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    x, weight, offsets = ctx.saved_tensors
+    recipe = RECIPES[ctx.recipe]
+    spec = recipe.operand("grad_output")
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        codes, scale = _quantized(grad_output, spec)
+        weight_codes, weight_scale = _quantized(weight.mT, recipe.operand("weight"))
+        grad_x = _product(codes, weight_codes, offsets, (scale, weight_scale), x.dtype)
+    if ctx.needs_input_grad[1]:
+        codes, scale = quantize_tokens(grad_output, offsets, spec)
+        x_codes, x_scale = quantize_tokens(x, offsets, recipe.operand("input"))
+        grad_weight = grouped_wgrad(codes, x_codes, offsets, scale, x_scale, out_dtype=weight.dtype)
+    return grad_x, grad_weight, None, None
+
+
+grouped_linear.register_autograd(_gradients, setup_context=_keep)

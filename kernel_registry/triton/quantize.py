@@ -1,0 +1,298 @@
+"""Quantise in Triton: `loka.quantize.quantize` at memory speed, codes and scales bit for bit.
+
+    data    [m, k] row-major, FP8
+    scale   [m / group_rows, k / group_k] row-major, fp32; a ragged end is a group of its own
+
+`quantize` writes one copy, of x or of its transpose; `quantize_both` writes x [m, k], quantised along k as fprop reads
+it, and x^T [k, m], quantised along m as wgrad does, from one reading of x.
+
+Where every group lies within a tile (blocks, MX, rows of up to 16384 elements, small tensors) there is one pass over
+memory: x is read once. Elsewhere there are two: amax, then cast, and x is read twice. An optional activation in front
+is computed in fp32, and not rounded before the cast. Any strides of x will do; its extents need no padding.
+
+Runs on CUDA from compute capability 8.9 on, and on any device under Triton's interpreter.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+from loka.errors import KernelError
+from loka.formats import FORMATS, Format, OperandSpec, ScaleRule
+from loka.hardware import device_info
+from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op
+from loka.kernel_registry.triton.quantize_kernels import cast_by_amax, find_amax, quantize_groups
+
+Activation = Literal["none", "relu", "silu", "hardswish"]
+ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
+
+
+# FP8 conversions in hardware: PTX ISA, cvt.rn.satfinite.e4m3x2.f32.
+_CAPABILITY: Final[tuple[int, int]] = (8, 9)
+_DIRECT_CAPABILITY: Final[tuple[int, int]] = (9, 0)
+_FORMATS: Final[tuple[str, ...]] = ("e4m3", "e5m2")
+_DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
+# A tile of 128 x 128 holds whole groups of up to this extent, along both sides.
+_MAX_GROUP: Final[int] = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """How x is cut into tiles: about `elements` each, at least `min_m` x `min_k`, one warp to `elements_per_warp`."""
+
+    elements: int
+    min_m: int
+    min_k: int
+    elements_per_warp: int = 2048  # 64 per thread: eight 16-byte loads of bf16 in flight
+
+
+# The most elements that a tile keeps in registers between amax and cast: 64 for each of 256 threads.
+MAX_TILE: Final[int] = 16384
+# Where a group takes most of the tile, its other side may shrink to this: 32 codes are the least that memory moves.
+_LEAST: Final[int] = 32
+# By how the tile meets memory. Not tuned on a GPU yet: chosen so that a warp reads and writes whole 128-byte lines.
+LAUNCHES: Final[dict[str, Launch]] = {
+    "along_rows": Launch(elements=8192, min_m=1, min_k=128),
+    "along_columns": Launch(elements=8192, min_m=64, min_k=64),  # x is the transpose of a row-major tensor
+    "both": Launch(elements=16384, min_m=128, min_k=128),
+}
+
+
+class _Plan(NamedTuple):
+    """How one call is launched; `groups` is (rows, columns) of a copy's and of the transposed copy's, None in two."""
+
+    tile_m: int
+    tile_k: int
+    num_warps: int
+    groups: tuple[int, int, int, int] | None
+
+
+def quantize(
+    x: Tensor, spec: OperandSpec, *, transposed: bool = False, activation: Activation = "none"
+) -> tuple[Tensor, Tensor]:
+    """Quantise an operand x [m, k] to FP8 under `spec`, or its transpose [k, m].
+
+    Returns data [m, k] and fp32 scales [m / group_rows, k / group_k], both row-major, equal to what
+    `loka.quantize.quantize` returns for activation(x) in fp32; they carry no gradient. Raises KernelError for operands,
+    specs and devices that the kernels do not serve.
+    """
+    _check(x, spec, activation)
+    x = x.detach()
+    data, scale = quantize_op(
+        x.t() if transposed else x, spec.format.name, spec.group_rows, spec.group_k, spec.scale_rule, activation
+    )
+    return data, scale
+
+
+def quantize_both(
+    x: Tensor, spec: OperandSpec, *, activation: Activation = "none"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantise an operand x [m, k] and its transpose [k, m], each along its own rows.
+
+    Returns data [m, k] and its scales, then data [k, m] and its scales: what `quantize(x, spec)` and
+    `quantize(x, spec, transposed=True)` return, and raises what they raise.
+    """
+    _check(x, spec, activation)
+    data, scale, data_t, scale_t = quantize_both_op(
+        x.detach(), spec.format.name, spec.group_rows, spec.group_k, spec.scale_rule, activation
+    )
+    return data, scale, data_t, scale_t
+
+
+def _check(x: Tensor, spec: OperandSpec, activation: str) -> None:
+    """Raise KernelError for what the kernels do not serve."""
+    if x.dim() != 2 or x.dtype not in _DTYPES:
+        raise KernelError(
+            f"The Triton kernels quantise fp32, bf16 and fp16 matrices, not {tuple(x.shape)} of {x.dtype}. "
+            "Reshape or convert the operand, or use loka.quantize."
+        )
+    if spec.format.name not in _FORMATS or not _served(spec.group_rows, spec.group_k):
+        raise KernelError(
+            f"The Triton kernels quantise to {' and '.join(_FORMATS)}, per tensor, per row, or in groups whose sides "
+            f"are powers of two up to {_MAX_GROUP}, not to {spec.format.name} in groups of "
+            f"{spec.group_rows} x {spec.group_k}. Use loka.quantize."
+        )
+    if activation not in ACTIVATIONS:
+        raise KernelError(f"There is no activation {activation!r} in the quantise kernels, only {ACTIVATIONS}.")
+
+
+def _served(group_rows: int | None, group_k: int | None) -> bool:
+    if group_k is None:
+        return group_rows in (None, 1)
+    return group_rows is not None and all(0 < g <= _MAX_GROUP and g & (g - 1) == 0 for g in (group_rows, group_k))
+
+
+@define_op("loka::quantize", mutates_args=())
+def quantize_op(
+    x: Tensor, format_name: str, group_rows: int | None, group_k: int | None, scale_rule: str, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Quantise x [m, k]; the arguments are those of `quantize`, as an operator takes them."""
+    _check_device(x.device)
+    data, scale = _empty(x, format_name, group_rows, group_k)
+    if x.numel():
+        _run(x, (data, scale), None, _Arithmetic(format_name, scale_rule, activation), (group_rows, group_k))
+    return data, scale
+
+
+@define_op("loka::quantize_both", mutates_args=())
+def quantize_both_op(
+    x: Tensor, format_name: str, group_rows: int | None, group_k: int | None, scale_rule: str, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantise x [m, k] and its transpose; the arguments are those of `quantize_both`, as an operator takes them."""
+    _check_device(x.device)
+    data, scale = _empty(x, format_name, group_rows, group_k)
+    data_t, scale_t = _empty(x.t(), format_name, group_rows, group_k)
+    if x.numel():
+        arithmetic = _Arithmetic(format_name, scale_rule, activation)
+        _run(x, (data, scale), (data_t, scale_t), arithmetic, (group_rows, group_k))
+    return data, scale, data_t, scale_t
+
+
+@quantize_op.register_fake
+def _(
+    x: Tensor, format_name: str, group_rows: int | None, group_k: int | None, scale_rule: str, activation: str
+) -> tuple[Tensor, Tensor]:
+    return _empty(x, format_name, group_rows, group_k)
+
+
+@quantize_both_op.register_fake
+def _(
+    x: Tensor, format_name: str, group_rows: int | None, group_k: int | None, scale_rule: str, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_empty(x, format_name, group_rows, group_k), *_empty(x.t(), format_name, group_rows, group_k))
+
+
+class _Arithmetic(NamedTuple):
+    """What is computed, apart from the groups."""
+
+    format_name: str
+    scale_rule: ScaleRule | str
+    activation: str
+
+    def constants(self) -> dict[str, Any]:
+        """Return the constants that the casting kernels share."""
+        fmt: Format = FORMATS[self.format_name]
+        # Dividing by a power of two is exact, so the floor rule is a division as well.
+        top = 2.0 ** (math.frexp(fmt.max)[1] - 1)
+        return {
+            "DIVISOR": top if self.scale_rule == "pow2_floor" else fmt.max,
+            "RULE": self.scale_rule,
+            "MAX": fmt.max,
+            "MANTISSA_BITS": fmt.mantissa_bits,
+            "MIN_EXPONENT": fmt.min_exponent,
+            "HAS_INFINITY": fmt.has_infinity,
+        }
+
+
+def _run(
+    x: Tensor,
+    copy: tuple[Tensor, Tensor],
+    transposed: tuple[Tensor, Tensor] | None,
+    arithmetic: _Arithmetic,
+    groups: tuple[int | None, int | None],
+) -> None:
+    """Launch the kernels that fill data and scale of a non-empty x, and those of its transposed copy."""
+    both = transposed is not None
+    data, scale = copy
+    data_t, scale_t = transposed or (None, None)
+    m, k = x.shape
+    plan = _plan(x, both, groups)
+    grid = (_groups(m, plan.tile_m) * _groups(k, plan.tile_k),)
+    shared = {
+        "TRANSPOSED": both,
+        "ACTIVATION": arithmetic.activation,
+        "CAST": "spelled" if INTERPRETED else fp8_cast(x.device),
+        "TILE_M": plan.tile_m,
+        "TILE_K": plan.tile_k,
+        "num_warps": plan.num_warps,
+    }
+    codes, codes_t = data.view(torch.uint8), data_t.view(torch.uint8) if data_t is not None else None
+    if plan.groups is not None:
+        sides = dict(zip(("GROUP_M", "GROUP_K", "GROUP_M_T", "GROUP_K_T"), plan.groups, strict=True))
+        wrap_triton(quantize_groups)[grid](
+            x, codes, scale, codes_t, scale_t, m, k, *x.stride(), **sides, **arithmetic.constants(), **shared
+        )
+        return
+    per_tensor = groups[0] is None
+    amax = torch.zeros(scale.numel(), dtype=torch.int32, device=x.device)
+    amax_t = None
+    if scale_t is not None and not per_tensor:
+        amax_t = torch.zeros(scale_t.numel(), dtype=torch.int32, device=x.device)
+    shared["PER_TENSOR"] = per_tensor
+    wrap_triton(find_amax)[grid](x, amax, amax_t, m, k, *x.stride(), **shared)
+    wrap_triton(cast_by_amax)[grid](
+        x, amax, amax_t, codes, scale, codes_t, scale_t, m, k, *x.stride(), **arithmetic.constants(), **shared
+    )
+
+
+def _plan(x: Tensor, both: bool, groups: tuple[int | None, int | None]) -> _Plan:
+    """Return the tile, and the groups where each lies within one."""
+    along_columns = x.stride(0) == 1 and x.stride(1) != 1
+    launch = LAUNCHES["both" if both else "along_columns" if along_columns else "along_rows"]
+    sides = _sides(x, both, groups)
+    need_m, need_k = (max(sides[0], sides[2]), max(sides[1], sides[3])) if sides else (1, 1)
+    least_m, least_k = min(launch.min_m, _LEAST), min(launch.min_k, _LEAST)
+    if max(need_m, least_m) * max(need_k, least_k) > MAX_TILE:
+        sides, need_m, need_k = None, 1, 1
+    tile_k = max(need_k, min(launch.min_k, MAX_TILE // max(need_m, least_m)))
+    tile_m = max(need_m, least_m, launch.elements // tile_k)
+    return _Plan(tile_m, tile_k, max(1, min(8, tile_m * tile_k // launch.elements_per_warp)), sides)
+
+
+def _sides(x: Tensor, both: bool, groups: tuple[int | None, int | None]) -> tuple[int, int, int, int] | None:
+    """Return (rows, columns) of a group of x and of its transposed copy, seen in x; None where a trace cannot say.
+
+    Which kernel runs must not become a guard on an extent that varies.
+    """
+    (rows, columns), (columns_t, rows_t) = groups, groups if both else groups[::-1]
+    sides = []
+    for group, extent in ((rows, x.shape[0]), (columns, x.shape[1]), (rows_t, x.shape[0]), (columns_t, x.shape[1])):
+        if group is None and not isinstance(extent, int):
+            return None
+        sides.append(group if group is not None else 1 << (extent - 1).bit_length())
+    return sides[0], sides[1], sides[2], sides[3]
+
+
+def _empty(x: Tensor, format_name: str, group_rows: int | None, group_k: int | None) -> tuple[Tensor, Tensor]:
+    """Return uninitialised data and scale of x [m, k], row-major."""
+    m, k = x.shape
+    data = x.new_empty((m, k), dtype=FORMATS[format_name].dtype)
+    return data, x.new_empty((_groups(m, group_rows), _groups(k, group_k)), dtype=torch.float32)
+
+
+def _groups(extent: int, group: int | None) -> int:
+    """Return how many groups cover an extent; none where it is empty."""
+    if group is None:
+        least: int = torch.sym_min(extent, 1)  # type: ignore[no-untyped-call]
+        return least
+    return (extent + group - 1) // group
+
+
+def _check_device(device: torch.device) -> None:
+    """Raise KernelError where the kernels cannot run."""
+    if INTERPRETED:
+        return
+    if device.type != "cuda":
+        raise KernelError(
+            f"The Triton quantise kernels run on CUDA, and this operand is on {device.type}. Use loka.quantize there, "
+            "or set TRITON_INTERPRET=1 before Python starts to run them in Triton's interpreter."
+        )
+    fp8_cast(device)
+
+
+@functools.cache
+def fp8_cast(device: torch.device) -> str:
+    """Return how this device casts to FP8 (see `quantize_kernels`); raise KernelError where it cannot."""
+    capability = device_info(device).capability
+    if capability is None or capability < _CAPABILITY:
+        found = ".".join(map(str, capability)) if capability else "none"
+        raise KernelError(
+            f"The Triton quantise kernels need CUDA compute capability 8.9, and this device has {found}. "
+            "Use loka.quantize there."
+        )
+    return "direct" if capability >= _DIRECT_CAPABILITY else "rounded"

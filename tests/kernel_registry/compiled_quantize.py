@@ -1,0 +1,105 @@
+"""What a process without Triton's interpreter does: compile the quantise kernels for devices that are not here.
+
+Run as a program; prints one line of JSON: per compilation its shared memory and how often it has each instruction, what
+the ops' graphs call, and the error that a CPU operand raises.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+
+import torch
+import triton
+from torch._functorch.aot_autograd import aot_function
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from loka.errors import KernelError
+from loka.formats import RECIPES
+from loka.kernel_registry.triton import quantize as kernels
+from loka.kernel_registry.triton import quantize_kernels
+
+TYPES = {"x_ptr": "*bf16", "data_ptr": "*u8", "data_t_ptr": "*u8", "amax_ptr": "*i32", "amax_t_ptr": "*i32"}
+POINTERS = {**TYPES, "scale_ptr": "*fp32", "scale_t_ptr": "*fp32"}
+INSTRUCTIONS = r"\b(?:ld\.global|st\.global|cvt\.rn|div)[.\w]*|\.ftz"
+CASTS = {89: "rounded", 90: "direct", 100: "direct"}
+# kernel, recipe, role, both copies; tile and groups are those of a call.
+CASES = (
+    ("quantize_groups", "rowwise", "input", False),
+    ("quantize_groups", "blockwise", "input", True),
+    ("quantize_groups", "blockwise", "weight", True),
+    ("quantize_groups", "mxfp8", "input", False),
+    ("find_amax", "tensorwise", "grad_output", True),
+    ("cast_by_amax", "tensorwise", "grad_output", True),
+    ("cast_by_amax", "rowwise", "input", True),
+)
+
+
+def compiled(capability, name, recipe, role, both):
+    kernel, spec = getattr(quantize_kernels, name), RECIPES[recipe].operand(role)
+    groups = spec.group_rows, spec.group_k
+    plan = kernels._plan(torch.empty((4096, 8192), device="meta"), both, groups)
+    assert (name == "quantize_groups") == (plan.groups is not None)
+    constants = {
+        **kernels._Arithmetic(spec.format.name, spec.scale_rule, "none").constants(),
+        **dict(zip(("GROUP_M", "GROUP_K", "GROUP_M_T", "GROUP_K_T"), plan.groups or (0,) * 4, strict=True)),
+        "TRANSPOSED": both,
+        "PER_TENSOR": spec.per_tensor,
+        "ACTIVATION": "none",
+        "CAST": CASTS[capability],
+        "TILE_M": plan.tile_m,
+        "TILE_K": plan.tile_k,
+        "stride_k": 1,
+    }
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={arg: "constexpr" if arg in constants else POINTERS.get(arg, "i32") for arg in names},
+        constexprs={(names.index(arg),): value for arg, value in constants.items() if arg in names},
+        attrs={(at,): [["tt.divisibility", 16]] for at, arg in enumerate(names) if arg not in constants},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": plan.num_warps})
+    return [capability, name, built.metadata.shared, Counter(re.findall(INSTRUCTIONS, built.asm["ptx"]))]
+
+
+class Hopper:
+    """The device that Triton compiles for, as far as tracing asks."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def traced(recipe):
+    """Names of the kernel calls in the graph of an operand that is taken for one on a GPU."""
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return lambda *arguments: list(kernels.quantize_both_op._abstract_fn(*arguments, *operator_arguments))
+
+    spec = RECIPES[recipe].operand("input")
+    operator_arguments = spec.format.name, spec.group_rows, spec.group_k, spec.scale_rule, "none"
+    aot_function(lambda x: kernels.quantize_both(x, spec), fw_compiler=compiler)(torch.randn(256, 512))
+    return [str(node.target) for node in graphs[0].graph.nodes if "triton" in str(node.target)]
+
+
+def refusal():
+    try:
+        kernels.quantize(torch.zeros(2, 2), RECIPES["rowwise"].operand("input"))
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    assert not kernels.INTERPRETED
+    found = {"refusal": refusal()}
+    # Everything for Hopper, the widest case for its neighbours.
+    pairs = [(90, case) for case in CASES] + [(capability, case) for capability in (89, 100) for case in CASES[-1:]]
+    found["rows"] = [compiled(capability, *case) for capability, case in pairs]
+    triton.runtime.driver.set_active(Hopper())
+    kernels.fp8_cast = lambda device: "direct"
+    kernels._check_device = lambda device: None
+    found["traced"] = {recipe: traced(recipe) for recipe in ("tensorwise", "blockwise")}
+    sys.stdout.write(json.dumps(found))
