@@ -1,4 +1,7 @@
-"""What dispatch adds to a kernel in eager mode: `dispatch.linear` against the kernel itself, on tiny shapes."""
+"""What dispatch adds to a kernel in eager mode: `dispatch.linear` against the kernel itself, on tiny shapes.
+
+Without gradients and, where autograd records the call, with what recording an `autograd.Function` takes.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -18,6 +21,7 @@ KERNEL = "emulated.linear.rowwise"
 def study(rows: int, budget_s: float) -> dict[str, Any]:
     """Time one tiny linear layer, forward only, in microseconds."""
     x, weight = torch.randn(rows, 16), torch.randn(16, 16)
+    trained = weight.clone().requires_grad_()
     kernel = default_registry().get(KERNEL).load()
 
     def without_grad(call: Callable[[], object]) -> Callable[[int], object]:
@@ -33,13 +37,19 @@ def study(rows: int, budget_s: float) -> dict[str, Any]:
             "dispatch.linear, high precision": without_grad(lambda: linear(x, weight, None, "", "", "")),
             f"{KERNEL} itself": without_grad(lambda: kernel(x, weight, product="fprop", out_dtype=torch.float32)),
             f"dispatch.linear, {KERNEL}": without_grad(lambda: linear(x, weight, None, KERNEL, "", "")),
+            "torch.nn.functional.linear, recorded": lambda _: F.linear(x, trained),
+            f"dispatch.linear, {KERNEL}, recorded": lambda _: linear(x, trained, None, KERNEL, "", ""),
         },
         device="cpu",
         budget_s=budget_s,
         min_repetitions=200,
     )
-    added = times[f"dispatch.linear, {KERNEL}"].median_us - times[f"{KERNEL} itself"].median_us
-    return {**{f"{name}, us": value for name, value in times.items()}, "dispatch adds per call, us": added}
+    itself = times[f"{KERNEL} itself"].median_us
+    added = {
+        "dispatch adds per call, us": times[f"dispatch.linear, {KERNEL}"].median_us - itself,
+        "the same where autograd records it, us": times[f"dispatch.linear, {KERNEL}, recorded"].median_us - itself,
+    }
+    return {**{f"{name}, us": value for name, value in times.items()}, **added}
 
 
 def main() -> None:

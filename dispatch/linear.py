@@ -85,9 +85,12 @@ def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: tuple[str, str, str]) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    out = _Product.apply(rows, weight, *kernels)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+        out = _Product.apply(rows, weight, *kernels)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    else:  # where nothing can ask for a gradient: an autograd.Function costs more than all the rest of the dispatch
+        out = product(kernels[0], rows, weight, "fprop")
     if bias is not None:
         out = out + bias
-    shaped: Tensor = out.reshape(*x.shape[:-1], weight.shape[0])
+    shaped: Tensor = out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
     return shaped

@@ -80,7 +80,7 @@ def run_demo(out: Path, console: Console) -> None:
     database = folder / "run.db"
     with (
         _bar(console, "training under the probe", _PROBED_STEPS) as tick,
-        probe(model, database, every=_EVERY, overhead=_OVERHEAD),
+        probe(model, database, every=_EVERY, overhead=_OVERHEAD, loss="bce"),
     ):
         _train(model, optimizer, train, _PROBED_STEPS, seed=0, tick=tick)
 

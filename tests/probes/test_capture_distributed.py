@@ -116,7 +116,7 @@ def work_killed(rank, kind):
 
 
 def work(rank, kind):
-    """Ranks of two, with and without the probe."""
+    """All ranks, with and without the probe."""
     rank, folder = rank.number, rank.folder
     plain = train(wrapped(kind), rank, kind)
     model = wrapped(kind)
@@ -133,9 +133,9 @@ def work(rank, kind):
     if kind.startswith("ddp"):
         for _, gradients in probed:
             for gradient in gradients:
-                both = [torch.empty_like(gradient) for _ in range(2)]
-                dist.all_gather(both, gradient)
-                assert torch.equal(*both)
+                everyone = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]
+                dist.all_gather(everyone, gradient)
+                assert all(torch.equal(gradient, other) for other in everyone)
     dist.barrier()
     del model, probe, train_one  # a DDP model freed after its process group may hang in the reducer
     dist.destroy_process_group()
@@ -190,6 +190,20 @@ def test_one_rank_writes_for_all_under_the_users_names_and_none_is_disturbed(tmp
     assert {(one.site, one.product): one.calls for one in evidence.products} == pytest.approx(
         {key: calls * (1.0 if key[1] == "fprop" else 0.75) for key, calls in PASSES_OF_TWO.items()}
     )
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_four_ranks_are_one_run_with_one_report(tmp_path, kind):
+    codes, output = processes(4, tmp_path, kind)
+    assert codes == [0] * 4, output
+    run, steps = recorded(tmp_path / "run.db")
+    assert (run.progress.status, run.info.world_size) == ("complete", 4)
+    assert run.info.fingerprint == {name: tuple(p.shape) for name, p in Two().named_parameters()}
+    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 2, 4, 6) for rank in range(4)]
+    assert [seen(step) for step in steps[:12]] == [PASSES_OF_TWO] * 12
+    evidence = load_evidence(tmp_path / "run.db")
+    assert {(one.site, one.product) for one in evidence.products} == set(PASSES_OF_TWO)
+    assert {recipe.samples for one in evidence.products for recipe in one.recipes} <= {3, 4}  # a step, not a rank
 
 
 @pytest.mark.parametrize("kind", ["uneven", "subgroup"])
