@@ -41,22 +41,17 @@ class Source:
     learned: Mapping[Role, LearnedRecord] = field(default_factory=dict)
     rms: Mapping[Role, float] = field(default_factory=dict)
 
-    @property
-    def values(self) -> str:
-        """Name the values in one word, as a `Timing` keeps it."""
-        return "learned" if self.learned else "normal"
-
-    def draw(self, role: Role, rows: int, features: int, generator: torch.Generator) -> Tensor:
-        """Draw an operand [rows, features] fp32 as training holds it, on the device of the generator."""
+    def draw(self, role: Role, rows: int, features: int, generator: torch.Generator) -> tuple[Tensor, bool]:
+        """Draw an operand [rows, features] fp32 as training holds it; and say whether it is drawn as learned."""
         record = self.learned.get(role)
         if record is not None and rows:
             # Each role has numbers of its own: the operands of a wgrad are drawn independently of each other.
             found = _drawn(record, min(rows, _DRAWN_ROWS), features, seed=ROLES.index(role))
             if found is not None:
                 index = torch.arange(rows) % len(found)
-                return found[index].to(generator.device)
+                return found[index].to(generator.device), True
         draw = torch.randn(rows, features, generator=generator, device=generator.device)
-        return draw.mul_(self.rms.get(role) or 1.0)
+        return draw.mul_(self.rms.get(role) or 1.0), False
 
 
 def sources(learned: Iterable[LearnedRecord], products: Iterable[ProductEvidence]) -> dict[tuple[str, Pass], Source]:
@@ -72,23 +67,33 @@ def sources(learned: Iterable[LearnedRecord], products: Iterable[ProductEvidence
     return result
 
 
-def draw_operands(
-    request: GemmRequest, dtype: torch.dtype, device: torch.device, source: Source = Source()
-) -> list[tuple[Tensor, Tensor]]:
-    """Draw a [m, k] and b [n, k], laid out as in training; as many copies as leave the cache cold."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """Operands a [m, k] and b [n, k], as many copies as leave the cache cold, and what their values are."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    values: str  # "learned": every activation and gradient; "partly learned"; "normal"
+
+
+def draw_operands(request: GemmRequest, dtype: torch.dtype, device: torch.device, source: Source = Source()) -> Drawn:
+    """Draw the operands of a product, laid out as in training."""
     generator = torch.Generator(device).manual_seed(0)
-    views = []
+    views, as_learned = [], []
     extents = ((request.m, request.k), (request.n, request.k))
     for role, extent, is_view in zip(
         PASS_OPERANDS[request.product], extents, _TRANSPOSED[request.product], strict=True
     ):
         rows, features = reversed(extent) if is_view else extent
-        views.append((source.draw(role, rows, features, generator).to(dtype), is_view))
+        x, learned = source.draw(role, rows, features, generator)
+        views.append((x.to(dtype), is_view))
+        if role != "weight":
+            as_learned.append(learned)
     (a, a_is_view), (b, b_is_view) = views
     copies = num_inputs(a.nbytes + b.nbytes, device)
     # Other addresses are what makes a read cold; other values would only cost time to draw.
     pairs = [(a, b), *((a.clone(), b.clone()) for _ in range(copies - 1))]
-    return [(x.t() if a_is_view else x, y.t() if b_is_view else y) for x, y in pairs]
+    values = "learned" if all(as_learned) else "partly learned" if any(as_learned) else "normal"
+    return Drawn(pairs=[(x.t() if a_is_view else x, y.t() if b_is_view else y) for x, y in pairs], values=values)
 
 
 def _drawn(record: LearnedRecord, rows: int, features: int, *, seed: int) -> Tensor | None:

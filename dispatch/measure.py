@@ -108,7 +108,8 @@ def _time(contest: _Contest, device: torch.device, info: DeviceInfo, *, share_s:
     start = time.perf_counter()
     dtype: torch.dtype = getattr(torch, request.dtype)
     with torch.no_grad():
-        operands = draw_operands(request, dtype, device, source)
+        drawn = draw_operands(request, dtype, device, source)
+        operands = drawn.pairs
         calls = {}
         for spec in contest.kernels:
             call = _runnable(spec, request, operands, dtype)
@@ -136,7 +137,7 @@ def _time(contest: _Contest, device: torch.device, info: DeviceInfo, *, share_s:
             median_us=result.median_us,
             spread_us=result.spread_us,
             repetitions=result.repetitions,
-            values=source.values,
+            values=drawn.values,
             created=created,
         )
         for name, result in measured.items()

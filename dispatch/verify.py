@@ -47,7 +47,7 @@ class Verification:
     kernel: str
     recipe: str
     request: GemmRequest
-    values: str  # "learned" or "normal"
+    values: str  # as `draws.Drawn` names them
     worst: float  # NaN: it did not run
     allowed: float
     row: int  # of the worst element
@@ -99,12 +99,13 @@ def _verify(
     spec: KernelSpec, request: GemmRequest, source: Source, device: torch.device, info: DeviceInfo
 ) -> Verification:
     dtype: torch.dtype = getattr(torch, request.dtype)
-    (a, b), *_ = draw_operands(request, dtype, device, source)
+    drawn = draw_operands(request, dtype, device, source)
+    a, b = drawn.pairs[0]
     blank = Verification(
         kernel=spec.name,
         recipe=str(spec.recipe),
         request=request,
-        values=source.values,
+        values=drawn.values,
         worst=math.nan,
         allowed=allowed_share(request.k, info),
         row=-1,

@@ -112,7 +112,7 @@ class Registry:
             # The one place where any exception is caught: this is foreign code, and its failure is a row, not a crash.
             for spec in self._checked(point.load(), owner):
                 self.add(spec, owner=owner)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - foreign code may fail in any way; its row says how
             reason = f"{owner} failed to load: {type(error).__name__}: {error}"
             logger.warning("%s", reason)
             self._add_defect(point.name, reason, owner)

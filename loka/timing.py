@@ -198,7 +198,7 @@ def _round_on_cuda(calls: Sequence[Candidate], inputs: int, turn: int) -> list[f
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 def _synchronise(device: torch.device) -> None:

@@ -68,6 +68,7 @@ class Learner:
     """Accumulates by (site, pass, kind). `left_out` counts the operands for which there was no memory."""
 
     limit_bytes: int
+    rank: int = 0
     left_out: set[tuple[Any, str]] = field(default_factory=set)
     _entries: dict[tuple[Any, Pass, str], _Entry] = field(default_factory=dict)
     _bytes: dict[tuple[Any, Pass, str], int] = field(default_factory=dict)
@@ -85,10 +86,11 @@ class Learner:
         self._add(site, product, STATISTICS, statistics, step)
         role = PASS_OPERANDS[product][0]
         if product != "wgrad" and (site, role) not in self.left_out:
-            # Rows of one operand come from a new step each time: their priorities have to be others as well.
+            # Rows of one operand come from a new step or rank each time: their priorities have to be others as well.
             self._parts += 1
+            seed = (self.rank << 32) + self._parts
             rank = _WIDE_RANK if sampled.a.shape[1] > _WIDE else _RANK
-            self._add(site, product, role, OperandDistribution.of(sampled.a, seed=self._parts, rank=rank), step)
+            self._add(site, product, role, OperandDistribution.of(sampled.a, seed=seed, rank=rank), step)
 
     def _add(self, site: Any, product: Pass, kind: str, state: Any, step: int) -> None:
         key = (site, product, kind)
@@ -116,8 +118,9 @@ class Learner:
             self._write_at = 2 * samples
         return due
 
-    def records(self, names: Mapping[Any, str]) -> Iterable[LearnedRecord]:
-        """Yield everything, under the final names of the sites."""
+    def records(self, names: Mapping[Any, str], *, keep_rows: bool = False) -> Iterable[LearnedRecord]:
+        """Yield everything, under the final names of the sites; with the rows of quantiles where ranks are to merge."""
+        rows_too = {"keep_rows": True} if keep_rows else {}
         for (site, product, kind), entry in self._entries.items():
             yield LearnedRecord(
                 site=names[site],
@@ -125,7 +128,7 @@ class Learner:
                 kind=kind,
                 samples=entry.samples,
                 step=entry.step,
-                data=packed(entry.state.arrays()),
+                data=packed(entry.state.arrays(**rows_too if kind != STATISTICS else {})),
             )
 
 
@@ -148,7 +151,10 @@ def restore(record: LearnedRecord) -> Any:
 
 
 def merged(records: Iterable[LearnedRecord]) -> list[LearnedRecord]:
-    """Merge records of several ranks that are of the same site, pass and kind; the order of ranks does not matter."""
+    """Merge records of several ranks that are of the same site, pass and kind; the order of ranks does not matter.
+
+    Rows that came with them are used and given up: what is returned holds none.
+    """
     result: dict[tuple[str, Pass, str], tuple[LearnedRecord, Any]] = {}
     for record in records:
         key, state, whole = (record.site, record.product, record.kind), restore(record), record
@@ -159,11 +165,9 @@ def merged(records: Iterable[LearnedRecord]) -> list[LearnedRecord]:
             except ArgumentError:  # ranks hold different shards: the first rank's stands for all
                 continue
             samples, step = before.samples + record.samples, max(before.step, record.step)
-            whole = replace(record, samples=samples, step=step, data=b"")
+            whole = replace(record, samples=samples, step=step)
         result[key] = whole, state
-    return [
-        record if record.data else replace(record, data=packed(state.arrays())) for record, state in result.values()
-    ]
+    return [replace(record, data=packed(state.arrays())) for record, state in result.values()]
 
 
 def size_of(parameters: Iterable[Any]) -> int:

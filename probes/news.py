@@ -44,8 +44,8 @@ class News:
         """Yield that there was no memory for what could be learned of some operands."""
         if operands:
             message = (
-                f"the distributions of {operands} operands are not kept: together with the others they would take more "
-                "than 16 MB and 4 % of the parameters' memory"
+                f"the distributions of {operands} operands are not kept: all of them together may take 16 MB and 4 % "
+                "of the parameters' memory, and one a quarter of that"
             )
             yield from self._once(("memory",), step, message)
 

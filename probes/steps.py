@@ -53,6 +53,7 @@ class Steps:
     def start(self, writer: Writer) -> None:
         """Begin the run."""
         self._writer = writer
+        self._memory.learner.rank = writer.rank or 0
         self._started_at = time.perf_counter()
 
     def stop(self) -> None:
@@ -156,7 +157,8 @@ class Steps:
         if writer is None or not (final or memory.learner.is_due(self.budget.samples)):
             return
         with self._harmless(self.rhythm.steps), _disable_current_modes():
-            writer.learned(memory.learner.records(memory.names), final=final)
+            keep_rows = final and writer.rank is not None
+            writer.learned(memory.learner.records(memory.names, keep_rows=keep_rows), final=final)
             for event in self.news.forgotten(self.rhythm.steps, len(memory.learner.left_out)):
                 writer.event(event)
 

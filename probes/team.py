@@ -56,6 +56,10 @@ class Writer(Protocol):
     def event(self, event: Event) -> None:
         """Take something that happened."""
 
+    @property
+    def rank(self) -> int | None:
+        """The rank of this process in a job whose ranks make one run; None: it is alone."""
+
     def learned(self, records: Iterable[LearnedRecord], *, final: bool) -> bool:
         """Take what the run has learned so far, or in all."""
 
@@ -103,7 +107,7 @@ class Outbox:
 
     def __init__(self, store: Any, rank: int) -> None:
         self._store = store
-        self._rank = rank
+        self.rank: Final[int] = rank
         self._posted = 0
         self._failure: str | None = None
         self._messages: deque[bytes | None] = deque()
@@ -118,11 +122,11 @@ class Outbox:
 
     def write(self, step: StepRecord, progress: RunProgress) -> None:
         """Post a sampled step."""
-        self._put(b"S" + json.dumps(asdict(replace(step, rank=self._rank))).encode())
+        self._put(b"S" + json.dumps(asdict(replace(step, rank=self.rank))).encode())
 
     def event(self, event: Event) -> None:
         """Post something that happened on this rank."""
-        self._put(b"E" + json.dumps(asdict(replace(event, message=f"rank {self._rank}: {event.message}"))).encode())
+        self._put(b"E" + json.dumps(asdict(replace(event, message=f"rank {self.rank}: {event.message}"))).encode())
 
     def learned(self, records: Iterable[LearnedRecord], *, final: bool) -> bool:
         """Post what this rank has learned in all; what it had learned half-way would only be in the way."""
@@ -150,7 +154,7 @@ class Outbox:
             if message is None:
                 return
             try:
-                self._store.set(f"{self._rank}/{self._posted}", message)
+                self._store.set(f"{self.rank}/{self._posted}", message)
             except RuntimeError as error:  # the store went with the first rank
                 reason = str(error).splitlines()[0]
                 self._failure = (
@@ -166,7 +170,7 @@ class TeamWriter:
 
     def __init__(self, writer: RunWriter, store: Any, rank: int, others: Iterable[int]) -> None:
         self._writer = writer
-        self._rank = rank
+        self.rank: Final[int] = rank
         self._store = store
         self._taken = dict.fromkeys(others, 0)
         self._newest = dict.fromkeys(self._taken, -1)  # step
@@ -181,7 +185,7 @@ class TeamWriter:
 
     def write(self, step: StepRecord, progress: RunProgress) -> None:
         """Record a step of this rank, and what has arrived from the others."""
-        self._writer.write(replace(step, rank=self._rank), progress)
+        self._writer.write(replace(step, rank=self.rank), progress)
         self._receive(progress)
 
     def event(self, event: Event) -> None:

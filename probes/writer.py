@@ -72,6 +72,7 @@ class RunWriter:
         capacity: int = CAPACITY,
         patience_s: float = PATIENCE_S,
     ) -> None:
+        self.rank: int | None = None  # alone
         self._engine = open_database(db, create=True)
         self._place = place(self._engine)
         self._run = _start_run(self._engine, info, self._place)

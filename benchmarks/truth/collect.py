@@ -126,7 +126,7 @@ def collect(
         watcher.begin(step, early=step < len(split.early))
         site_map.refresh()
         with capture_scope(Capture(site_map, watcher)):
-            material.loss(material.model, batch).backward()  # type: ignore[no-untyped-call]
+            material.loss(material.model, batch).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         site_map.clear()
         material.model.zero_grad()
         advance()
@@ -136,7 +136,7 @@ def collect(
 
 def _plain_step(material: Material, batch: Any) -> float:
     started = process_time()
-    material.loss(material.model, batch).backward()  # type: ignore[no-untyped-call]
+    material.loss(material.model, batch).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
     seconds = process_time() - started
     material.model.zero_grad()
     return seconds

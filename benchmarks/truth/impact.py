@@ -144,7 +144,7 @@ def probed(material: Material, batches: Sequence[Any]) -> RunEvidence:
             ):
                 for batch in batches:
                     for _ in range(PASSES):
-                        material.loss(material.model, batch).backward()  # type: ignore[no-untyped-call]
+                        material.loss(material.model, batch).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
                         material.model.zero_grad()
         return load_evidence(database, confidence=CONFIDENCE)
 

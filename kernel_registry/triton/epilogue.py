@@ -142,7 +142,7 @@ def _run(
 
 
 @gemm_norm_swish.register_fake
-def _(  # noqa: PLR0913
+def _(  # noqa: PLR0913 - as the op it stands for
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

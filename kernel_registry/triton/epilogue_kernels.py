@@ -31,7 +31,7 @@ def _hard_swish(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _product(  # noqa: PLR0913
+def _product(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     x_rows: tl.tensor,
     w_rows: tl.tensor,
     x_scales: tl.tensor,
@@ -77,7 +77,7 @@ def _product(  # noqa: PLR0913
 
 
 @triton.jit
-def fused_tiles(  # noqa: PLR0913
+def fused_tiles(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     x_ptr: tl.tensor,
     w_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -182,7 +182,7 @@ def fused_tiles(  # noqa: PLR0913
 
 
 @triton.jit
-def backward_tiles(  # noqa: PLR0913
+def backward_tiles(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     grad_ptr: tl.tensor,
     saved_ptr: tl.tensor,
     out_ptr: tl.tensor,

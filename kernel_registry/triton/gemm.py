@@ -98,7 +98,7 @@ def _exponents(scales: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _multiply_tiles(  # noqa: PLR0913
+def _multiply_tiles(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     a_ptr: tl.tensor,
     b_ptr: tl.tensor,
     out_ptr: tl.tensor,

@@ -63,7 +63,7 @@ def _end_of_group(
 
 
 @triton.jit
-def _multiply_groups(  # noqa: PLR0913
+def _multiply_groups(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     x_ptr: tl.tensor,
     w_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -143,7 +143,7 @@ def _multiply_groups(  # noqa: PLR0913
 
 
 @triton.jit
-def _reduce_groups(  # noqa: PLR0913
+def _reduce_groups(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     y_ptr: tl.tensor,
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,

@@ -268,7 +268,7 @@ def _empty(x: Tensor, format_name: str, group_rows: int | None, group_k: int | N
 def _groups(extent: int, group: int | None) -> int:
     """Return how many groups cover an extent; none where it is empty."""
     if group is None:
-        least: int = torch.sym_min(extent, 1)  # type: ignore[no-untyped-call]
+        least: int = torch.sym_min(extent, 1)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return least
     return (extent + group - 1) // group
 

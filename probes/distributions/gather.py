@@ -7,7 +7,7 @@ every rank then does the same arithmetic on the same numbers and holds the same 
 
 import io
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Protocol, Self, TypeVar
 
 import numpy as np
@@ -60,16 +60,19 @@ def gather_arrays(arrays: Mapping[str, npt.NDArray[Any]], group: dist.ProcessGro
     return [unpacked(payload) for payload in gather_bytes(packed(arrays), group)]
 
 
-def reduced(state: State, group: dist.ProcessGroup | None = None) -> State:
+def reduced(
+    state: State, group: dist.ProcessGroup | None = None, *, arrays: Callable[[State], Arrays] | None = None
+) -> State:
     """Return the merge of the states of all ranks, in rank order, on the CPU; the state itself on a single process.
 
-    A rank with nothing to add passes an empty state of the same features.
+    A rank with nothing to add passes an empty state of the same features. `arrays` says what travels, by default what
+    `state.arrays()` gives; with `keep_rows` in it, quantiles merge as exactly as in one process.
     """
     if _world_size(group) == 1:
         return state
     kind = type(state)
     total: State | None = None
-    for payload in _in_turn(packed(state.arrays()), group):
+    for payload in _in_turn(packed(arrays(state) if arrays is not None else state.arrays()), group):
         part = kind.from_arrays(unpacked(payload))
         total = part if total is None else total.merge(part)
     assert total is not None  # a group has a first rank

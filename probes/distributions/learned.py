@@ -104,9 +104,10 @@ class OperandDistribution:
         factor, diagonal = _unit_factor(self.scores)
         return Sampler(features=self.features, factor=factor, diagonal=diagonal, grid=self.quantiles.grid())
 
-    def arrays(self) -> Arrays:
-        """Return the state as arrays that `.npy` stores without pickle; raw rows are not among them."""
-        parts = {"quantiles": self.quantiles.arrays(), "scores": self.scores.arrays(), "raw": self.raw.arrays()}
+    def arrays(self, *, keep_rows: bool = False) -> Arrays:
+        """Return the state as arrays that `.npy` stores without pickle; raw rows only where asked for."""
+        quantiles = self.quantiles.arrays(keep_rows=keep_rows)
+        parts = {"quantiles": quantiles, "scores": self.scores.arrays(), "raw": self.raw.arrays()}
         return {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
     @classmethod

@@ -1,5 +1,7 @@
 """Kernels are timed on values like those of the run: learned activations and gradients, weights of the measured rms."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,31 +50,46 @@ def test_each_operand_of_each_pass_is_drawn_from_its_own_distribution():
     found = Source(learned=records(), rms={"weight": 0.02})
     shapes = {"fprop": (2000, 16, 24), "dgrad": (2000, 24, 16), "wgrad": (16, 24, 2000)}
     for product in PASSES:
-        ((a, b), *_) = draw_operands(request(product, *shapes[product]), torch.float32, CPU, found)
+        drawn = draw_operands(request(product, *shapes[product]), torch.float32, CPU, found)
+        assert drawn.values == "learned"
+        a, b = drawn.pairs[0]
         for role, x in zip(PASS_OPERANDS[product], (a, b), strict=True):
             natural = x.t() if product == "wgrad" else x
             if role == "weight":
                 assert x.square().mean().sqrt() == pytest.approx(0.02, rel=0.2)
             else:
                 assert looks_spiky(natural)
-    ((a, b), *_) = draw_operands(request("wgrad", 16, 24, 1000), torch.float32, CPU, found)
+    a, b = draw_operands(request("wgrad", 16, 24, 1000), torch.float32, CPU, found).pairs[0]
     between = np.corrcoef(a.numpy(), b.numpy())[:16, 16:]
     assert np.abs(between).max() < 0.2  # drawn independently of each other
 
 
 def test_other_features_and_unknown_operands_are_normal_at_the_measured_rms():
     other = Source(learned=records(), rms={"input": 3.0})
-    ((a, b), *_) = draw_operands(request("fprop", 500, 16, 40), torch.float32, CPU, other)
+    a, b = draw_operands(request("fprop", 500, 16, 40), torch.float32, CPU, other).pairs[0]
     assert a.square().mean().sqrt() == pytest.approx(3.0, rel=0.05)
     assert (a < 0).any()
     assert b.square().mean().sqrt() == pytest.approx(1.0, rel=0.1)
-    assert Source().values == "normal"
-    assert other.values == "learned"
+
+
+def test_values_are_called_what_they_are():
+    def values(product, m, n, k, **source):
+        return draw_operands(request(product, m, n, k), torch.float32, CPU, Source(**source)).values
+
+    known = records()
+    assert values("wgrad", 16, 24, 50, learned=known) == "learned"
+    assert values("wgrad", 16, 40, 50, learned=known) == "partly learned"  # the input has other features
+    assert values("wgrad", 16, 24, 50, learned={"input": known["input"]}) == "partly learned"
+    assert values("fprop", 50, 16, 40, learned=known) == "normal"
+    assert values("fprop", 50, 16, 24, learned={"input": replace(known["input"], data=b"damaged")}) == "normal"
+    assert values("fprop", 50, 16, 24) == "normal"
 
 
 def test_the_same_values_every_time():
     found = Source(learned=records())
-    first, second = (draw_operands(request("fprop", 1500, 16, 24), torch.bfloat16, CPU, found)[0] for _ in range(2))
+    first, second = (
+        draw_operands(request("fprop", 1500, 16, 24), torch.bfloat16, CPU, found).pairs[0] for _ in range(2)
+    )
     assert all(map(torch.equal, first, second))
     assert first[0].dtype == torch.bfloat16
 
@@ -87,6 +104,6 @@ def test_bench_draws_from_what_a_run_has_learned(tmp_path):
     engine = open_database(tmp_path / "run.db", create=False)
     found = sources(read_learned(engine), collect_evidence(engine).products)
     engine.dispose()
-    ((a, b), *_) = draw_operands(request("fprop", 2000, 16, 24), torch.float32, CPU, found["0", "fprop"])
+    a, b = draw_operands(request("fprop", 2000, 16, 24), torch.float32, CPU, found["0", "fprop"]).pairs[0]
     assert looks_spiky(a)
     assert b.square().mean().sqrt() == pytest.approx(float(layer[0].weight.detach().square().mean().sqrt()), rel=0.15)

@@ -368,11 +368,13 @@ def test_products_that_do_not_fit_into_one_step_take_turns(tmp_path, monkeypatch
             F.binary_cross_entropy_with_logits(model(x)[:, 0], torch.ones(128)).backward()
 
     _, steps = probed(model, tmp_path, loop, every=1)
-    taken = Counter(one.site for step in steps for one in step.products for each in [one.impacts] if each)
-    assert set(taken) == {str(2 * at) for at in range(6)} | {"12"}
-    assert max(taken.values()) - min(taken[str(2 * at)] for at in range(6)) <= 7
-    per_step = [sum(bool(one.impacts) for one in step.products) for step in steps]
-    assert max(per_step) <= 3
+    taken = Counter(one.site for step in steps for one in step.products if one.impacts)
+    wide = [taken[str(2 * at)] for at in range(6)]
+    # Seven steps take an impact, each with room for two of the six: none is left out, none comes twice before another.
+    assert sum(wide) == 14
+    assert max(wide) - min(wide) <= 1
+    assert abs(taken["12"] - sum(wide) / 6) <= 1  # turns are counted, not bytes: the narrow head waits like the others
+    assert max(sum(bool(one.impacts) for one in step.products) for step in steps) == 3
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(64, 512), (4096, 128), (49_152, 10), (150_000, 8), (500_000, 0)])

@@ -398,6 +398,10 @@ def check(rank, counts):
         assert one == two or (math.isnan(one) and math.isnan(two))
     states = [OperandDistribution.of(part, seed=number, rank=8) for number, part in enumerate(parts)]
     alone = states[0].merge(states[1])
+    together = reduced(states[rank], arrays=lambda state: state.arrays(keep_rows=True))
+    np.testing.assert_array_equal(together.quantiles.rows, alone.quantiles.rows)
+    np.testing.assert_array_equal(together.quantiles.priority, alone.quantiles.priority)
+    np.testing.assert_array_equal(together.quantiles.grid(), alone.quantiles.grid())
     together = reduced(states[rank])
     assert together.count == alone.count
     torch.testing.assert_close(together.raw.matrix, alone.raw.matrix, rtol=0, atol=1e-6)

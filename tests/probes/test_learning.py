@@ -111,22 +111,25 @@ def test_it_is_written_at_ever_longer_intervals():
 
 
 def test_ranks_are_merged_whatever_their_order():
-    ranks = []
+    ranks, whole_input = [], None
     for rank in range(3):
-        learner = Learner(limit_bytes=MANY)
+        learner = Learner(limit_bytes=MANY, rank=rank)
         for step in range(rank + 1):
             learner.learn("key", "fprop", sampled(seed=10 * rank + step), step)
-        ranks.append(records_of(learner))
+        ranks.append(list(learner.records({"key": "site"}, keep_rows=True)))
+        state = learner._entries["key", "fprop", "input"].state
+        whole_input = state if whole_input is None else whole_input.merge(state)
     forward = merged(record for records in ranks for record in records)
     backward = merged(record for records in reversed(ranks) for record in records)
     assert {record.kind: record.samples for record in forward} == {STATISTICS: 6, "input": 6}
     for one in forward:
         other = next(record for record in backward if record.kind == one.kind)
         first, second = unpacked(one.data), unpacked(other.data)
+        assert not any("rows" in name for name in first)
         for name, array in first.items():
-            # Grids are mixed by weight: approximately, and so not free of their order to the last bit.
-            tolerance = 0.2 if "grid" in name else 1e-5
-            np.testing.assert_allclose(array, second[name], rtol=tolerance, atol=tolerance)
+            np.testing.assert_allclose(array, second[name], rtol=1e-5, atol=1e-5)
+    together = restore(next(record for record in forward if record.kind == "input"))
+    np.testing.assert_array_equal(together.quantiles.grid(), whole_input.quantiles.grid())  # as one process would
     state, whole = restore(forward[0]), [restore(records[0]) for records in ranks]
     assert state.row_error(RECIPES["rowwise"]) == pytest.approx(
         np.average([one.row_error(RECIPES["rowwise"]) for one in whole], weights=[1, 2, 3]), rel=0.02
