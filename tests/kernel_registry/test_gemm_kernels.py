@@ -10,24 +10,13 @@ from loka.accumulation import reduced_product
 from loka.formats import PASS_OPERANDS, PASSES, RECIPES
 from loka.kernel_registry import emulated, torch_mm, torch_scaled_mm
 from loka.kernel_registry.builtin import KERNELS
+from tests.kernel_registry.made_devices import FP8_GPU
 from tests.kernel_registry.made_gemm import DRAWS, SHAPES, accumulation_bound, heavy_tailed, modelled, normal, operands
 
 # Reduced accumulation is a model of hardware, not a kernel.
 EMULATED = {name: getattr(emulated, name) for name, recipe in RECIPES.items() if recipe.accumulation == "fp32"}
 SCALED_MM = {name: getattr(torch_scaled_mm, name) for name in ("tensorwise", "rowwise")}
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-                reason="needs FP8 tensor cores",
-            ),
-        ],
-    ),
-]
+DEVICES = ["cpu", FP8_GPU]
 
 
 @pytest.mark.parametrize("product", PASSES)

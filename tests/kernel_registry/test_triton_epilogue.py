@@ -17,6 +17,7 @@ from loka.errors import KernelError
 from loka.formats import RECIPES
 from loka.mods.block_norm import BlockRMSNorm, block_norm
 from loka.quantize import dequantize, quantize
+from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, triton_devices
 from tests.kernel_registry.made_gemm import accumulation_bound, heavy_tailed, modelled, normal, with_zero_rows
 
 pytest.importorskip("triton")
@@ -25,21 +26,8 @@ epilogue = pytest.importorskip("loka.kernel_registry.triton.epilogue")
 
 # numpy, which the interpreter computes with, warns of the NaN and Inf that some tests put in.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton")
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not gemm.INTERPRETED, reason="needs Triton's interpreter")),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-                reason="needs FP8 tensor cores",
-            ),
-        ],
-    ),
-]
 EPS = torch.finfo(torch.float32).eps
-on_devices = pytest.mark.parametrize("device", DEVICES)
+on_devices = pytest.mark.parametrize("device", triton_devices())
 of_draws = pytest.mark.parametrize("draw", [normal, heavy_tailed, with_zero_rows])
 of_recipes = pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise"])
 of_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -358,11 +346,6 @@ def test_the_op_obeys_the_contract_of_custom_ops(out):
     torch.library.opcheck(
         torch.ops.loka.gemm_norm_swish.default, (*leaves, None, None, out, None, True), test_utils=tests
     )
-
-
-# Shared memory a program can have, in KiB: CUDA C++ programming guide, technical specifications per capability.
-SHARED_KIB = {89: 99, 90: 227, 100: 227}
-TENSOR_CORES = {89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):

@@ -17,6 +17,7 @@ from loka.hardware import DeviceInfo
 from loka.kernel_registry import emulated
 from loka.kernel_registry.builtin import KERNELS
 from loka.quantize import quantize
+from tests.kernel_registry.made_devices import SHARED_KIB, triton_devices
 from tests.kernel_registry.made_gemm import DRAWS, SHAPES, accumulation_bound, modelled, normal, operands
 
 pytest.importorskip("triton")
@@ -24,20 +25,7 @@ gemm = pytest.importorskip("loka.kernel_registry.triton.gemm")
 scaled = pytest.importorskip("loka.kernel_registry.triton.scaled")
 
 RECIPE_NAMES = ("tensorwise", "rowwise", "blockwise", "mxfp8")
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not gemm.INTERPRETED, reason="needs Triton's interpreter")),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-                reason="needs FP8 tensor cores",
-            ),
-        ],
-    ),
-]
-on_devices = pytest.mark.parametrize("device", DEVICES)
+on_devices = pytest.mark.parametrize("device", triton_devices())
 of_recipes = pytest.mark.parametrize("recipe", RECIPE_NAMES)
 
 
@@ -395,10 +383,6 @@ def test_tracers_outside_of_dynamo_find_nothing_that_reads_a_value(recipe, devic
     for mode in ("real", "fake", "symbolic"):
         graph = make_fx(lambda a, b: multiply(recipe, a, b), tracing_mode=mode)(a, b)
         torch.testing.assert_close(graph(a, b), want)
-
-
-# Shared memory a program can have, in KiB: CUDA C++ programming guide, technical specifications per capability.
-SHARED_KIB = {89: 99, 90: 227, 100: 227}
 
 
 def test_every_recipe_compiles_for_each_architecture_with_its_instructions(tmp_path):

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from loka.errors import ArgumentError, KernelError
 from loka.formats import RECIPES
 from loka.quantize import quantize
+from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, triton_devices
 from tests.kernel_registry.made_gemm import accumulation_bound, heavy_tailed, modelled, normal, with_zero_rows
 
 pytest.importorskip("triton")
@@ -25,20 +26,7 @@ operands = pytest.importorskip("loka.kernel_registry.triton.grouped_operands")
 
 # numpy, which the interpreter computes with, warns of the NaN and Inf that some tests put in.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton")
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not gemm.INTERPRETED, reason="needs Triton's interpreter")),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-                reason="needs FP8 tensor cores",
-            ),
-        ],
-    ),
-]
-on_devices = pytest.mark.parametrize("device", DEVICES)
+on_devices = pytest.mark.parametrize("device", triton_devices())
 of_recipes = pytest.mark.parametrize("recipe", experts.GROUPED_RECIPES)
 of_draws = pytest.mark.parametrize("draw", [normal, heavy_tailed, with_zero_rows])
 
@@ -336,11 +324,6 @@ def test_the_op_obeys_the_contract_of_custom_ops():
 def test_tiles_are_no_taller_than_experts_have_tokens():
     heights = {tokens: grouped._launch(tokens, 64).block_m for tokens in (1, 64 * 16, 64 * 17, 64 * 64, 64 * 4096)}
     assert list(heights.values()) == [16, 16, 32, 64, 128]
-
-
-# Shared memory a program can have, in KiB: CUDA C++ programming guide, technical specifications per capability.
-SHARED_KIB = {89: 99, 90: 227, 100: 227}
-TENSOR_CORES = {89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):

@@ -15,23 +15,11 @@ from torch._subclasses import FakeTensorMode
 from loka.errors import KernelError
 from loka.formats import FORMATS, RECIPES, ROLES, OperandSpec
 from loka.quantize import quantize as defined
+from tests.kernel_registry.made_devices import triton_devices
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("loka.kernel_registry.triton.quantize")
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not kernels.INTERPRETED, reason="needs Triton's interpreter")),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-                reason="needs FP8 conversions in hardware",
-            ),
-        ],
-    ),
-]
 # Every way that a role of a recipe is quantised, once.
 SPECS = {
     f"{spec.format.name}-{spec.group_rows}x{spec.group_k}-{spec.scale_rule}": spec
@@ -41,7 +29,7 @@ SPANNING = {name: spec for name, spec in SPECS.items() if spec.group_k is None}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMPY_FORMATS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 
-on_devices = pytest.mark.parametrize("device", DEVICES)
+on_devices = pytest.mark.parametrize("device", triton_devices())
 of_specs = pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 of_spanning_specs = pytest.mark.parametrize("spec", SPANNING.values(), ids=list(SPANNING))
 
