@@ -23,6 +23,12 @@ Labels = Literal["closed", "sampled", "empirical"]
 LossHook = Callable[[Any, torch.Generator], Tensor]
 # Probabilities are kept so far from 0 and 1 that their logits stay finite.
 _MARGIN: Final[float] = 1e-6
+# Names of autograd nodes.
+_PRODUCTS: Final[tuple[str, ...]] = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addmv", "Mv", "Linear")
+_RESHAPES: Final[tuple[str, ...]] = (
+    *("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Transpose", "TBackward", "Permute"),
+    *("Expand", "Alias", "Clone", "ToCopy"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +79,22 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def _is_product(root: Tensor) -> bool:
+    """Whether a tensor is the result of a matrix product, seen through what only changes its shape or dtype."""
+    node = root.grad_fn
+    while node is not None and node.name().startswith(_RESHAPES) and node.next_functions:
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith(_PRODUCTS)
+
+
 def binary(output: Any, generator: torch.Generator) -> DrawnLoss:
-    """Binary cross-entropy of logits [items] or [items, tasks]; of probabilities where all lie in [0, 1]."""
+    """Binary cross-entropy of logits [items] or [items, tasks]; of probabilities where all lie in [0, 1].
+
+    What a matrix product returns is logits, wherever it lies: few items may all be between 0 and 1 by chance.
+    """
     root = logits_of(output)
     values = root.detach().double()
-    is_probability = bool(((values >= 0) & (values <= 1)).all())
+    is_probability = bool(((values >= 0) & (values <= 1)).all()) and not _is_product(root)
     p = values.clamp(_MARGIN, 1 - _MARGIN) if is_probability else values.sigmoid()
     items = values.shape[0] if values.dim() else 1
     slope = p * (1 - p)

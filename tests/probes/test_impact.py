@@ -322,6 +322,20 @@ def test_probabilities_and_logits_of_the_same_prediction_are_the_same_loss():
     assert of_logits.facts.expected == pytest.approx(of_probability.facts.expected)
 
 
+def test_logits_that_all_lie_between_zero_and_one_are_still_logits():
+    layer = nn.Linear(4, 1)
+    with torch.no_grad():
+        layer.weight.mul_(0.01)
+        layer.bias.fill_(0.1)
+    logits = layer(torch.randn(16, 4)).squeeze(-1)
+    assert ((logits > 0) & (logits < 1)).all()
+    expected = float(F.binary_cross_entropy_with_logits(logits, logits.sigmoid()).detach())
+    draw = torch.Generator()
+    assert apply_hook("bce", logits, draw).facts.expected == pytest.approx(expected, rel=1e-5)
+    assert apply_hook("bce", logits.to(torch.bfloat16), draw).facts.expected == pytest.approx(expected, rel=1e-2)
+    assert apply_hook("bce", logits.sigmoid(), draw).facts.expected == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_a_root_was_multiplied_by_is_told_from_the_entropy():
     facts = ModelLoss(items=1000, expected=0.5, labels="sampled")
     assert true_scale(0.9, facts) == 1.0
