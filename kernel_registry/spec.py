@@ -8,6 +8,8 @@ there; None means it can. A kernel's implementation is a lazy "module:function" 
     a [m, k], b [n, k]  the operands in high precision, possibly strided views; never modified
     product             "fprop", "dgrad" or "wgrad"; names the roles of a and b (formats.PASS_OPERANDS)
     out_dtype           dtype of the result, out[m, n] = sum_k a[m, k] * b[n, k]
+
+Kernels of the op `bmm` take a [batch, m, k] and b [batch, n, k]; those of `grouped_linear` follow `GroupedKernel`.
 """
 
 import importlib
@@ -27,8 +29,9 @@ from loka.hardware import DeviceInfo
 # What Triton takes for yes in an environment variable (triton/knobs.py).
 _TRUE: Final[tuple[str, ...]] = ("1", "true", "yes", "on", "y")
 
-# "other" is any product that has no name here; only `torch.native.other` serves it.
-Op = Literal["linear", "bmm", "grouped_linear", "convolution", "other"]
+# "linear_norm_act" is a linear layer, BlockNorm and HardSwish in one; "many_linear" several independent linear layers
+# of one module. "other" is any product that has no name here; only `torch.native.other` serves it.
+Op = Literal["linear", "bmm", "grouped_linear", "linear_norm_act", "many_linear", "convolution", "other"]
 
 
 class Kernel(Protocol):
@@ -36,6 +39,17 @@ class Kernel(Protocol):
 
     def __call__(self, a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Compute the product."""
+
+
+class GroupedKernel(Protocol):
+    """One GEMM per expert, over rows that are sorted by expert; offsets int32 [experts]: where each one's rows end.
+
+    fprop, dgrad    a [tokens, k], b [experts, n, k]: out [tokens, n], zero in rows after the last offset
+    wgrad           a [tokens, n], b [tokens, k]: out [experts, n, k], summed over each expert's tokens
+    """
+
+    def __call__(self, a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Compute the products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +76,11 @@ class KernelSpec:
     """One implementation of one op under one recipe by one library, named `library.op.recipe`.
 
     `recipe` is None for a high-precision kernel, which is its site's baseline. `device_types` lists where it can run;
-    `min_capability` is the CUDA compute capability it needs; `alignment` divides k and n (0: no demand); no `dtypes`
-    means any; `module` must be importable; `source` says where each constant comes from. `defect` is why nothing can
-    be done with this row at all: it stands for a plugin that failed to load.
+    on CUDA, compute capabilities from `min_capability` on and below `below_capability`. `alignment` divides k and n
+    (0: no demand); `pads_to` is what the kernel itself fills them up to with zeros, once the scales are known; `layout`
+    says how the library wants operands and scales. No `dtypes` means any; `module` must be importable; `source` says
+    where each constant comes from. `defect` is why nothing can be done with this row at all: it stands for a plugin
+    that failed to load.
     """
 
     name: str
@@ -75,7 +91,10 @@ class KernelSpec:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     device_types: tuple[str, ...] = ("cpu", "cuda")
     min_capability: tuple[int, int] | None = None
+    below_capability: tuple[int, int] | None = None
     alignment: int = 0
+    pads_to: int = 0
+    layout: str = ""
     module: str = ""
     interpreter: str = ""
     traceable: bool = True  # plain aten and triton ops, which Inductor can fuse with their neighbours
@@ -111,13 +130,21 @@ class KernelSpec:
             return f"needs {' or '.join(self.device_types)}, this device is {device.type}"
         if device.type == "cpu" and self.interpreter and os.environ.get(self.interpreter, "").lower() not in _TRUE:
             return f"needs cuda (a cpu interprets it, for tests, under {self.interpreter}=1)"
-        if device.type == "cuda" and self.min_capability and (device.capability or (0, 0)) < self.min_capability:
-            need = ".".join(map(str, self.min_capability))
-            have = ".".join(map(str, device.capability)) if device.capability else "none"
-            return f"needs CUDA compute capability {need}, this device has {have}"
+        if device.type == "cuda" and not self._suits(device.capability or (0, 0)):
+            have = _dotted(device.capability) if device.capability else "none"
+            return f"needs CUDA compute capability {self._capabilities()}, this device has {have}"
         if self.module and importlib.util.find_spec(self.module.split(".")[0]) is None:
             return f"the package {self.module.split('.')[0]!r} is not installed"
         return None
+
+    def _suits(self, capability: tuple[int, int]) -> bool:
+        above = self.min_capability is None or capability >= self.min_capability
+        return above and (self.below_capability is None or capability < self.below_capability)
+
+    def _capabilities(self) -> str:
+        """Return e.g. `8.9`, or `9.0 or above, below 10.0`."""
+        need = _dotted(self.min_capability) if self.min_capability else "any"
+        return f"{need} or above, below {_dotted(self.below_capability)}" if self.below_capability else need
 
     def cannot(self, request: GemmRequest) -> str | None:
         """Return why this kernel cannot serve `request`, or None."""
@@ -135,6 +162,13 @@ class KernelSpec:
 
     def load(self) -> Kernel:
         """Import and return the implementation; raise KernelError with the reason when that fails."""
+        return cast(Kernel, self._import())
+
+    def load_grouped(self) -> GroupedKernel:
+        """Do the same for a kernel of the op `grouped_linear`."""
+        return cast(GroupedKernel, self._import())
+
+    def _import(self) -> Callable[..., Tensor]:
         module, _, function = self.implementation.partition(":")
         try:
             loaded: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
@@ -143,4 +177,8 @@ class KernelSpec:
                 f"Kernel {self.name} could not be loaded from {self.implementation!r}: {error}. "
                 "Install its library or leave this kernel out of the plan."
             ) from error
-        return cast(Kernel, loaded)
+        return loaded
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
