@@ -5,21 +5,34 @@
 Kernels are given by name; "" leaves a product in the operands' own precision. It is an `autograd.Function` over plain
 tensors and not an opaque custom op, so that under `torch.compile` traceable kernels are inlined into the graph and
 Inductor fuses the quantise with its neighbours.
+
+A kernel that raises does not stop a training: the product is done again in high precision, and the kernel is out of
+use from then on.
 """
 
+import logging
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
 
+from loka.dispatch.executions import record, record_traced
 from loka.formats import Pass
+from loka.hardware import device_info
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import Kernel
 from loka.kernel_registry.torch_mm import matmul
 
+log: Final = logging.getLogger("loka.dispatch")
+
 HIGH_PRECISION: Final[str] = ""
 
+
+# What stands for a tensor while a graph is made of the code.
+_TRACED: Final = (FakeTensor, FunctionalTensor)
 
 # Loaded kernels by name: a plain dict, which Dynamo can read while it traces a converted model.
 _loaded: dict[str, Kernel] = {}
@@ -34,9 +47,45 @@ def load(name: str) -> Kernel:
 
 def product(name: str, a: Tensor, b: Tensor, which: Pass) -> Tensor:
     """Compute out[m, n] = sum_k a[m, k] * b[n, k] with the named kernel, in the dtype of `a`."""
-    if name == HIGH_PRECISION:
-        return matmul(a, b)
-    return load(name)(a, b, product=which, out_dtype=a.dtype)
+    kernel = _high_precision if name == HIGH_PRECISION else load(name)
+    # Code that is traced has no values yet: what it turns into is counted when that runs.
+    if torch.compiler.is_dynamo_compiling():
+        return kernel(a, b, product=which, out_dtype=a.dtype)
+    if isinstance(a, _TRACED):
+        record_traced(name, which)
+        return kernel(a, b, product=which, out_dtype=a.dtype)
+    try:
+        out = kernel(a, b, product=which, out_dtype=a.dtype)
+    except torch.OutOfMemoryError:
+        raise  # no fault of the kernel's, and high precision needs memory, too
+    except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
+        out = _without(name, a, b, error)
+        name = HIGH_PRECISION
+    record(HIGH_PRECISION if kernel is _high_precision else name)
+    return out
+
+
+def _high_precision(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    return matmul(a, b)
+
+
+def _without(name: str, a: Tensor, b: Tensor, error: Exception) -> Tensor:
+    """Redo a product in high precision and quarantine its kernel; raise where the operands are at fault."""
+    try:
+        out = matmul(a, b)
+    except Exception:  # noqa: BLE001 - whatever it is, the kernel's own error tells more
+        raise error from None
+    if name != HIGH_PRECISION:
+        default_registry().quarantine(name, device_info(a.device), error)
+        _loaded[name] = _high_precision
+        log.error(
+            "%s failed on %s x %s and is out of use from here on, high precision takes over: %s",
+            name,
+            tuple(a.shape),
+            tuple(b.shape),
+            error,
+        )
+    return out
 
 
 class _Product(torch.autograd.Function):

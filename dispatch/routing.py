@@ -81,7 +81,7 @@ def _why_not(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo) -
     spec = registry.get(kernel)
     if spec.recipe != recipe:
         return f"its recipe here is {spec.recipe}, not {recipe}"
-    return registry.unavailable(spec, here) or spec.cannot(request)
+    return registry.unavailable(spec, here) or registry.cannot(spec, request, here)
 
 
 def device_of(model: nn.Module) -> torch.device:

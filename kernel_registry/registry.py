@@ -8,6 +8,7 @@ yields `KernelSpec`s. A plugin that fails to load does not stop anybody: it beco
 import functools
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib import metadata
 from typing import Final, cast
 
@@ -29,6 +30,7 @@ class Registry:
         self._owners: dict[str, str] = {}
         self._candidates: dict[Op, tuple[KernelSpec, ...]] = {}
         self._unavailable: dict[tuple[str, DeviceInfo], str | None] = {}
+        self._failed: dict[tuple[str, DeviceInfo, GemmRequest], str] = {}
 
     def add(self, spec: KernelSpec, *, owner: str) -> None:
         """Add one kernel; raise KernelError when the name is taken."""
@@ -96,6 +98,19 @@ class Registry:
             self._unavailable[key] = spec.unavailable(device)
         return self._unavailable[key]
 
+    def cannot(self, spec: KernelSpec, request: GemmRequest, device: DeviceInfo) -> str | None:
+        """Return why a kernel cannot serve a product on `device`: its row says so, or it was tried and failed."""
+        return self._failed.get((spec.name, device, _nameless(request))) or spec.cannot(request)
+
+    def failed(self, name: str, request: GemmRequest, device: DeviceInfo, error: BaseException) -> None:
+        """Remember that a kernel raised on a product of this shape, so that nothing chooses it there again."""
+        reason = f"failed on this shape when it was tried: {_in_words(error)}"
+        self._failed[self.get(name).name, device, _nameless(request)] = reason
+
+    def quarantine(self, name: str, device: DeviceInfo, error: BaseException) -> None:
+        """Take a kernel that raised in the middle of a step out of use on `device`, for the rest of this process."""
+        self._unavailable[self.get(name).name, device] = f"quarantined, it failed in use: {_in_words(error)}"
+
     def listing(self, device: DeviceInfo) -> tuple[tuple[KernelSpec, str | None], ...]:
         """Return every kernel by name, with why it cannot run on `device`, or None where it can."""
         return tuple((self._specs[name], self.unavailable(self._specs[name], device)) for name in self.names())
@@ -137,6 +152,16 @@ class Registry:
             name += "+"
         row = KernelSpec(name=name, op="other", recipe=None, implementation="none:none", defect=reason)
         self.add(row, owner=owner)
+
+
+def _nameless(request: GemmRequest) -> GemmRequest:
+    """Return the same product of no site in particular: a failure belongs to a shape."""
+    return replace(request, site="")
+
+
+def _in_words(error: BaseException) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 @functools.cache

@@ -21,12 +21,24 @@ if TYPE_CHECKING:
     from loka import mods
     from loka.bounds import Bound
     from loka.dispatch.convert import convert
+    from loka.dispatch.executions import kernel_executions
     from loka.dispatch.plan import Plan
     from loka.dispatch.planner import plan
     from loka.errors import LokaError, LokaWarning
     from loka.probes.session import probe
 
-__all__ = ["Bound", "LokaError", "LokaWarning", "Plan", "__version__", "convert", "mods", "plan", "probe"]
+__all__ = [
+    "Bound",
+    "LokaError",
+    "LokaWarning",
+    "Plan",
+    "__version__",
+    "convert",
+    "kernel_executions",
+    "mods",
+    "plan",
+    "probe",
+]
 
 _HOMES: Final[dict[str, str]] = {
     "Bound": "loka.bounds",
@@ -34,6 +46,7 @@ _HOMES: Final[dict[str, str]] = {
     "LokaWarning": "loka.errors",
     "Plan": "loka.dispatch.plan",
     "convert": "loka.dispatch.convert",
+    "kernel_executions": "loka.dispatch.executions",
     "plan": "loka.dispatch.planner",
     "probe": "loka.probes.session",
 }

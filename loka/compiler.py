@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, fx
 
+from loka.dispatch.executions import counted, graph_kernels
 from loka.dispatch.graph import operands, origin, shape_of
 from loka.dispatch.plan import Plan
 from loka.dispatch.routing import SiteKernels, site_kernels
@@ -40,6 +41,7 @@ def backend(
     torch.compile's modes, whose own `mode` argument cannot stand beside `options`. Raises, inside Dynamo's
     BackendCompilerFailed, PlanError when the plan belongs to another model, ArgumentError for unknown options.
     """
+    from torch._functorch import config as functorch_config
     from torch._inductor.compile_fx import compile_fx  # only where something is compiled: importing it takes seconds
 
     rest = dict(options or {})
@@ -47,7 +49,10 @@ def backend(
     emulate = bool(rest.pop("emulate", False))
     patches = _inductor_options(rest.pop("mode", mode), rest)
     rewrite(gm, plan, emulate=emulate)
-    return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches or None))
+    # A graph from AOT autograd's cache would not be traced, and what is in it could not be counted.
+    with graph_kernels() as kernels, functorch_config.patch(enable_autograd_cache=False):
+        compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches or None))
+    return counted(compiled, kernels)
 
 
 def _inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
