@@ -14,7 +14,7 @@ from typing import Final
 from torch import nn
 
 from loka.bounds import Bound
-from loka.dispatch import document
+from loka import document
 from loka.dispatch.decide import Decision
 from loka.errors import PlanError, nearest
 from loka.formats import PASSES, Pass, pass_name

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from loka.dispatch import document
+from loka import document
 from loka.errors import ArgumentError, PlanError
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.spec import GemmRequest

@@ -28,6 +28,7 @@ from loka.errors import KernelError
 from loka.formats import FORMATS
 from loka.hardware import device_info
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable
+from loka.kernel_registry.triton.tuned import bucket, launches_here
 
 # The element formats that NVIDIA's tensor cores multiply, as `tl.dot_scaled` calls them.
 _FORMATS: Final[dict[torch.dtype, str]] = {FORMATS[name].dtype: name for name in ("e4m3", "e5m2")}
@@ -211,18 +212,45 @@ def scaled_gemm(
     """
     m, k = a.shape
     n = b.shape[0]
-    a_group, b_group, group_k = scale_groups(a, b, a_scale, b_scale, out_dtype)
+    group_k = scale_groups(a, b, a_scale, b_scale, out_dtype)[2]
     if m == 0 or n == 0 or k == 0:
         return a.new_zeros((m, n), dtype=out_dtype)
-    programs = program_count(a.device)
-    launch = next(
-        row
-        for row in (MX_LAUNCHES if group_k == _MX_GROUP else LAUNCHES)
-        if m <= row.max_m and n <= row.max_n and k <= row.max_k
-    )
+    launch, tuned_splits = choose(m, n, k, group_k, a.device)
     if splits < 0:
         raise KernelError(f"k cannot be cut into {splits} parts: give a positive number, or 0 to let the shape decide.")
-    parts = min(splits, int(-(-k // _BLOCK_K))) if splits else _splits(m, n, k, programs, launch)
+    return launched(a, b, a_scale, b_scale, out_dtype, launch, splits or tuned_splits)
+
+
+def choose(m: int, n: int, k: int, group_k: int, device: torch.device) -> tuple[Launch, int]:
+    """Return the launch of a product and into how many parts it cuts k: measured ones where there are any.
+
+    A dynamic m has no launch of its own: every bucket of a tuning would become a graph.
+    """
+    tuned = None if isinstance(m, torch.SymInt) else launches_here(device).get((group_k, bucket(m), n, k))
+    if tuned is not None:
+        names = ("block_m", "block_n", "group_m", "num_warps", "num_stages")
+        sizes = {name: getattr(tuned, name) for name in names}
+        return Launch(max_m=_ANY, max_n=_ANY, max_k=_ANY, **sizes), tuned.splits
+    table = MX_LAUNCHES if group_k == _MX_GROUP else LAUNCHES
+    launch = next(row for row in table if m <= row.max_m and n <= row.max_n and k <= row.max_k)
+    return launch, _splits(m, n, k, program_count(device), launch)
+
+
+def launched(  # noqa: PLR0913 - codes and scales of two operands, and how they are multiplied
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    out_dtype: torch.dtype,
+    launch: Launch,
+    splits: int,
+) -> Tensor:
+    """Multiply operands that are not empty, as `scaled_gemm` does, by a given launch."""
+    m, k = a.shape
+    n = b.shape[0]
+    a_group, b_group, group_k = scale_groups(a, b, a_scale, b_scale, out_dtype)
+    programs = program_count(a.device)
+    parts = min(splits, int(-(-k // _BLOCK_K)))
     tma = _takes_tma(a) and _takes_tma(b)
     if tma and a.is_cuda:
         triton.set_allocator(_allocate)
