@@ -32,6 +32,7 @@ HOMES = {
     r"perf_counter": {
         "loka/timing.py",
         "dispatch/measure.py",  # a deadline, not a measurement
+        "dispatch/tune.py",  # likewise
         "probes/capture.py",
         "probes/sampler.py",
         "probes/session.py",

@@ -114,7 +114,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 
 
 def test_a_file_that_is_too_large_is_not_parsed(tmp_path, monkeypatch):
-    monkeypatch.setattr("loka.dispatch.document.MAX_BYTES", 1000)
+    monkeypatch.setattr("loka.document.MAX_BYTES", 1000)
     path = tmp_path / "profile.json"
     path.write_text(" " * 1001)
     with pytest.raises(PlanError, match="more than 0 MiB, too much"):

@@ -1,0 +1,52 @@
+"""The command line: parse arguments, call one function per command, print. No logic of its own.
+
+A `LokaError` becomes one paragraph on stderr and exit code 2; a traceback appears only with `--debug`.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+import typer
+
+from loka.cli.deciding import demo, plan
+from loka.cli.kernels import bench, env, kernels
+from loka.cli.reading import diff, explain, report
+from loka.cli.shared import debugging
+from loka.version import VERSION
+
+__all__ = ["app", "main"]
+
+app: Final = typer.Typer(
+    name="loka",
+    help="FP8 where it usually fails: which GEMMs of your model are safe, which are faster, which kernel should run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# In the order in which `loka --help` lists them.
+_COMMANDS: Final[tuple[Callable[..., Any], ...]] = (demo, report, bench, plan, explain, diff, kernels, env)
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logging.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"loka {VERSION}")
+        raise typer.Exit()
+    debugging["on"] = debug
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    if debug:
+        logging.getLogger("loka").setLevel(logging.DEBUG)
+
+
+for _command in _COMMANDS:
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,125 @@
+"""Commands that read what a probe has found: report, explain, diff."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from loka.cli.shared import (
+    EXIT_GATE,
+    AssumeOption,
+    BoundOption,
+    Database,
+    DeviceOption,
+    FailOn,
+    OutputOption,
+    ProfileOption,
+    ReportFormat,
+    RunOption,
+    TableFormat,
+    plain,
+    told,
+    write,
+)
+
+
+@told
+def report(  # noqa: PLR0913 - one parameter per flag
+    db: Database,
+    format: Annotated[ReportFormat, typer.Option("--format", help="How to write it.")] = ReportFormat.TABLE,
+    output: OutputOption = None,
+    bound: BoundOption = "0.05",
+    fail_on: Annotated[
+        FailOn | None, typer.Option("--fail-on", help="Exit with 1 when a product is unsafe (or undecided).")
+    ] = None,
+    run: RunOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Show, for every GEMM of a probed run, whether FP8 is safe, how sure that is, and what it would gain."""
+    from loka.bounds import parse_bound
+    from loka.reports.build import report_of
+    from loka.reports.render import FORMATS
+    from loka.reports.summary import fails
+    from loka.reports.table import print_table
+
+    document = report_of(db, parse_bound(bound), run=run, device=device)
+    if format is ReportFormat.TABLE and output is None:
+        print_table(document, Console())
+    else:
+        write(FORMATS[format.value](document), output)
+    if fail_on is not None:
+        failures = fails(document, fail_on.value)
+        if failures:
+            Console(stderr=True, highlight=False).print(
+                f"[bold red]--fail-on {fail_on.value}:[/] {len(failures)} products. {plain('; '.join(failures[:3]))}",
+                soft_wrap=True,
+            )
+            raise typer.Exit(EXIT_GATE)
+
+
+@told
+def explain(  # noqa: PLR0913 - one parameter per flag
+    db: Database,
+    site: Annotated[str, typer.Argument(metavar="SITE", help="Name of a module or parameter.")],
+    product: Annotated[str | None, typer.Option("--pass", help="fprop, dgrad or wgrad; all by default.")] = None,
+    bound: BoundOption = "0.05",
+    run: RunOption = None,
+    device: DeviceOption = None,
+    device_profile: ProfileOption = None,
+    assume_speedup: AssumeOption = None,
+    format: Annotated[TableFormat, typer.Option("--format", help="How to write it.")] = TableFormat.TABLE,
+) -> None:
+    """Show every candidate kernel of one site with its time, error and the reason it won or lost."""
+    from loka.bounds import parse_bound
+    from loka.dispatch.planner import plan as make_plan
+    from loka.formats import pass_name
+    from loka.probes.database import open_database
+    from loka.probes.predictions import read_predictions
+    from loka.reports.explain import decisions_of, explain_json, explain_text
+
+    made = make_plan(
+        db,
+        parse_bound(bound),
+        run=run,
+        device=device,
+        device_profile=device_profile,
+        assume_speedup=assume_speedup,
+        measure=False,
+    )
+    decisions = decisions_of(made, site, None if product is None else pass_name(product))
+    engine = open_database(db, create=False)
+    try:
+        predictions = read_predictions(engine, run, site=site)
+    finally:
+        engine.dispose()
+    if format is TableFormat.JSON:
+        write(explain_json(decisions, predictions), None)
+        return
+    Console(highlight=False).print(explain_text(decisions, predictions))
+
+
+@told
+def diff(  # noqa: PLR0913 - one parameter per flag
+    first: Annotated[str, typer.Argument(metavar="A", help="Probe database or plan.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another of the same kind.")],
+    bound: BoundOption = "0.05",
+    run_a: Annotated[str | None, typer.Option("--run-a", help="Run of A; the newest by default.")] = None,
+    run_b: Annotated[str | None, typer.Option("--run-b", help="Run of B; the newest by default.")] = None,
+    common: Annotated[bool, typer.Option("--common", help="Compare what two different models share.")] = False,
+    fail_on_change: Annotated[
+        bool, typer.Option("--fail-on-change", help="Exit with 1 when anything changed.")
+    ] = False,
+    format: Annotated[TableFormat, typer.Option("--format", help="How to write it.")] = TableFormat.TABLE,
+) -> None:
+    """Show what differs between two probed runs, or two plans, and whether it is more than noise."""
+    from loka.bounds import parse_bound
+    from loka.reports.diff import diff as compare
+    from loka.reports.diff_text import diff_json, diff_text
+
+    found = compare(first, second, parse_bound(bound), runs=(run_a, run_b), common=common)
+    if format is TableFormat.JSON:
+        write(diff_json(found), None)
+    else:
+        Console(highlight=False).print(diff_text(found))
+    if fail_on_change and found.changed:
+        raise typer.Exit(EXIT_GATE)
