@@ -2,22 +2,36 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import torch
 
-from loka.dispatch.measure import Progress, measure_products
+from loka.dispatch.compare_values import compare_values, parse_kinds
+from loka.dispatch.draws import Source
+from loka.dispatch.layers import PRODUCTS_SHARE, LayerShape, layer_shapes, measure_layers
+from loka.dispatch.measure import Progress, measure_products, measure_shapes
 from loka.dispatch.profile import DeviceProfile, newest
-from loka.dispatch.shapes import shapes_of
+from loka.dispatch.shapes import Shape, shapes_of
 from loka.dispatch.verify import Verification, verify
+from loka.environment import environment_facts
 from loka.errors import KernelError
 from loka.formats import PASSES, Pass
 from loka.hardware import current_device, device_info
+from loka.kernel_registry.ceilings import ceilings_of
 from loka.kernel_registry.registry import default_registry
+from loka.kernel_registry.spec import GemmRequest
 from loka.probes.database import open_database, read_learned, read_timings, write_timings
-from loka.probes.evidence import ProductEvidence, RunEvidence, collect_evidence
-from loka.probes.records import Environment, RunInfo, RunProgress, Timing
-from loka.version import VERSION
-from loka.workloads.suites import suite
+from loka.probes.evidence import collect_evidence
+from loka.probes.records import Timing
+from loka.roofline import Ceilings
+from loka.workloads.suites import SuiteProduct, suite
+
+if TYPE_CHECKING:
+    from loka.kernel_registry.triton.tuned import Tuning
+
+# One of the kernels that the launches serve.
+TUNED_KERNEL: Final[str] = "triton.gemm.rowwise"
 
 
 def bench_database(
@@ -31,14 +45,22 @@ def bench_database(
     engine = open_database(db, create=False)
     try:
         evidence = collect_evidence(engine)
-        known = read_timings(engine, str(device_info(where)))
+        known, learned = read_timings(engine, str(device_info(where))), read_learned(engine)
         measured = measure_products(
             evidence,
             default_registry(),
             where,
-            budget_s=budget_s,
+            budget_s=budget_s * PRODUCTS_SHARE,
             known=known,
-            learned=read_learned(engine),
+            learned=learned,
+            on_progress=on_progress,
+        )
+        measured += measure_layers(
+            layer_shapes(evidence, learned),
+            default_registry(),
+            where,
+            budget_s=budget_s * (1 - PRODUCTS_SHARE),
+            known=(*known, *measured),
             on_progress=on_progress,
         )
         if measured:
@@ -51,35 +73,84 @@ def bench_database(
 def bench_suite(
     name: str, device: torch.device | str | None, budget_s: float, on_progress: Progress | None = None
 ) -> tuple[Timing, ...]:
-    """Measure a named suite of shapes in all three passes, in bf16 on CUDA and fp32 on a CPU."""
+    """Measure a named suite of products in all their passes, in bf16 on CUDA and fp32 on a CPU."""
     where = current_device() if device is None else torch.device(device)
-    evidence = suite_evidence(suite(name), _dtype(where))
-    return tuple(measure_products(evidence, default_registry(), where, budget_s=budget_s, on_progress=on_progress))
+    shapes, registry = suite_shapes(name, where), default_registry()
+    share_s = budget_s * PRODUCTS_SHARE
+    measured = measure_shapes(shapes, registry, where, budget_s=share_s, on_progress=on_progress)
+    layers = [
+        LayerShape(request=shape.request, forward=shape.source, backward=shape.source)
+        for shape in shapes
+        if shape.request.op == "linear" and shape.request.product == "fprop"
+    ]
+    left_s = budget_s - share_s
+    measured += measure_layers(layers, registry, where, budget_s=left_s, known=measured, on_progress=on_progress)
+    return tuple(measured)
 
 
-def verify_database(
-    db: str | os.PathLike[str], device: torch.device | str | None, on_progress: Progress | None = None
+def verify_shapes(
+    shapes: Sequence[Shape], device: torch.device | str | None, on_progress: Progress | None = None
 ) -> list[Verification]:
-    """Compare every kernel available here with its definition on the products of a database's newest run."""
-    engine = open_database(db, create=False)
-    try:
-        shapes = shapes_of(collect_evidence(engine).products, read_learned(engine))
-    finally:
-        engine.dispose()
+    """Compare every kernel available here with its definition: on values like the run's, and on N(0, 1)."""
     return verify(shapes, default_registry(), current_device() if device is None else device, on_progress)
 
 
-def verify_suite(
-    name: str, device: torch.device | str | None, on_progress: Progress | None = None
-) -> list[Verification]:
-    """Do the same on a named suite of shapes, on N(0, 1)."""
+def compare_shapes(
+    shapes: Sequence[Shape],
+    device: torch.device | str | None,
+    kinds: str,
+    budget_s: float,
+    on_progress: Progress | None = None,
+) -> list[Timing]:
+    """Time every kernel on several kinds of values, given as `normal,zeros,learned`."""
+    where = current_device() if device is None else device
+    return compare_values(
+        shapes, default_registry(), where, parse_kinds(kinds), budget_s=budget_s, on_progress=on_progress
+    )
+
+
+def tune_shapes(
+    shapes: Sequence[Shape], device: torch.device | str | None, budget_s: float, on_progress: Progress | None = None
+) -> "tuple[Path, Tuning]":
+    """Tune our GEMM for these shapes; return where the launches are kept, and all of them.
+
+    Raises KernelError where our kernels do not run.
+    """
     where = current_device() if device is None else torch.device(device)
-    shapes = shapes_of(suite_evidence(suite(name), _dtype(where)).products)
-    return verify(shapes, default_registry(), where, on_progress)
+    registry = default_registry()
+    reason = registry.unavailable(registry.get(TUNED_KERNEL), device_info(where))
+    if reason is not None:
+        raise KernelError(f"There is nothing to tune on {device_info(where)}: {TUNED_KERNEL} {reason}.")
+    from loka.dispatch.tune import tune  # only here: it imports triton
+    from loka.kernel_registry.triton.tuned import tuning_path
+
+    tuning = tune(shapes, where, budget_s=budget_s, on_progress=on_progress)
+    path = tuning_path(where)
+    assert path is not None  # else `tune` has raised
+    return path, tuning
 
 
-def profile_of(timings: Sequence[Timing], label: str, device: torch.device | str | None) -> DeviceProfile:
-    """Bundle the times of this device into a profile that plans can be made from elsewhere."""
+def ceilings_here(timings: Sequence[Timing], device: torch.device | str | None) -> Ceilings | None:
+    """Measure the ceilings of the device that these times were measured on; None where there are none to place."""
+    return ceilings_of(current_device() if device is None else torch.device(device)) if timings else None
+
+
+def shapes_for(db: str | None, suite_name: str | None, device: torch.device | str | None) -> list[Shape]:
+    """Return the distinct products of a database's newest run, with what is known of their values, or of a suite."""
+    where = current_device() if device is None else torch.device(device)
+    if db is None:
+        return suite_shapes(suite_name or "", where)
+    engine = open_database(db, create=False)
+    try:
+        return shapes_of(collect_evidence(engine), read_learned(engine))
+    finally:
+        engine.dispose()
+
+
+def profile_of(
+    timings: Sequence[Timing], label: str, device: torch.device | str | None, ceilings: Ceilings | None = None
+) -> DeviceProfile:
+    """Bundle the times of this device, and its ceilings, into a profile that plans can be made from elsewhere."""
     info = device_info(current_device() if device is None else device)
     if not timings:
         raise KernelError(
@@ -90,68 +161,35 @@ def profile_of(timings: Sequence[Timing], label: str, device: torch.device | str
         label=label,
         source="measured",
         device=info,
-        environment={"torch": torch.__version__, "loka": VERSION},
+        environment=environment_facts(),
         times=tuple(newest(timings)),
+        ceilings=ceilings,
     )
 
 
-def suite_evidence(shapes: Sequence[tuple[int, int, int]], dtype: str) -> RunEvidence:
-    """Write a suite's shapes down as the products of a run, without any error: enough to be timed."""
-    products = tuple(_product(shape, product, dtype) for shape in shapes for product in PASSES)
-    return RunEvidence(
-        info=RunInfo(
-            id="suite",
-            created="",
-            environment=Environment(device="", torch=torch.__version__, python="", loka=VERSION),
-            model="suite",
-            fingerprint={},
-            every=1,
-            overhead_budget=1.0,
-            recipes=(),
-        ),
-        progress=RunProgress(
-            steps=0,
-            sampled_steps=0,
-            skipped_samples=0,
-            wall_s=0.0,
-            probe_s=0.0,
-            unattributed=0,
-            weights_changed=False,
-            status="complete",
-        ),
-        events=(),
-        confidence=0.95,
-        family=0,
-        products=products,
-    )
+def suite_shapes(name: str, device: torch.device) -> list[Shape]:
+    """Return a suite's products in all their passes, those with most floating-point operations first."""
+    shapes = [_shape(each, product, _dtype(device)) for each in suite(name) for product in _passes(each)]
+    return sorted(shapes, key=lambda shape: -shape.request.flops)
 
 
 def _dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _product(shape: tuple[int, int, int], product: Pass, dtype: str) -> ProductEvidence:
-    rows, reduction, columns = shape
+def _passes(product: SuiteProduct) -> tuple[Pass, ...]:
+    """Return the passes that a product is of: the gradients of a fused layer are products of the op `linear`."""
+    return ("fprop",) if product.op == "linear_norm_act" else PASSES
+
+
+def _shape(product: SuiteProduct, which: Pass, dtype: str) -> Shape:
+    rows, reduction, columns = product.m, product.k, product.n
     m, n, k = {
         "fprop": (rows, columns, reduction),
         "dgrad": (rows, reduction, columns),
         "wgrad": (columns, reduction, rows),
-    }[product]
-    return ProductEvidence(
-        site=f"{rows}x{reduction}x{columns}",
-        product=product,
-        op="mm",
-        batch=1,
-        m=m,
-        m_min=m,
-        m_max=m,
-        n=n,
-        k=k,
-        calls=1.0,
-        dtype=dtype,
-        parameter="",
-        flops=2.0 * m * n * k,
-        flop_share=0.0,
-        operands={},
-        recipes=(),
+    }[which]
+    request = GemmRequest(
+        site=str(product), product=which, op=product.op, m=m, n=n, k=k, dtype=dtype, batch=product.batch
     )
+    return Shape(request=request, products=(), source=Source(tokens=product.tokens))

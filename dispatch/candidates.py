@@ -4,12 +4,12 @@ The questions, for each candidate, in order: available here? can it serve this p
 the bound? is it faster than the baseline? The first objection is the reason that is told.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from loka.bounds import Bound
+from loka.bounds import Bound, Limit
+from loka.dispatch.judged import Judged, LossCost, finite, judge_recipe
 from loka.dispatch.profile import KernelTime, TimeTable
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
@@ -35,6 +35,10 @@ Code = Literal[
 # A kernel must beat the baseline by this factor: less is not worth any error (DESIGN: speed > 1.05 x the baseline).
 MIN_SPEEDUP: Final[float] = 1.05
 
+# The ops whose kernels a plan can put to work. Products of the others are probed, timed and verified, and stay as
+# written.
+DISPATCHED: Final[frozenset[Op]] = frozenset({"linear", "grouped_linear"})
+
 # aten op, without overload and in-place underscore -> what the registry calls it. Anything else is "other".
 ATEN_OPS: Final[dict[str, Op]] = {
     "mm": "linear",
@@ -57,14 +61,8 @@ ATEN_OPS: Final[dict[str, Op]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossCost:
-    """What a kernel of a forward product does to the loss, relative to it; None where too few samples bound it."""
-
-    kl: float  # mean over steps
-    kl_low: float | None
-    kl_high: float | None
-    cost: float | None  # of the budget: kl_high and an established first-order increase
+# Weights of experts are held as [experts, n, k] or [experts, k, n].
+_EXPERTS_DIM: Final[int] = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,17 +80,26 @@ class Candidate:
     loss: LossCost | None = None
 
 
-def request_of(evidence: ProductEvidence) -> GemmRequest:
-    """Return the request that a product of the model makes of the registry, at its median m."""
+def request_of(evidence: ProductEvidence, parameters: Mapping[str, tuple[int, ...]] | None = None) -> GemmRequest:
+    """Return the request that a product of the model makes of the registry, at its median m.
+
+    The batch of a grouped product is its number of experts, which the shapes of the run's `parameters` tell; where they
+    do not, it is 0.
+    """
+    op = ATEN_OPS.get(evidence.op, ATEN_OPS.get(evidence.op.removesuffix("_"), "other"))
+    batch = evidence.batch
+    if op == "grouped_linear":
+        shape = (parameters or {}).get(evidence.parameter, ())
+        batch = shape[0] if len(shape) == _EXPERTS_DIM else 0
     return GemmRequest(
         site=evidence.site,
         product=evidence.product,
-        op=ATEN_OPS.get(evidence.op, ATEN_OPS.get(evidence.op.removesuffix("_"), "other")),
+        op=op,
         m=evidence.m,
         n=evidence.n,
         k=evidence.k,
         dtype=evidence.dtype,
-        batch=evidence.batch,
+        batch=batch,
     )
 
 
@@ -103,9 +110,10 @@ class Case:
     spec: KernelSpec
     request: GemmRequest
     evidence: ProductEvidence
-    recipe: RecipeEvidence | None
-    bound: Bound
+    judged: Judged
+    limit: Limit
     unavailable: str | None
+    unable: str | None
     baseline: str
     baseline_time: KernelTime | None
     time: KernelTime | None
@@ -129,6 +137,11 @@ class Case:
         return self.recipe
 
     @property
+    def recipe(self) -> RecipeEvidence | None:
+        """The evidence of its recipe, where there is any."""
+        return self.judged.evidence
+
+    @property
     def loss(self) -> LossEvidence | None:
         """What the case does to the loss, where a step has shown it."""
         return self.recipe.loss if self.recipe is not None else None
@@ -148,7 +161,12 @@ class Considered:
     rejected: tuple[tuple[Case, Objection], ...]
     admissible: tuple[Case, ...]
     selected: bool
-    by_loss: bool  # fprop under a bound on the loss
+    limit: Limit
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether it takes part in a budget of loss."""
+        return self.limit.metric == "loss"
 
 
 def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether there is one
@@ -164,20 +182,23 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether t
     """Put the questions to every candidate of a product; raise KernelError when the registry has no baseline for it."""
     baseline = registry.baseline(request)
     baseline_time = times.of_baseline(baseline.name, request)
-    recipes = {recipe.recipe: recipe for recipe in evidence.recipes}
+    limit = bound.limit(evidence.product, evidence.site)
+    specs = registry.candidates(request.op) or registry.low_precision()
+    judged = {name: judge_recipe(name, evidence, limit) for name in {spec.recipe or "" for spec in specs}}
     cases = [
         Case(
             spec,
             request,
             evidence,
-            recipes.get(spec.recipe or ""),
-            bound,
+            judged[spec.recipe or ""],
+            limit,
             registry.unavailable(spec, device),
+            registry.cannot(spec, request, device),
             baseline.name,
             baseline_time,
             times.of_candidate(spec.name, request, baseline_time),
         )
-        for spec in registry.candidates(request.op) or registry.low_precision()
+        for spec in specs
     ]
     left_out: Objection = ("filtered", "the plan's filter leaves this site out")
     objections = [_objection(case) if selected else left_out for case in cases]
@@ -189,7 +210,7 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether t
         rejected=tuple((case, found) for case, found in zip(cases, objections, strict=True) if found is not None),
         admissible=tuple(case for case, found in zip(cases, objections, strict=True) if found is None),
         selected=selected,
-        by_loss=bound.row_error_of(evidence.product) is None,
+        limit=limit,
     )
 
 
@@ -202,7 +223,8 @@ def fastest(cases: list[Case]) -> tuple[Case, Case]:
 
 def rejected_candidate(case: Case, code: Code, reason: str) -> Candidate:
     """Return a case as a candidate that lost."""
-    error = case.recipe.error if case.recipe else None
+    gated = case.judged.gated
+    error = gated.error if gated else None
     return Candidate(
         kernel=case.spec.name,
         recipe=case.spec.recipe,
@@ -212,37 +234,8 @@ def rejected_candidate(case: Case, code: Code, reason: str) -> Candidate:
         spread_us=case.time.spread_us if case.time else None,
         error_mean=finite(error.mean) if error else None,
         error_upper=finite(error.upper_tolerance) if error else None,
-        loss=loss_cost(case.loss),
+        loss=case.judged.loss,
     )
-
-
-def loss_cost(loss: LossEvidence | None) -> LossCost | None:
-    """Return the part of loss evidence that a plan keeps."""
-    if loss is None:
-        return None
-    return LossCost(kl=loss.kl, kl_low=finite(loss.kl_low), kl_high=finite(loss.kl_high), cost=finite(loss.cost))
-
-
-def loss_words(loss: LossEvidence) -> str:
-    """Return e.g. `up to 1.2e-06 of the loss (kl 1.1e-06, 1e-06 to 1.2e-06, 8 steps)`."""
-    parts = f"kl {loss.kl:.3g}, {loss.kl_low:.3g} to {loss.kl_high:.3g}, {loss.samples} steps"
-    if loss.first_order_low > 0:
-        parts += f"; a first-order increase of at least {loss.first_order_low:.3g}"
-    if loss.labels == "empirical":
-        parts += "; from the data's own labels, which may overstate it"
-    return f"up to {loss.cost:.3g} of the loss ({parts})"
-
-
-def no_loss(evidence: ProductEvidence) -> str:
-    """Return why no step took what a forward product does to the loss, where none did."""
-    if evidence.batch > 1 or ATEN_OPS.get(evidence.op) == "convolution":
-        return "no step takes what batches of matrices and convolutions do to it"
-    return "no sampled step took it: probe longer, in a loop that runs backward"
-
-
-def finite(value: float) -> float | None:
-    """Return a number that a document can hold, else None."""
-    return value if math.isfinite(value) else None
 
 
 def _objection(case: Case) -> Objection | None:
@@ -254,49 +247,12 @@ def _ask_available(case: Case) -> Objection | None:
 
 
 def _ask_able(case: Case) -> Objection | None:
-    reason = case.spec.cannot(case.request)
+    reason = case.unable
+    if reason is None and case.request.op not in DISPATCHED:
+        reason = "dispatch runs linear products and those of experts; this one stays as written"
     if reason is None and not case.evidence.parameter:
         reason = "no parameter takes part in this product, and a plan finds products by their parameter"
     return None if reason is None else ("cannot", reason)
-
-
-def _ask_error(case: Case) -> Objection | None:
-    recipe = case.recipe
-    if recipe is None:
-        because = case.evidence.unmeasured or "the probe did not measure it; name it in probe(recipes=...)"
-        return "undecided", f"the error of {case.spec.recipe} is unknown here: {because}"
-    limit, verdict = case.bound.row_error_of(case.request.product), recipe.judge(case.bound, case.request.product)
-    if verdict == "safe":
-        return None
-    if limit is None:
-        return _loss_objection(case, verdict == "unsafe")
-    error = recipe.error
-    if math.isnan(error.upper_tolerance):
-        because = f": {recipe.note}" if recipe.note else "; probe longer"
-        return "undecided", f"{recipe.samples} sampled steps are too few to bound its {recipe.gate}{because}"
-    most = case.bound.bias_of(case.request.product)
-    if most is not None and not abs(recipe.bias) <= most and error.upper_tolerance <= limit:
-        code: Code = "undecided" if math.isnan(recipe.bias) else "over_bound"
-        return code, f"its error along the gradient is {recipe.bias:.3g} on average, against the most of {most:g}"
-    interval = f"{error.mean:.3g} on average ({error.low:.3g} to {error.high:.3g}, {recipe.samples} steps)"
-    numbers = f"{recipe.gate} up to {error.upper_tolerance:.3g}, {interval}, against the bound {limit:g}"
-    if verdict == "unsafe":
-        return "over_bound", numbers
-    return "undecided", f"{numbers}: more samples may settle it"
-
-
-def _loss_objection(case: Case, is_unsafe: bool) -> Objection:
-    """Say why a recipe of a forward product does not fit the budget of loss on its own."""
-    loss, budget = case.loss, case.bound.loss
-    assert budget is not None
-    if loss is None:
-        return "undecided", f"what {case.spec.recipe} does to the loss is unknown here: {no_loss(case.evidence)}"
-    if math.isnan(loss.cost):
-        return "undecided", f"{loss.samples} sampled step is too few to bound what it does to the loss; probe longer"
-    numbers = f"costs {loss_words(loss)}, against the budget of {budget:g}"
-    if is_unsafe or loss.kl_high <= budget:
-        return "over_bound", numbers
-    return "undecided", f"{numbers}: more samples may settle it"
 
 
 def _ask_timed(case: Case) -> Objection | None:
@@ -322,7 +278,7 @@ def _ask_gain(case: Case) -> Objection | None:
 _QUESTIONS: Final[tuple[Callable[[Case], Objection | None], ...]] = (
     _ask_available,
     _ask_able,
-    _ask_error,
+    lambda case: case.judged.objection,
     _ask_timed,
     _ask_gain,
 )

@@ -7,14 +7,19 @@ Parameters, buffers, hooks and `state_dict` stay as they are, and a checkpoint k
 
 import functools
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Final, Literal, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from loka.dispatch.job import all_or_none, check_plans
 from loka.dispatch.linear import linear
 from loka.dispatch.plan import Plan
 from loka.dispatch.reroute import Reroute, Route
 from loka.dispatch.routing import SiteKernels, device_of, site_kernels
+from loka.dispatch.weights import forget, halves_of, keep
 from loka.errors import PlanError
 from loka.naming import clean_fqn, unwrap
 
@@ -32,32 +37,88 @@ _HOLDERS: Final = (
 _TABLES: Final = (nn.Embedding, nn.EmbeddingBag)
 # Modules that may compute everything below them in one fused call, in which no product can be rerouted. They refrain
 # from it while a torch-function mode is active, so the scope has to be around the outermost of them.
-_FUSING: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+FUSING: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _MARK: Final = "_loka_routes"  # name of a parameter in the module -> Route
+FROZEN: Final = "_loka_frozen"  # of a layer that `freeze` has stored: its kernel, recipe and whether it is traceable
+_BASE: Final = "_loka_base"  # in a class made here: the class that it was made of
 
 
-def convert(model: nn.Module, plan: Plan, *, emulate: bool = False) -> nn.Module:
-    """Run a model's products as planned: in place, eager; returns the model.
+def convert(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    emulate: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    cache_weights: bool = False,
+) -> nn.Module:
+    """Run a model's products as planned: in place, eager; returns the model. `revert` is the way back.
 
-    `emulate=True` lets emulated kernels stand in for those that cannot run on this device. Raises PlanError, with the
+    `emulate=True` lets emulated kernels stand in for those that cannot run on this device. With a `process_group`, all
+    its ranks, each of which has to call this, first make sure that they hold the same plan. Raises PlanError, with the
     model untouched, when the plan belongs to another model, a kernel cannot run here, or the model is compiled or
     converted already. A weight that is used where its own module's forward does not run is not reached: after a step,
     `unreached` names such sites. The same holds for a checkpoint that begins inside of the forward that uses a bare
     Parameter: what it recomputes stays in high precision.
+
+    `cache_weights=True` quantises a weight once per optimiser step and pass, and not in every micro-batch of gradient
+    accumulation; no number changes. It is off by default: it gains little where micro-batches are large and nothing
+    without accumulation (benchmarks/weight_cache.py), costs a copy of the weight per pass, in FP8 (in fp32 where
+    kernels are emulated), and asks that weights are not edited through `.data` between two steps of an optimiser.
+    `dispatch.weights` says what else it leaves alone.
     """
-    _check_convertible(model)
-    plan.check_model(model)
-    routes = site_kernels(plan, device_of(model), emulate=emulate)
-    for module, parameters in _assign(unwrap(model), routes):
+    prepare = partial(_prepare, model, plan, emulate=emulate)
+    if process_group is not None:
+        check_plans(plan, process_group)
+        assigned = all_or_none(prepare, process_group)
+    else:
+        assigned = prepare()
+    for _, routes in assigned if cache_weights else ():
+        for kernel in {kernel for route in routes.values() for kernel in route.kernels.as_tuple()}:
+            halves_of(kernel)  # now, where it can be refused
+    for module, parameters in assigned:
         alone = parameters.keys() == {"weight"} and type(module).forward is nn.Linear.forward
         module.__class__ = _converted_class("Planned" if alone else "Routed", cast(Any, type(module)))
         setattr(module, _MARK, parameters)
+        for parameter in _parameters_of(module) if cache_weights else ():
+            keep(parameter)
     return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`, in place: every module of the model gets back its class; returns the model.
+
+    Parameters, buffers, hooks and optimiser state stay as they are, and the model may be converted again. A model or
+    submodule of which nothing is converted is left as it is. Works on copies, and on what was wrapped or parametrised
+    before or after the conversion; parametrisations from before can be removed only once it is undone. Raises
+    PlanError, with nothing changed, for a compiled model.
+    """
+    converted = [module for module in model.modules() if _MARK in vars(module)]
+    if converted:
+        check_eager(model, "go on as planned. Revert the model first and compile it again afterwards.")
+    for module in converted:
+        for parameter in _parameters_of(module):
+            forget(parameter)
+        module.__class__ = _reverted_class(type(module))
+        delattr(module, _MARK)
+    return model
+
+
+def _parameters_of(module: nn.Module) -> list[Tensor]:
+    """Return the Parameters that a converted module has routes of, without computing any."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return [parameters[name] for name in getattr(module, _MARK) if name in parameters]
+
+
+def _prepare(model: nn.Module, plan: Plan, *, emulate: bool) -> "list[Assignment]":
+    """Check all that can be wrong, and decide what becomes of which module, while nothing is changed."""
+    _check_convertible(model)
+    plan.check_model(model)
+    return _assign(unwrap(model), site_kernels(plan, device_of(model), emulate=emulate))
 
 
 def planned_sites(model: nn.Module) -> dict[str, SiteKernels]:
     """Return the kernels of every site of a converted model; empty for one that is not converted."""
-    return {route.site: route.kernels for route in _routes(model)}
+    return {route.site: route.kernels for route in routes_of(model)}
 
 
 def unreached(model: nn.Module) -> tuple[str, ...]:
@@ -67,27 +128,45 @@ def unreached(model: nn.Module) -> tuple[str, ...]:
     module's forward, or in a form that cannot be rerouted, and runs in high precision; `backend="loka"` of
     `torch.compile` may reach it, since it finds a product by its weight wherever it runs.
     """
-    return tuple(route.site for route in _routes(model) if not route.reached)
+    return tuple(route.site for route in routes_of(model) if not route.reached)
 
 
-def _routes(model: nn.Module) -> Iterator[Route]:
+def routes_of(model: nn.Module) -> Iterator[Route]:
+    """Yield the routes of a converted model's sites; what they say holds from the next step on."""
     for module in model.modules():
         yield from getattr(module, _MARK, {}).values()
 
 
+def check_not_frozen(model: nn.Module) -> None:
+    """Raise PlanError when a layer of the model is stored in FP8."""
+    for name, module in model.named_modules():
+        if hasattr(module, FROZEN):
+            raise PlanError(
+                f"{type(unwrap(model)).__name__} is frozen (see {name or 'its root'!r}): its weights are there in FP8 "
+                "alone. Load the model again and start from that."
+            )
+
+
 def _check_convertible(model: nn.Module) -> None:
+    check_not_frozen(model)
     for name, module in model.named_modules():
         if hasattr(module, _MARK):
             raise PlanError(
-                f"{type(unwrap(model)).__name__} is converted already (see {name or 'its root'!r}). Build or copy the "
-                "model again and convert that; two plans cannot hold at once."
+                f"{type(unwrap(model)).__name__} is converted already (see {name or 'its root'!r}). Two plans cannot "
+                "hold at once: undo the first with loka.revert(model)."
             )
-        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        if compiled:
-            raise PlanError(
-                f"{name or 'The model'!r} is compiled, and its compiled code would not see the conversion. Convert "
-                'first and compile afterwards, or use torch.compile(model, backend="loka", options={"plan": ...}).'
-            )
+    check_eager(
+        model,
+        "not see the conversion. Convert first and compile afterwards, or use "
+        'torch.compile(model, backend="loka", options={"plan": ...}).',
+    )
+
+
+def check_eager(model: nn.Module, what: str) -> None:
+    """Raise PlanError when the model or a part of it is compiled; `what` its compiled code would do."""
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            raise PlanError(f"{name or 'The model'!r} is compiled, and its compiled code would {what}")
 
 
 # --- which module's class reaches which site ---
@@ -104,7 +183,7 @@ def _assign(model: nn.Module, routes: Mapping[str, SiteKernels]) -> list[Assignm
         parameter = site if module is None else f"{site}.weight"
         owner, _, name = parameter.rpartition(".")
         holder = modules.get(owner)
-        if holder is None or not isinstance(getattr(holder, name, None), Tensor):
+        if holder is None or not _has_tensor(holder, name):
             raise PlanError(
                 f"The plan has the site {site!r}, and this model has no module or parameter of that name that a "
                 "product could be rerouted from. Probe and plan this model again."
@@ -113,6 +192,11 @@ def _assign(model: nn.Module, routes: Mapping[str, SiteKernels]) -> list[Assignm
         _, parameters = assigned.setdefault(runner, (modules[runner], {}))
         parameters[parameter[len(runner) + 1 :] if runner else parameter] = Route(site, kernels)
     return list(assigned.values())
+
+
+def _has_tensor(module: nn.Module, name: str) -> bool:
+    """Whether a module has a tensor of this name; one that is parametrised is not computed, which might change it."""
+    return is_parametrized(module, name) or isinstance(getattr(module, name, None), Tensor)
 
 
 def _runner(modules: Mapping[str, nn.Module], owner: str) -> str:
@@ -128,7 +212,7 @@ def _runner(modules: Mapping[str, nn.Module], owner: str) -> str:
     above = runner
     while above:
         above = _parent(above)
-        runner = above if isinstance(modules[above], _FUSING) else runner
+        runner = above if isinstance(modules[above], FUSING) else runner
     return runner
 
 
@@ -169,9 +253,26 @@ def _converted_class(kind: Kind, base: Any) -> Any:
         return make, arguments, *state
 
     forward = planned if kind == "Planned" else routed
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
+    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__, "__doc__": None, _BASE: base}
     made = type(f"{kind}{base.__name__}", (base,), members)
     return made
+
+
+def _reverted_class(made: Any) -> Any:
+    """Return a class without the one of `_converted_class` in it, which others may have derived theirs from since.
+
+    Parametrisations and FSDP make such classes, and parametrisations add properties to the class that they find.
+    """
+    if not any(_BASE in vars(each) for each in made.__mro__):
+        return made
+    own = {key: value for key, value in vars(made).items() if key not in ("__dict__", "__weakref__")}
+    if _BASE not in own:
+        name = made.__name__.replace("Planned", "").replace("Routed", "")
+        return type(made)(name, tuple(map(_reverted_class, made.__bases__)), own)
+    base = own[_BASE]
+    added = {key: value for key, value in own.items() if isinstance(value, property)}
+    # Beside the properties that were there before: they are removed one by one from the class that a module has.
+    return type(made)(base.__name__, base.__bases__, {**vars(base), **added}) if added else base
 
 
 def _restore(kind: Kind, base: Any) -> Any:

@@ -17,20 +17,18 @@ from loka.dispatch.candidates import (
     Case,
     Code,
     Considered,
-    LossCost,
     consider,
     fastest,
-    finite,
-    loss_cost,
-    loss_words,
     rejected_candidate,
     request_of,
 )
+from loka.dispatch.judged import LossCost, error_words, finite, loss_words
 from loka.dispatch.loss_budget import Ration
 from loka.dispatch.profile import KernelTime, TimeTable
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
+from loka.numerics import Gate
 from loka.probes.evidence import ProductEvidence
 from loka.timing import faster
 
@@ -70,6 +68,7 @@ class Decision:
     horizon: int | None
     rejected: tuple[Candidate, ...]
     loss: LossCost | None = None  # fprop in FP8, where a step has shown it
+    gate: Gate | None = None  # which error is compared with the bound, here and of every candidate
 
     @property
     def speedup(self) -> float | None:
@@ -112,7 +111,7 @@ def conclude(considered: Considered, ration: Ration | None = None) -> Decision:
     rejected += [_loser(case, best, winner) for case in granted if case is not winner]
     rejected += [_outbid(case, winner, ration) for case in others if ration is not None]
     rejected.append(_beaten_baseline(baseline, winner))
-    return _won(winner, baseline, _by_name(rejected))
+    return won(winner, baseline, _by_name(rejected))
 
 
 def _loser(case: Case, best: Case, winner: Case) -> Candidate:
@@ -167,8 +166,10 @@ def _beaten_baseline(baseline: KernelSpec, winner: Case) -> Candidate:
     )
 
 
-def _won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...]) -> Decision:
+def won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...]) -> Decision:
+    """Return the decision for an admissible case."""
     time, baseline_time, recipe = winner.known_time, winner.known_baseline_time, winner.known_recipe
+    gated = recipe.gated(winner.limit)
     why = (
         f"{baseline_time.median_us / time.median_us:.3g}x the speed of {baseline.name} "
         f"({time.median_us:.4g} us against {baseline_time.median_us:.4g} us, {time.source}); {_within(winner)}"
@@ -184,26 +185,26 @@ def _won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...]) ->
         baseline_time_us=baseline_time.median_us,
         time_us=time.median_us,
         time_source=time.source,
-        error_upper=finite(recipe.error.upper_tolerance),
+        error_upper=finite(gated.error.upper_tolerance),
         horizon=recipe.horizon,
         rejected=rejected,
-        loss=loss_cost(recipe.loss),
+        loss=winner.judged.loss,
+        gate=gated.gate,
     )
 
 
 def _within(winner: Case) -> str:
     """Return what keeps the winner within the bound."""
-    recipe, bound, product = winner.known_recipe, winner.bound, winner.request.product
-    limit, most = bound.row_error_of(product), bound.bias_of(product)
-    if limit is None:
+    recipe, limit, product = winner.known_recipe, winner.limit, winner.request.product
+    if limit.metric == "loss":
         assert recipe.loss is not None  # else it is not admissible
-        return f"it spends {loss_words(recipe.loss)} of the budget of {bound.loss:g}"
-    error = f"{recipe.gate} up to {recipe.error.upper_tolerance:.3g}"
-    if most is None:
-        return f"{error} is within the bound {limit:g}"
+        return f"it spends {loss_words(recipe.loss)} of the budget of {limit.value:g}"
+    error = error_words(recipe.gated(limit), limit)
+    if limit.bias is None:
+        return f"{error} is within the bound {limit.words}"
     return (
-        f"a {product} changes no loss in the same step, so the default bound holds: {error} is within {limit:g}, "
-        f"and its error along the gradient, {recipe.bias:.2g}, within {most:g}"
+        f"a {product} changes no loss in the same step, so the default bound holds: {error} is within {limit.words}, "
+        f"and its error along the gradient, {recipe.bias:.2g}, within {limit.bias:g}"
     )
 
 
@@ -225,7 +226,14 @@ def _stays(considered: Considered, why: str, rejected: list[Candidate]) -> Decis
         error_upper=None,
         horizon=None,
         rejected=_by_name(rejected),
+        gate=_gate(considered),
     )
+
+
+def _gate(considered: Considered) -> Gate | None:
+    """Return which error the limit of a product is compared with: one for all its recipes."""
+    recipes = considered.evidence.recipes
+    return recipes[0].gated(considered.limit).gate if recipes else None
 
 
 def _why_baseline(considered: Considered, rejected: list[Candidate]) -> str:

@@ -3,10 +3,15 @@
 How fast a GPU multiplies depends on the values: zeros and repeated bits switch fewer transistors, and a chip at its
 power limit then runs at a higher clock. Activations and gradients are drawn from what the probe has learned of them;
 weights, of which it learns nothing that the checkpoint does not hold, are normal at their measured rms.
+
+A run knows how many tokens all experts of a grouped product have together, not how many each: they are dealt out
+evenly, the first experts taking one more where they do not divide. A suite says who has how many.
 """
 
+import itertools
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,7 +20,7 @@ from torch import Tensor
 
 from loka.errors import ArgumentError
 from loka.formats import PASS_OPERANDS, ROLES, Pass, Role
-from loka.kernel_registry.spec import GemmRequest
+from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.evidence import ProductEvidence
 from loka.probes.learning import restore
 from loka.probes.records import LearnedRecord
@@ -40,6 +45,7 @@ class Source:
 
     learned: Mapping[Role, LearnedRecord] = field(default_factory=dict)
     rms: Mapping[Role, float] = field(default_factory=dict)
+    tokens: tuple[int, ...] = ()  # of each expert of a grouped product; (): dealt out evenly
 
     def draw(self, role: Role, rows: int, features: int, generator: torch.Generator) -> tuple[Tensor, bool]:
         """Draw an operand [rows, features] fp32 as training holds it; and say whether it is drawn as learned."""
@@ -69,23 +75,28 @@ def sources(learned: Iterable[LearnedRecord], products: Iterable[ProductEvidence
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
-    """Operands a [m, k] and b [n, k], as many copies as leave the cache cold, and what their values are."""
+    """Operands a and b as a kernel takes them, as many copies as leave the cache cold, and what their values are."""
 
     pairs: list[tuple[Tensor, Tensor]]
-    values: str  # "learned": every activation and gradient; "partly learned"; "normal"
+    values: str  # "learned": every activation and gradient; "partly learned"; "normal"; ", uneven" after it
+    offsets: Tensor | None = None  # of a grouped product
+
+    def call(self, spec: KernelSpec, product: Pass, out_dtype: torch.dtype) -> Callable[[int], Tensor]:
+        """Load a kernel and return it as a function of the copy it reads; raise KernelError where that fails."""
+        if self.offsets is None:
+            kernel = spec.load()
+            return lambda copy: kernel(*self.pairs[copy], product=product, out_dtype=out_dtype)
+        offsets, grouped = self.offsets, spec.load_grouped()
+        return lambda copy: grouped(*self.pairs[copy], offsets, product=product, out_dtype=out_dtype)
 
 
 def draw_operands(request: GemmRequest, dtype: torch.dtype, device: torch.device, source: Source = Source()) -> Drawn:
     """Draw the operands of a product, laid out as in training."""
     generator = torch.Generator(device).manual_seed(0)
     views, as_learned = [], []
-    extents = ((request.m, request.k), (request.n, request.k))
-    for role, extent, is_view in zip(
-        PASS_OPERANDS[request.product], extents, _TRANSPOSED[request.product], strict=True
-    ):
-        rows, features = reversed(extent) if is_view else extent
-        x, learned = source.draw(role, rows, features, generator)
-        views.append((x.to(dtype), is_view))
+    for role, (shape, is_view) in zip(PASS_OPERANDS[request.product], _layouts(request), strict=True):
+        x, learned = source.draw(role, math.prod(shape[:-1]), shape[-1], generator)
+        views.append((x.to(dtype).view(shape), is_view))
         if role != "weight":
             as_learned.append(learned)
     (a, a_is_view), (b, b_is_view) = views
@@ -93,7 +104,33 @@ def draw_operands(request: GemmRequest, dtype: torch.dtype, device: torch.device
     # Other addresses are what makes a read cold; other values would only cost time to draw.
     pairs = [(a, b), *((a.clone(), b.clone()) for _ in range(copies - 1))]
     values = "learned" if all(as_learned) else "partly learned" if any(as_learned) else "normal"
-    return Drawn(pairs=[(x.t() if a_is_view else x, y.t() if b_is_view else y) for x, y in pairs], values=values)
+    return Drawn(
+        pairs=[(x.mT if a_is_view else x, y.mT if b_is_view else y) for x, y in pairs],
+        values=f"{values}, uneven" if source.tokens else values,
+        offsets=_offsets(request, source.tokens, device) if request.op == "grouped_linear" else None,
+    )
+
+
+def _layouts(request: GemmRequest) -> tuple[tuple[tuple[int, ...], bool], tuple[tuple[int, ...], bool]]:
+    """Return the shapes of a and b as training holds them, and whether a kernel sees each one transposed."""
+    m, n, k = request.m, request.n, request.k
+    if request.op == "grouped_linear" and request.product == "wgrad":
+        return ((k, m), False), ((k, n), False)  # both by token, as they are
+    a_batch = (request.batch,) if request.op == "bmm" else ()
+    b_batch = (request.batch,) if request.op in ("bmm", "grouped_linear") else ()
+    a_is_view, b_is_view = _TRANSPOSED[request.product]
+    return (
+        ((*a_batch, k, m) if a_is_view else (*a_batch, m, k), a_is_view),
+        ((*b_batch, k, n) if b_is_view else (*b_batch, n, k), b_is_view),
+    )
+
+
+def _offsets(request: GemmRequest, tokens: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return where each expert's tokens end."""
+    if not tokens:
+        each, more = divmod(request.k if request.product == "wgrad" else request.m, request.batch)
+        tokens = tuple(each + (expert < more) for expert in range(request.batch))
+    return torch.tensor(list(itertools.accumulate(tokens)), dtype=torch.int32, device=device)
 
 
 def _drawn(record: LearnedRecord, rows: int, features: int, *, seed: int) -> Tensor | None:

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from loka.dispatch.contractions import einsum, is_linear_einsum, is_linear_tensordot, tensordot
+from loka.dispatch.grouped import GroupedCall, grouped_matmul, is_grouped
 from loka.dispatch.linear import linear
 from loka.dispatch.reroute import attention, attention_weights
 from loka.dispatch.routing import SiteKernels
+from loka.kernel_registry.spec import Op
 
 # Puts a product on the kernels of its weight's site: returns the node that replaces it.
 Place = Callable[[fx.Graph, SiteKernels], fx.Node]
@@ -29,6 +31,7 @@ class Operand:
 
     weight: fx.Node
     place: Place
+    op: Op = "linear"
 
 
 # What leads from a weight operand back to its parameter without changing its numbers, other than by a cast.
@@ -78,6 +81,8 @@ def operands(node: fx.Node) -> list[Operand]:
     # `out=` writes into a tensor of the caller's, `alpha` and `beta` scale: such calls stay as written.
     if node.op not in ("call_function", "call_method") or node.kwargs.keys() & {"out", "alpha", "beta"}:
         return []
+    if is_grouped(node.target):
+        return _match_grouped(node)
     match = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)
     return match(node) if match is not None else []
 
@@ -150,6 +155,15 @@ def _match_attention(node: fx.Node) -> list[Operand]:
     ]
 
 
+def _match_grouped(node: fx.Node) -> list[Operand]:
+    call = GroupedCall.of(node.args, node.kwargs)
+    dims = [len(shape_of(call.left)), len(shape_of(call.right))] if call is not None else []
+    if call is None or sorted(dims) != [2, 3]:
+        return []
+    weight = call.right if dims[1] == 3 else call.left
+    return [Operand(weight, functools.partial(_place_grouped, call), "grouped_linear")]
+
+
 _FUNCTIONS: Final[dict[Any, Callable[[fx.Node], list[Operand]]]] = {
     F.linear: _match_linear,
     torch._C._nn.linear: _match_linear,
@@ -205,3 +219,7 @@ def _place_attention(
     planned: tuple[Any, ...], name: str, args: Any, kwargs: Any, graph: fx.Graph, kernels: SiteKernels
 ) -> fx.Node:
     return graph.call_function(attention, ((*planned, (name, kernels.as_tuple())), *args), kwargs)
+
+
+def _place_grouped(call: GroupedCall, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:
+    return graph.call_function(grouped_matmul, (call.left, call.right, call.offsets, kernels.as_tuple()))

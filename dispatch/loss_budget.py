@@ -7,7 +7,7 @@ never bought.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loka.bounds import Bound
@@ -72,7 +72,7 @@ def _choices(considered: Sequence[Considered]) -> dict[int, dict[str, Case]]:
     """Return product -> recipe -> the kernel that would run it, for all that is worth buying."""
     result: dict[int, dict[str, Case]] = {}
     for position, each in enumerate(considered):
-        if each.request.product != "fprop" or not each.admissible:
+        if not each.by_loss or not each.admissible:
             continue
         cases: defaultdict[str, list[Case]] = defaultdict(list)
         for case in each.admissible:
@@ -88,19 +88,27 @@ def _choices(considered: Sequence[Considered]) -> dict[int, dict[str, Case]]:
 
 
 def _offers(considered: Sequence[Considered], choices: Mapping[int, Mapping[str, Case]]) -> list[Offer]:
-    """Price all choices. A baseline whose time is only assumed counts by its operations, at the rate of the others."""
-    flops = {at: 2.0 * math.prod(_extents(considered[at])) for at in choices}
-    times = {at: time for at in choices if (time := considered[at].baseline_time) is not None and not time.assumed}
-    timed = math.fsum(flops[at] for at in times)
-    us_per_flop = math.fsum(time.median_us for time in times.values()) / timed if timed else 1e-6
+    """Price all choices."""
+    baseline_us = baseline_prices(considered, choices)
     offers = []
     for at, recipes in choices.items():
-        baseline_us = times[at].median_us if at in times else us_per_flop * flops[at]
-        per_step = baseline_us * considered[at].evidence.calls
+        per_step = baseline_us[at] * considered[at].evidence.calls
         for recipe, case in recipes.items():
             saved = 1.0 - case.known_time.median_us / case.known_baseline_time.median_us
             offers.append(Offer(product=at, recipe=recipe, cost=_cost(case), gain=per_step * saved))
     return offers
+
+
+def baseline_prices(considered: Sequence[Considered], positions: Iterable[int]) -> dict[int, float]:
+    """Return the time of one call of the baselines at these positions, in microseconds.
+
+    One whose time is only assumed counts by its operations, at the rate of the others.
+    """
+    flops = {at: 2.0 * math.prod(_extents(considered[at])) for at in positions}
+    times = {at: time for at in flops if (time := considered[at].baseline_time) is not None and not time.assumed}
+    timed = math.fsum(flops[at] for at in times)
+    us_per_flop = math.fsum(time.median_us for time in times.values()) / timed if timed else 1e-6
+    return {at: times[at].median_us if at in times else us_per_flop * flops[at] for at in flops}
 
 
 def _extents(considered: Considered) -> tuple[int, ...]:

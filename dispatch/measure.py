@@ -11,23 +11,20 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 
 import torch
-from torch import Tensor
 
 from loka.bounds import Bound
-from loka.dispatch.draws import draw_operands
+from loka.dispatch.candidates import DISPATCHED
+from loka.dispatch.draws import Drawn, draw_operands
 from loka.dispatch.profile import TimeTable
 from loka.dispatch.shapes import Shape, shapes_of
-from loka.errors import KernelError
-from loka.formats import Pass
 from loka.hardware import DeviceInfo, device_info
 from loka.kernel_registry.registry import Registry
-from loka.kernel_registry.spec import GemmRequest, Kernel, KernelSpec
+from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.evidence import ProductEvidence, RunEvidence
 from loka.probes.records import LearnedRecord, Timing
-from loka.timing import MIN_REPETITIONS, Candidate, measure
+from loka.timing import MIN_REPETITIONS, Candidate, Measurement, measure
 
 logger = logging.getLogger("loka.dispatch")
 
@@ -54,15 +51,35 @@ def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit
     learned: Iterable[LearnedRecord] = (),
     on_progress: Progress | None = None,
 ) -> list[Timing]:
-    """Time baseline and candidates on every distinct linear product, the largest share of the work first.
+    """Time baseline and candidates on every distinct product, the largest share of the work first.
 
-    Only what is not `known` is timed, and with a `bound` only kernels whose recipe is safe at some site of the shape.
-    Shapes that do not fit what is left of `budget_s` are left out and logged. Operands are drawn from what was
-    `learned` of the site that spends most on a shape (see `draws`).
+    With a `bound`, which a plan has, only products that dispatch can run are timed, and only kernels whose recipe is
+    safe at some site of the shape. Operands are drawn from what was `learned` of the site that spends most on a shape
+    (see `draws`). Else as `measure_shapes`.
+    """
+    shapes = shapes_of(evidence, learned)
+    return measure_shapes(
+        shapes, registry, device, budget_s=budget_s, bound=bound, known=known, on_progress=on_progress
+    )
+
+
+def measure_shapes(  # noqa: PLR0913 - what to time, and one keyword per limit on it
+    shapes: Iterable[Shape],
+    registry: Registry,
+    device: torch.device | str,
+    *,
+    budget_s: float,
+    bound: Bound | None = None,
+    known: Iterable[Timing] = (),
+    on_progress: Progress | None = None,
+) -> list[Timing]:
+    """Time baseline and candidates on every shape, in this order.
+
+    Only what is not `known` is timed. Shapes that do not fit what is left of `budget_s` are left out and logged.
     """
     device = torch.device(device)
     info = device_info(device)
-    contests = _to_time(shapes_of(evidence.products, learned), registry, info, bound, TimeTable(known))
+    contests = _to_time(shapes, registry, info, bound, TimeTable(known))
     deadline = time.perf_counter() + budget_s
     timings: list[Timing] = []
     for done, contest in enumerate(contests):
@@ -72,7 +89,7 @@ def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit
         if left <= 0:
             logger.warning("%d of %d shapes left untimed: %g s spent", len(contests) - done, len(contests), budget_s)
             break
-        timings += _time(contest, device, info, share_s=left / (len(contests) - done), left_s=left)
+        timings += _time(contest, device, registry, share_s=left / (len(contests) - done), left_s=left)
     if on_progress is not None and contests:
         on_progress(len(contests), len(contests), "done")
     return timings
@@ -84,11 +101,13 @@ def _to_time(
     """Return the shapes of which two kernels can be compared and a time is missing."""
     found = []
     for shape in shapes:
+        if bound is not None and shape.request.op not in DISPATCHED:
+            continue
         kernels = [
             spec
             for spec in registry.candidates(shape.request.op)
             if registry.unavailable(spec, info) is None
-            and spec.cannot(shape.request) is None
+            and registry.cannot(spec, shape.request, info) is None
             and (bound is None or any(_safe(product, spec, bound) for product in shape.products))
         ]
         if kernels:
@@ -99,72 +118,76 @@ def _to_time(
 
 
 def _safe(product: ProductEvidence, spec: KernelSpec, bound: Bound) -> bool:
-    return any(each.recipe == spec.recipe and each.judge(bound, product.product) == "safe" for each in product.recipes)
+    limit = bound.limit(product.product, product.site)
+    return any(each.recipe == spec.recipe and each.judge(limit) == "safe" for each in product.recipes)
 
 
-def _time(contest: _Contest, device: torch.device, info: DeviceInfo, *, share_s: float, left_s: float) -> list[Timing]:
+def _time(
+    contest: _Contest, device: torch.device, registry: Registry, *, share_s: float, left_s: float
+) -> list[Timing]:
     """Time one shape within `share_s` seconds; nothing when even the fewest repetitions exceed `left_s`."""
     request, source = contest.shape.request, contest.shape.source
     start = time.perf_counter()
     dtype: torch.dtype = getattr(torch, request.dtype)
     with torch.no_grad():
         drawn = draw_operands(request, dtype, device, source)
-        operands = drawn.pairs
-        calls = {}
-        for spec in contest.kernels:
-            call = _runnable(spec, request, operands, dtype)
-            if call is not None:
-                calls[spec.name] = call
-        once_s = time.perf_counter() - start
+        calls = runnable(contest.kernels, request, drawn, registry, device_info(device))
         if contest.kernels[0].name not in calls or len(calls) < 2:
             return []
-        needed_s, left_s = once_s * (MIN_REPETITIONS + 1), left_s - once_s
+        # The first calls imported and compiled what they need; what a call costs, the next ones tell.
+        begun_s = time.perf_counter() - start
+        for call in calls.values():
+            call(0)
+        if drawn.pairs[0][0].is_cuda:
+            torch.cuda.synchronize()
+        spent_s = time.perf_counter() - start
+        needed_s, left_s = (spent_s - begun_s) * (MIN_REPETITIONS + 1), left_s - spent_s
         if needed_s > left_s:
             logger.warning("%s left untimed: it needs %.2g s, %.2g s are left", _label(request), needed_s, left_s)
             return []
-        measured = measure(calls, device=device, budget_s=max(0.0, share_s - once_s), inputs=len(operands))
-    created = datetime.now(UTC).isoformat()
-    return [
-        Timing(
-            kernel=name,
-            product=request.product,
-            batch=request.batch,
-            m=request.m,
-            n=request.n,
-            k=request.k,
-            dtype=request.dtype,
-            device=str(info),
-            median_us=result.median_us,
-            spread_us=result.spread_us,
-            repetitions=result.repetitions,
-            values=drawn.values,
-            created=created,
-        )
-        for name, result in measured.items()
-    ]
+        measured = measure(calls, device=device, budget_s=max(0.0, share_s - spent_s), inputs=len(drawn.pairs))
+    info = device_info(device)
+    return [timing_of(name, request, info, result, drawn.values) for name, result in measured.items()]
 
 
-def _runnable(
-    spec: KernelSpec, request: GemmRequest, operands: list[tuple[Tensor, Tensor]], dtype: torch.dtype
-) -> Candidate | None:
-    """Load a kernel and run it once; None, and a line in the log, when it cannot do what its row says."""
-    try:
-        call = partial(_run, spec.load(), operands, request.product, dtype)
-        call(0)
-        if operands[0][0].is_cuda:
-            torch.cuda.synchronize()
-    except (KernelError, RuntimeError, ValueError) as error:
-        logger.warning("%s left untimed on %s: %s", spec.name, _label(request), error)
-        return None
-    return call
+def timing_of(kernel: str, request: GemmRequest, info: DeviceInfo, result: Measurement, values: str) -> Timing:
+    """Write one measured time down."""
+    return Timing(
+        kernel=kernel,
+        product=request.product,
+        batch=request.batch,
+        m=request.m,
+        n=request.n,
+        k=request.k,
+        dtype=request.dtype,
+        device=str(info),
+        median_us=result.median_us,
+        spread_us=result.spread_us,
+        repetitions=result.repetitions,
+        values=values,
+        created=datetime.now(UTC).isoformat(),
+    )
 
 
-def _run(
-    kernel: Kernel, operands: list[tuple[Tensor, Tensor]], product: Pass, dtype: torch.dtype, index: int
-) -> Tensor:
-    a, b = operands[index]
-    return kernel(a, b, product=product, out_dtype=dtype)
+def runnable(
+    kernels: Iterable[KernelSpec], request: GemmRequest, drawn: Drawn, registry: Registry, info: DeviceInfo
+) -> dict[str, Candidate]:
+    """Load kernels, run each once, and return those that did; the registry remembers what the others failed with."""
+    found: dict[str, Candidate] = {}
+    for spec in kernels:
+        try:
+            call = drawn.call(spec, request.product, getattr(torch, request.dtype))
+            call(0)
+            if drawn.pairs[0][0].is_cuda:
+                torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
+            logger.warning("%s left untimed on %s: %s", spec.name, _label(request), error)
+            registry.failed(spec.name, request, info, error)
+            continue
+        found[spec.name] = call
+    return found
 
 
 def _label(request: GemmRequest) -> str:
-    return f"{request.product} {request.m}x{request.k}x{request.n} {request.dtype}"
+    batch = f"{request.batch}x" if request.batch > 1 else ""
+    return f"{request.product} {batch}{request.m}x{request.k}x{request.n} {request.dtype}"

@@ -13,8 +13,8 @@ from typing import Final
 
 from torch import nn
 
-from loka.bounds import Bound
 from loka import document
+from loka.bounds import Bound
 from loka.dispatch.decide import Decision
 from loka.errors import PlanError, nearest
 from loka.formats import PASSES, Pass, pass_name
@@ -60,7 +60,16 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, one line per decision; a reader never sees half of it."""
-        document.write_atomically(path, self._text(created=True))
+        document.write_atomically(path, self.text())
+
+    def text(self) -> str:
+        """Return the plan as JSON, one line per decision."""
+        return self._text(created=True)
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str) -> "Plan":
+        """Read a plan from bytes that came from `where`; raise PlanError for anything that is not one."""
+        return document.decode(cls, document.parse(raw, where, kind=KIND, schema=SCHEMA), where)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
@@ -84,7 +93,7 @@ class Plan:
 
     def fp8_share(self) -> float:
         """Return the share of floating-point operations, in 0..1, that the plan runs in FP8 (one call per decision)."""
-        flops = [_flops(decision) for decision in self.decisions]
+        flops = [decision.request.flops for decision in self.decisions]
         total = sum(flops)
         low = sum(count for count, each in zip(flops, self.decisions, strict=True) if each.recipe is not None)
         return low / total if total else 0.0
@@ -152,11 +161,6 @@ class Plan:
 
 def _position(decision: Decision) -> tuple[str, int]:
     return decision.request.site, PASSES.index(decision.request.product)
-
-
-def _flops(decision: Decision) -> int:
-    request = decision.request
-    return 2 * request.batch * request.m * request.n * request.k
 
 
 def _problem(decision: Decision) -> str | None:

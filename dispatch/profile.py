@@ -15,6 +15,7 @@ from loka.errors import ArgumentError, PlanError
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.spec import GemmRequest
 from loka.probes.records import Timing
+from loka.roofline import Ceilings
 
 KIND: Final[str] = "loka-device-profile"
 SCHEMA: Final[int] = 1
@@ -41,6 +42,7 @@ class DeviceProfile:
     device: DeviceInfo
     environment: Mapping[str, str]
     times: tuple[Timing, ...]
+    ceilings: Ceilings | None = None  # what the device reaches at most, as the times were measured
 
     def __post_init__(self) -> None:
         """Refuse what cannot be looked up: no label, no times, a time twice, a time of another device."""
@@ -74,6 +76,7 @@ class DeviceProfile:
             "source": self.source,
             "device": document.encode(self.device),
             "environment": dict(self.environment),
+            "ceilings": document.encode(self.ceilings),
         }
         lines = [f'"{key}":{document.compact(value)},\n' for key, value in head.items()]
         document.write_atomically(path, "{" + "".join(lines) + '"times":[\n' + ",\n".join(times) + "\n]}\n")
@@ -116,6 +119,7 @@ class TimeTable:
         if assume_speedup is not None and not (math.isfinite(assume_speedup) and assume_speedup > 0):
             raise ArgumentError(f"assume_speedup={assume_speedup!r}: a speed-up is a positive number, e.g. 1.3.")
         self.assume_speedup = assume_speedup
+        self.source = source
         self._times = {
             _key(timing): KernelTime(median_us=timing.median_us, spread_us=timing.spread_us, source=source)
             for timing in newest(timings)

@@ -1,15 +1,15 @@
 """Products with a bare Parameter, found while a module's forward runs, and sent to their kernels.
 
 A torch-function mode sees each call of `F.linear`, `matmul`, `@`, `addmm`, ... in its scope before torch does. Where an
-operand is a planned Parameter, or a view or cast of one, `dispatch.linear` computes the product instead. Nothing else
-is touched, and outside of the scope nothing is there.
+operand is a planned Parameter, or a view or cast of one, `dispatch.linear` computes the product instead, and
+`dispatch.grouped` the product of all experts. Nothing else is touched, and outside of the scope nothing is there.
 """
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loka.dispatch.contractions import einsum, tensordot
-from loka.dispatch.linear import linear
+from loka.dispatch.grouped import GroupedCall, grouped_matmul, is_grouped
+from loka.dispatch.linear import linear, open_checkpoint
 from loka.dispatch.routing import SiteKernels
+from loka.kernel_registry.spec import Op
+from loka.stepping_aside import steps_aside
 
 Kernels = tuple[str, str, str]  # fprop, dgrad, wgrad
 
@@ -34,9 +37,18 @@ class Route:
 
 # What a rerouted call came to: None where it is not the planned product, or not in a form that can be rerouted.
 Outcome = tuple[Route, Any] | None
-Find = Callable[[Any], Route | None]
 Arguments = tuple[Any, ...]
 Options = dict[str, Any]
+
+# How many dimensions the weight of a product has.
+_WEIGHT_DIMS: Final[Mapping[Op, int]] = {"linear": 2, "grouped_linear": 3}
+
+
+class Find(Protocol):
+    """Finds the route of a product's operand, None where it is no planned weight of a product of this op."""
+
+    def __call__(self, tensor: Any, op: Op = "linear") -> Route | None:
+        """Return the route."""
 
 
 class Reroute(TorchFunctionMode):
@@ -45,7 +57,7 @@ class Reroute(TorchFunctionMode):
     def __init__(self, routes: Iterable[tuple[Tensor, Route]]) -> None:
         super().__init__()
         self._routes = list(routes)  # compared by `is`: Dynamo would guard on an id()
-        self._checkpoint = _open_checkpoint()
+        self._checkpoint = open_checkpoint()
 
     @classmethod
     def of(cls, module: nn.Module, routes: Mapping[str, Route]) -> Self:
@@ -54,7 +66,7 @@ class Reroute(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Options | None = None) -> Any:
         kwargs = kwargs or {}
-        reroute = _PRODUCTS.get(func)
+        reroute = _reroute_grouped if is_grouped(func) else _PRODUCTS.get(func)
         outcome = reroute(self._find, args, kwargs) if reroute is not None else None
         if outcome is not None and outcome[1] is not None:
             outcome[0].reached = True
@@ -64,10 +76,13 @@ class Reroute(TorchFunctionMode):
             self._routes.append((result, route))
         return result
 
-    def _find(self, tensor: Any) -> Route | None:
-        """Return the route of a matrix that is a planned tensor, or a view or cast of one."""
-        route = self._route_of(tensor) if isinstance(tensor, Tensor) and tensor.dim() == 2 else None
-        if route is not None and _open_checkpoint() is not self._checkpoint:
+    def _find(self, tensor: Any, op: Op = "linear") -> Route | None:
+        """Return the route of a weight that is a planned tensor, or a view or cast of one."""
+        is_weight = isinstance(tensor, Tensor) and tensor.dim() == _WEIGHT_DIMS[op]
+        route = self._route_of(tensor) if is_weight else None
+        if route is None or route.kernels.op != op:
+            return None  # a product of another form than the one that is planned
+        if open_checkpoint() is not self._checkpoint:
             return None  # a checkpoint that began in this scope is recomputed outside of it, and must come to the same
         return route
 
@@ -77,14 +92,6 @@ class Reroute(TorchFunctionMode):
             if planned is tensor or planned is base:
                 return route
         return None
-
-
-def _open_checkpoint() -> Any:
-    """Return the hook by which an enclosing non-reentrant checkpoint takes saved tensors; None where there is none."""
-    if torch.compiler.is_compiling():
-        return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
 
 
 def _resolve(module: nn.Module, name: str) -> Tensor:
@@ -146,6 +153,18 @@ def _reroute_einsum(find: Find, args: Arguments, kwargs: Options) -> Outcome:
         if (route := find(weight)) is not None:
             return route, einsum(args[0], left, right, route.kernels.as_tuple(), weight_is_left=is_left)
     return None
+
+
+def _reroute_grouped(find: Find, args: Arguments, kwargs: Options) -> Outcome:
+    call = GroupedCall.of(args, kwargs)
+    if call is None or {call.left.dim(), call.right.dim()} != {2, 3} or call.left.dtype != call.right.dtype:
+        return None
+    if not torch.compiler.is_dynamo_compiling() and steps_aside() and open_checkpoint() is None:
+        return None  # what is sampled is the model's own product; a checkpoint has to save the same tensors as ever
+    route = find(call.right, "grouped_linear") or find(call.left, "grouped_linear")
+    if route is None:
+        return None
+    return route, grouped_matmul(call.left, call.right, call.offsets, route.kernels.as_tuple())
 
 
 def _bind(names: tuple[str, ...], args: Arguments, kwargs: Options) -> list[Any]:

@@ -5,7 +5,9 @@ emulation: then the emulated kernel of the same recipe stands in, with the same 
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -14,55 +16,89 @@ from torch import nn
 from loka.dispatch.linear import HIGH_PRECISION, load
 from loka.dispatch.plan import Plan
 from loka.errors import PlanError, nearest
+from loka.formats import Pass
 from loka.hardware import DeviceInfo, device_info
 from loka.kernel_registry.registry import default_registry
-from loka.kernel_registry.spec import GemmRequest
+from loka.kernel_registry.spec import GemmRequest, Op
 
 log: Final = logging.getLogger("loka.dispatch")
 
 
 @dataclass(frozen=True, slots=True)
 class SiteKernels:
-    """Names of the kernels of one site, in the order of `dispatch.linear`; "" is high precision."""
+    """Names of the kernels of one site, in the order of `dispatch.linear`; "" is high precision.
+
+    All are of one op: a product of the site that is written as another one does not go to them.
+    """
 
     fprop: str = HIGH_PRECISION
     dgrad: str = HIGH_PRECISION
     wgrad: str = HIGH_PRECISION
+    op: Op = "linear"
 
     @property
     def planned(self) -> bool:
         """Whether any pass leaves high precision."""
         return (self.fprop, self.dgrad, self.wgrad) != (HIGH_PRECISION,) * 3
 
+    def with_kernel(self, product: Pass, kernel: str) -> "SiteKernels":
+        """Return the same with another kernel for one pass."""
+        kernels = {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad, product: kernel}
+        return SiteKernels(**kernels, op=self.op)
+
     def as_tuple(self) -> tuple[str, str, str]:
         """Return (fprop, dgrad, wgrad)."""
         return self.fprop, self.dgrad, self.wgrad
 
 
-def site_kernels(plan: Plan, device: torch.device, *, emulate: bool = False) -> dict[str, SiteKernels]:
+def site_kernels(
+    plan: Plan,
+    device: torch.device,
+    *,
+    emulate: bool = False,
+    changed: Mapping[tuple[str, Pass], str] = MappingProxyType({}),
+) -> dict[str, SiteKernels]:
     """Return the kernels of every site that leaves high precision in some pass.
 
+    `changed` names those that products, given by site and pass, run on since, in place of the planned ones.
     Raises PlanError when a kernel cannot run here or serve its product, KernelError when it cannot be loaded.
     """
     here = device_info(device)
     names: dict[str, dict[str, str]] = {}
+    ops: dict[str, Op] = {}
     for decision in plan.decisions:
-        if decision.recipe is None:
-            continue
-        kernel = _runnable(decision.kernel, decision.recipe, decision.request, here, emulate=emulate)
-        load(kernel)  # now, where it can be refused, and not in the middle of a step
         request = decision.request
+        op = ops.setdefault(request.site, request.op)  # of the forward product, which comes first
+        if decision.recipe is None or request.op != op:
+            continue
+        since = changed.get((request.site, request.product))
+        if since is not None:
+            names.setdefault(request.site, {})[request.product] = since
+            continue
+        kernel = runnable(decision.kernel, decision.recipe, request, here, emulate=emulate)
+        load(kernel)  # now, where it can be refused, and not in the middle of a step
         names.setdefault(request.site, {})[request.product] = kernel
-        log.info("%s %s: %s (%s)", request.site, request.product, kernel, decision.why)
-    return {site: SiteKernels(**kernels) for site, kernels in names.items()}
+        _tell(request.site, request.product, kernel, decision.why)
+    return {site: SiteKernels(**kernels, op=ops[site]) for site, kernels in names.items()}
 
 
-def _runnable(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo, *, emulate: bool) -> str:
+# What was logged: a plan serves many graphs, each of which asks what it means.
+_told: set[tuple[str, ...]] = set()
+
+
+def _tell(*decision: str) -> None:
+    """Log a decision, once per process: its site, pass, kernel and reason."""
+    if decision not in _told:
+        _told.add(decision)
+        log.info("%s %s: %s (%s)", *decision)
+
+
+def runnable(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo, *, emulate: bool) -> str:
     """Return the kernel, or the emulated one of its recipe; raise PlanError where neither serves the product here."""
     reason = _why_not(kernel, recipe, request, here)
     if reason is None:
         return kernel
-    stand_in = f"emulated.linear.{recipe}"
+    stand_in = f"emulated.{request.op}.{recipe}"
     if not emulate or _why_not(stand_in, recipe, request, here) is not None:
         raise PlanError(
             f"The plan runs {kernel} on {request.site}.{request.product}, and on {here} it cannot: {reason}. Make a "

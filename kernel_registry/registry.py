@@ -100,7 +100,8 @@ class Registry:
 
     def cannot(self, spec: KernelSpec, request: GemmRequest, device: DeviceInfo) -> str | None:
         """Return why a kernel cannot serve a product on `device`: its row says so, or it was tried and failed."""
-        return self._failed.get((spec.name, device, _nameless(request))) or spec.cannot(request)
+        failed = self._failed.get((spec.name, device, _nameless(request))) if self._failed else None
+        return failed or spec.cannot(request)
 
     def failed(self, name: str, request: GemmRequest, device: DeviceInfo, error: BaseException) -> None:
         """Remember that a kernel raised on a product of this shape, so that nothing chooses it there again."""

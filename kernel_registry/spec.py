@@ -17,7 +17,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,12 +26,15 @@ from loka.errors import KernelError
 from loka.formats import PASSES, RECIPES, Pass
 from loka.hardware import DeviceInfo
 
+if TYPE_CHECKING:
+    from loka.kernel_registry.layers import Layer
+
 # What Triton takes for yes in an environment variable (triton/knobs.py).
 _TRUE: Final[tuple[str, ...]] = ("1", "true", "yes", "on", "y")
 
-# "linear_norm_act" is a linear layer, BlockNorm and HardSwish in one; "many_linear" several independent linear layers
-# of one module. "other" is any product that has no name here; only `torch.native.other` serves it.
-Op = Literal["linear", "bmm", "grouped_linear", "linear_norm_act", "many_linear", "convolution", "other"]
+# "linear_norm_act" is a linear layer, BlockNorm and HardSwish in one; "linear_layer" all passes of a linear layer, with
+# the casts that they share. "other" is any product that has no name here; only `torch.native.other` serves it.
+Op = Literal["linear", "bmm", "grouped_linear", "linear_norm_act", "linear_layer", "convolution", "other"]
 
 
 class Kernel(Protocol):
@@ -52,6 +55,30 @@ class GroupedKernel(Protocol):
         """Compute the products."""
 
 
+class Prepared(NamedTuple):
+    """Operand b [n, k] of a product, quantised and laid out as one kernel reads it."""
+
+    tensors: tuple[Tensor, ...]
+    n: int
+
+
+class PreparedKernel(Protocol):
+    """A GEMM in two halves, for a b that serves many a: made once, multiplied often.
+
+    The numbers are those of the kernel itself: kernel(a, b) equals multiply(a, prepare(b)), and that equals
+    multiply(a, lay_out(codes, scale)) with what `loka.quantize.quantize` makes of b, bit for bit.
+    """
+
+    def prepare(self, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
+        """Quantise b [n, k]; the result serves products of this pass into this dtype."""
+
+    def lay_out(self, codes: Tensor, scale: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
+        """Do the same for a b that is there as codes [n, k] and fp32 scales [groups of n, groups of k]."""
+
+    def multiply(self, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Compute out[m, n] = sum_k a[m, k] * b[n, k]."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GemmRequest:
     """One product to be served: out[m, n] = sum_k a[m, k] * b[n, k], `batch` times, with operands of `dtype`."""
@@ -64,6 +91,24 @@ class GemmRequest:
     k: int
     dtype: str  # "float32", "bfloat16", ...
     batch: int = 1
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions; the experts of a grouped product share its rows, or its reduction."""
+        products = {"grouped_linear": 1, "linear_layer": len(PASSES)}.get(self.op, self.batch)
+        return 2.0 * self.m * self.n * self.k * products
+
+    @property
+    def moved_bytes(self) -> float:
+        """What any implementation has to move: both operands read, the result written, once, in the model's dtype."""
+        a, b, out = self.m * self.k, self.n * self.k, self.m * self.n
+        if self.op == "grouped_linear":  # one operand, or the result, is there for every expert
+            elements = a + b + self.batch * out if self.product == "wgrad" else a + self.batch * b + out
+        else:
+            elements = self.batch * (a + b + out)
+        if self.op == "linear_layer":  # backward reads two of them again, and the gradient; and writes two gradients
+            elements += a + b + out + a + b
+        return float(elements * torch.empty((), dtype=getattr(torch, self.dtype)).element_size())
 
     def __str__(self) -> str:
         """Return e.g. `up.fprop linear 2048x256x768 bfloat16` (m x k x n)."""
@@ -78,7 +123,10 @@ class KernelSpec:
     `recipe` is None for a high-precision kernel, which is its site's baseline. `device_types` lists where it can run;
     on CUDA, compute capabilities from `min_capability` on and below `below_capability`. `alignment` divides k and n
     (0: no demand); `pads_to` is what the kernel itself fills them up to with zeros, once the scales are known; `layout`
-    says how the library wants operands and scales. No `dtypes` means any; `module` must be importable; `source` says
+    says how the library wants operands and scales. `prepared` is the lazy "module:object" of its two halves, a
+    `PreparedKernel`, where it has them; `layer` that of a `layers.Layer`, whose passes `implementation` computes one by
+    one. No `dtypes` means any; `module` must be importable; `requires` is a lazy "module:function" that is called
+    without arguments and returns what else is missing, or None; `source` says
     where each constant comes from. `defect` is why nothing can be done with this row at all: it stands for a plugin
     that failed to load.
     """
@@ -87,6 +135,8 @@ class KernelSpec:
     op: Op
     recipe: str | None
     implementation: str  # "module:function"
+    prepared: str = ""  # "module:object"
+    layer: str = ""  # "module:object"
     passes: tuple[Pass, ...] = PASSES
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     device_types: tuple[str, ...] = ("cpu", "cuda")
@@ -96,6 +146,7 @@ class KernelSpec:
     pads_to: int = 0
     layout: str = ""
     module: str = ""
+    requires: str = ""
     interpreter: str = ""
     traceable: bool = True  # plain aten and triton ops, which Inductor can fuse with their neighbours
     source: str = ""
@@ -135,7 +186,14 @@ class KernelSpec:
             return f"needs CUDA compute capability {self._capabilities()}, this device has {have}"
         if self.module and importlib.util.find_spec(self.module.split(".")[0]) is None:
             return f"the package {self.module.split('.')[0]!r} is not installed"
-        return None
+        return self._missing() if self.requires else None
+
+    def _missing(self) -> str | None:
+        """Ask `requires` what is missing."""
+        try:
+            return cast(Callable[[], str | None], self._import(self.requires))()
+        except KernelError as error:
+            return str(error)
 
     def _suits(self, capability: tuple[int, int]) -> bool:
         above = self.min_capability is None or capability >= self.min_capability
@@ -148,7 +206,7 @@ class KernelSpec:
 
     def cannot(self, request: GemmRequest) -> str | None:
         """Return why this kernel cannot serve `request`, or None."""
-        if request.op != self.op:
+        if request.op != self.op and (request.op, self.op) != ("linear", "linear_layer"):
             return f"computes {self.op}, not {request.op}"
         if request.product not in self.passes:
             return f"serves {', '.join(self.passes)}, not {request.product}"
@@ -162,19 +220,27 @@ class KernelSpec:
 
     def load(self) -> Kernel:
         """Import and return the implementation; raise KernelError with the reason when that fails."""
-        return cast(Kernel, self._import())
+        return cast(Kernel, self._import(self.implementation))
 
     def load_grouped(self) -> GroupedKernel:
         """Do the same for a kernel of the op `grouped_linear`."""
-        return cast(GroupedKernel, self._import())
+        return cast(GroupedKernel, self._import(self.implementation))
 
-    def _import(self) -> Callable[..., Tensor]:
-        module, _, function = self.implementation.partition(":")
+    def load_prepared(self) -> PreparedKernel | None:
+        """Return the two halves of a kernel, None where it has none; raise KernelError as `load` does."""
+        return cast(PreparedKernel, self._import(self.prepared)) if self.prepared else None
+
+    def load_layer(self) -> "Layer | None":
+        """Return all passes of a linear layer together, None where this is no such kernel."""
+        return cast("Layer", self._import(self.layer)) if self.layer else None
+
+    def _import(self, path: str) -> Callable[..., object]:
+        module, _, function = path.partition(":")
         try:
-            loaded: Callable[..., Tensor] = getattr(importlib.import_module(module), function)
+            loaded: Callable[..., object] = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise KernelError(
-                f"Kernel {self.name} could not be loaded from {self.implementation!r}: {error}. "
+                f"Kernel {self.name} could not be loaded from {path!r}: {error}. "
                 "Install its library or leave this kernel out of the plan."
             ) from error
         return loaded

@@ -1,63 +1,220 @@
-"""torch's own FP8 product, `torch._scaled_mm`: cuBLASLt and CUTLASS on a GPU, oneDNN on a CPU.
+"""torch's own FP8 product, `torch.nn.functional.scaled_mm`: cuBLASLt and CUTLASS on a GPU, oneDNN on a CPU.
 
-Both operands go in quantised by `loka.quantize`, so their codes and scales equal the emulated kernel's bit for bit;
-only the accumulation is the library's. CUDA wants k and n as multiples of 16: zeros are appended to both operands after
-the scales are known, so that padding enters neither a scale nor a sum.
+    recipe       devices      codes                      scales
+    tensorwise   cpu, sm_89+  k, n: multiples of 16 (1)  fp32, one each
+    rowwise      cpu, sm_89+  k, n: multiples of 16 (1)  fp32 [m, 1] and [1, n]; bf16 out on CUDA
+    blockwise    sm_90 only   k, n: of 128, m: of 4      fp32, 1x128 column-major; 128x128 with k in front, by fours
+    mxfp8        sm_100+      k, n: multiples of 32      E8M0, in tiles of 128 x 4
+
+a is row-major and b column-major, which is what `loka.quantize` gives; (1) on a CPU there is no demand. A 128x128 scale
+can stand on either side but not on both, so fprop and dgrad have the weight's on the right and wgrad has none. On a CPU
+the call is `torch._scaled_mm`: there the public spelling came after torch 2.11, without oneDNN (pytorch#176266).
+
+Two products of e5m2 do not exist, and no recipe needs one. `use_fast_accum` stays off: it keeps about 14 bits of a
+running sum on Hopper, and these recipes promise fp32; a model of what it costs are the recipes `*_fast_accum`.
+
+Sources: torch/nn/functional.py, torch/_meta_registrations.py (2.13) and aten/src/ATen/native/cuda/ScaledBlas.cpp for
+shapes, strides, architectures and CUDA versions; cuBLAS documentation, "Scaling factors layouts", for multiples of 4.
 """
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from loka.formats import PASS_OPERANDS, RECIPES, Pass, Recipe
-from loka.quantize import quantize
+from loka.formats import PASS_OPERANDS, RECIPES, Pass
+from loka.kernel_registry.opaque import opaque
+from loka.kernel_registry.operands import (
+    Operand,
+    column_major,
+    exponents,
+    is_empty,
+    is_empty_with,
+    pad,
+    quantize_operand,
+    quantize_operands,
+    swizzled,
+    zeros,
+)
+from loka.kernel_registry.spec import Prepared
 
-# What k and n must be multiples of; source: the checks in torch/aten/src/ATen/native/cuda/ScaledBlas.cpp.
-_ALIGNMENT: Final[dict[str, int]] = {"cuda": 16}
+# What k and n must be multiples of. A CPU takes any.
+ALIGNMENT: Final[dict[str, int]] = {"cuda": 16}
+# Where the product is spelled `torch._scaled_mm`.
+_PRIVATE: Final[tuple[str, ...]] = ("cpu",)
+BLOCK: Final[int] = 128
+MX_ALIGNMENT: Final[int] = 32
+# Columns of scales start at multiples of 16 bytes.
+_SCALE_COLUMN: Final[int] = 4
+
+_BLOCK_CUDA: Final[tuple[int, int]] = (12, 9)
+_MX_CUDA: Final[tuple[int, int]] = (12, 8)
+
+_E8M0: Final[torch.dtype] = torch.float8_e8m0fnu
+
+# Enums made in C++, of which mypy knows no member.
+_TYPES: Final[Any] = functional.ScalingType
+_SWIZZLES: Final[Any] = functional.SwizzleType
+scaled_mm: Final[Callable[..., Tensor]] = functional.scaled_mm
+# What the library calls a scale per so many rows and elements along k.
+_SCALING_OF: Final[dict[tuple[int | None, int | None], Any]] = {
+    (None, None): _TYPES.TensorWise,
+    (1, None): _TYPES.RowWise,
+    (1, BLOCK): _TYPES.BlockWise1x128,
+    (BLOCK, BLOCK): _TYPES.BlockWise128x128,
+    (1, MX_ALIGNMENT): _TYPES.BlockWise1x32,
+}
 
 
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per operand."""
-    return _scaled_mm(RECIPES["tensorwise"], a, b, product=product, out_dtype=out_dtype)
+    return tensorwise_halves.of(a, b, product, out_dtype)
 
 
 def rowwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
-    """Multiply a [m, k] and b [n, k] with one scale per row of each; rounded to bf16 on CUDA, the only output there."""
-    return _scaled_mm(RECIPES["rowwise"], a, b, product=product, out_dtype=out_dtype)
+    """Multiply a [m, k] and b [n, k] with one scale per row of each; rounded to bf16 on CUDA."""
+    return rowwise_halves.of(a, b, product, out_dtype)
 
 
-def _scaled_mm(recipe: Recipe, a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
-    m, k = a.shape
-    n = b.shape[0]
-    if m == 0 or n == 0 or k == 0:
-        return a.new_zeros((m, n), dtype=out_dtype)  # oneDNN refuses empty operands, or returns NaN for an empty sum
-    role_a, role_b = PASS_OPERANDS[product]
-    data_a, scale_a = quantize(a, recipe.operand(role_a))
-    data_b, scale_b = quantize(b, recipe.operand(role_b))
-    alignment = _ALIGNMENT.get(a.device.type, 1)
-    pad_k, pad_n = -k % alignment, -n % alignment
-    data_a, data_b = _pad(data_a, 0, pad_k), _pad(data_b, pad_n, pad_k)
-    row_scaled = not recipe.operand(role_a).per_tensor
-    if row_scaled:
-        scale_b = torch.nn.functional.pad(scale_b, (0, 0, 0, pad_n), value=1.0)
-    else:
-        scale_a, scale_b = scale_a.reshape(()), scale_b.reshape(())
-    out = torch._scaled_mm(
-        data_a.contiguous(),
-        data_b.contiguous().t(),  # column-major, as the libraries want it
-        scale_a=scale_a.contiguous(),
-        scale_b=scale_b.t().contiguous(),
-        out_dtype=torch.bfloat16 if row_scaled and a.device.type == "cuda" else out_dtype,
-        # Hopper's fast accumulation keeps about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2): good enough
-        # for activations, too little for gradients, which is also how torchao sets it.
-        use_fast_accum=product == "fprop",
-    )
-    return out[:, :n].to(out_dtype)
+@opaque
+def blockwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply a [m, k] and b [n, k] with a scale per 1x128 elements, 128x128 of a weight."""
+    return blockwise_halves.of(a, b, product, out_dtype)
 
 
-def _pad(data: Tensor, rows: int, columns: int) -> Tensor:
-    """Append zeros to FP8 data [rows, columns]; through bytes, since pad has no FP8 kernel and 0x00 is zero."""
-    if not rows and not columns:
-        return data
-    return torch.nn.functional.pad(data.view(torch.uint8), (0, columns, 0, rows)).view(data.dtype)
+@opaque
+def mxfp8(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply a [m, k] and b [n, k] with an E8M0 scale per 32 elements, rounded up."""
+    return mxfp8_halves.of(a, b, product, out_dtype)
+
+
+def aligned(recipe: str, a: Tensor, b: Tensor, product: Pass) -> tuple[Operand, Operand]:
+    """Quantise two operands and pad them to what `torch._scaled_mm` demands on their device."""
+    multiple = ALIGNMENT.get(a.device.type, 1)
+    left, right = quantize_operands(RECIPES[recipe], a, b, product)
+    return pad(left, k=multiple), pad(right, rows=multiple, k=multiple)
+
+
+def row_scaled_dtype(a: Tensor, out_dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a row-scaled product: bf16 is the one that every version and architecture of CUDA offers."""
+    return torch.bfloat16 if a.device.type == "cuda" else out_dtype
+
+
+def lacks_block_scaling() -> str | None:
+    """Return why this build of torch cannot multiply 1x128 and 128x128 blocks, or None."""
+    return _older_than(_BLOCK_CUDA)
+
+
+def lacks_mx_scaling() -> str | None:
+    """Return why this build of torch cannot multiply MX groups, or None."""
+    return _older_than(_MX_CUDA)
+
+
+# --- an operand as the library reads it: its codes, and its scales ---
+
+Arranged = tuple[Tensor, Tensor]
+
+
+def _one_scale(x: Operand, *, is_right: bool) -> Arranged:
+    x = _aligned(x, is_right=is_right)
+    return x.data, x.scale.reshape(())
+
+
+def _row_scales(x: Operand, *, is_right: bool) -> Arranged:
+    x = _aligned(x, is_right=is_right)
+    return x.data, (x.scale.t() if is_right else x.scale).contiguous()
+
+
+def _block_scales(x: Operand, *, is_right: bool) -> Arranged:
+    x = pad(x, rows=BLOCK if is_right else _SCALE_COLUMN, k=BLOCK)
+    return x.data, column_major(x.scale) if x.spec.group_rows == 1 else _k_in_front(x.scale)
+
+
+def _mx_scales(x: Operand, *, is_right: bool) -> Arranged:
+    x = pad(x, rows=MX_ALIGNMENT if is_right else 1, k=MX_ALIGNMENT)
+    return x.data, swizzled(exponents(x.scale)).view(_E8M0)
+
+
+def _aligned(x: Operand, *, is_right: bool) -> Operand:
+    multiple = ALIGNMENT.get(x.data.device.type, 1)
+    return pad(x, rows=multiple if is_right else 1, k=multiple)
+
+
+class Halves:
+    """The product under one recipe in two halves (`spec.PreparedKernel`)."""
+
+    def __init__(self, recipe: str, arrange: Callable[..., Arranged]) -> None:
+        self._recipe, self._arrange = RECIPES[recipe], arrange
+
+    def prepare(self, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
+        """Quantise b [n, k]."""
+        return self._right(quantize_operand(b, self._recipe.operand(PASS_OPERANDS[product][1])))
+
+    def lay_out(self, codes: Tensor, scale: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
+        """Pad codes [n, k], and arrange their scales."""
+        return self._right(Operand(codes, scale, self._recipe.operand(PASS_OPERANDS[product][1])))
+
+    def multiply(self, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply a [m, k] and b [n, k]."""
+        if is_empty_with(a, b, out_dtype):
+            return a.new_zeros((a.shape[0], b.n), dtype=out_dtype)
+        left = quantize_operand(a, self._recipe.operand(PASS_OPERANDS[product][0]))
+        return self._product(left, b, product, out_dtype)
+
+    def multiply_operands(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply a [m, k] and b [n, k] that are quantised already, neither of them empty."""
+        return self._product(a, self._right(b), product, out_dtype)
+
+    def _product(self, a: Operand, b: Prepared, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        left, right = (self._recipe.operand(role) for role in PASS_OPERANDS[product])
+        codes_b, scale_b = b.tensors
+        codes_a, scale_a = self._arrange(a, is_right=False)
+        computed = row_scaled_dtype(a.data, out_dtype) if self._recipe.scaling == "rowwise" else out_dtype
+        if a.data.device.type in _PRIVATE:
+            out = torch._scaled_mm(codes_a, codes_b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=computed)
+        else:
+            swizzle = _SWIZZLES.SWIZZLE_32_4_4 if self._recipe.scaling == "mxfp8" else _SWIZZLES.NO_SWIZZLE
+            out = scaled_mm(
+                codes_a,
+                codes_b.t(),
+                scale_a=scale_a,
+                scale_recipe_a=_SCALING_OF[left.group_rows, left.group_k],
+                scale_b=scale_b,
+                scale_recipe_b=_SCALING_OF[right.group_rows, right.group_k],
+                swizzle_a=swizzle,
+                swizzle_b=swizzle,
+                output_dtype=computed,
+            )
+        return out[: a.data.shape[0], : b.n].to(out_dtype)
+
+    def of(self, a: Tensor, b: Tensor, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Do both, one after the other."""
+        if is_empty(a, b, out_dtype):
+            return zeros(a, b, out_dtype)  # oneDNN refuses empty operands, or returns NaN for an empty sum
+        prepared = self.prepare(b, product=product, out_dtype=out_dtype)
+        return self.multiply(a, prepared, product=product, out_dtype=out_dtype)
+
+    def _right(self, b: Operand) -> Prepared:
+        return Prepared(self._arrange(b, is_right=True), b.data.shape[0])
+
+
+tensorwise_halves: Final = Halves("tensorwise", _one_scale)
+rowwise_halves: Final = Halves("rowwise", _row_scales)
+blockwise_halves: Final = Halves("blockwise", _block_scales)
+mxfp8_halves: Final = Halves("mxfp8", _mx_scales)
+
+
+def _k_in_front(scale: Tensor) -> Tensor:
+    """Return the scale [rows, k] of 128x128 blocks as [k', rows], k' a multiple of 4 and contiguous."""
+    return functional.pad(scale, (0, -scale.shape[1] % _SCALE_COLUMN), value=1.0).t()
+
+
+def _older_than(needed: tuple[int, int]) -> str | None:
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA: install one for CUDA " + ".".join(map(str, needed)) + " or newer"
+    have = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    if have < needed:
+        return f"torch is built for CUDA {torch.version.cuda}: install one for {needed[0]}.{needed[1]} or newer"
+    return None

@@ -20,8 +20,10 @@ from loka.version import VERSION as __version__
 if TYPE_CHECKING:
     from loka import mods
     from loka.bounds import Bound
-    from loka.dispatch.convert import convert
+    from loka.dispatch.convert import convert, revert
     from loka.dispatch.executions import kernel_executions
+    from loka.dispatch.freeze import freeze
+    from loka.dispatch.monitor import monitor
     from loka.dispatch.plan import Plan
     from loka.dispatch.planner import plan
     from loka.errors import LokaError, LokaWarning
@@ -34,10 +36,13 @@ __all__ = [
     "Plan",
     "__version__",
     "convert",
+    "freeze",
     "kernel_executions",
     "mods",
+    "monitor",
     "plan",
     "probe",
+    "revert",
 ]
 
 _HOMES: Final[dict[str, str]] = {
@@ -46,9 +51,12 @@ _HOMES: Final[dict[str, str]] = {
     "LokaWarning": "loka.errors",
     "Plan": "loka.dispatch.plan",
     "convert": "loka.dispatch.convert",
+    "freeze": "loka.dispatch.freeze",
     "kernel_executions": "loka.dispatch.executions",
+    "monitor": "loka.dispatch.monitor",
     "plan": "loka.dispatch.planner",
     "probe": "loka.probes.session",
+    "revert": "loka.dispatch.convert",
 }
 
 logging.getLogger("loka").addHandler(logging.NullHandler())

@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, fx
 
+from loka.dispatch.effect import changed_kernels, note_graph
 from loka.dispatch.executions import counted, graph_kernels
 from loka.dispatch.graph import operands, origin, shape_of
 from loka.dispatch.plan import Plan
@@ -48,7 +49,8 @@ def backend(
     plan = _plan(rest.pop("plan", None))
     emulate = bool(rest.pop("emulate", False))
     patches = _inductor_options(rest.pop("mode", mode), rest)
-    rewrite(gm, plan, emulate=emulate)
+    if rewrite(gm, plan, emulate=emulate):
+        note_graph(plan)
     # A graph from AOT autograd's cache would not be traced, and what is in it could not be counted.
     with graph_kernels() as kernels, functorch_config.patch(enable_autograd_cache=False):
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches or None))
@@ -90,7 +92,7 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, emulate: bool = False) -> tuple[s
     plan, or when several modules in the graph fit it.
     """
     parameters = _planned_parameters(gm.graph, plan)
-    routes = site_kernels(plan, _device(parameters), emulate=emulate)
+    routes = site_kernels(plan, _device(parameters), emulate=emulate, changed=changed_kernels(plan))
     found = []
     for node in list(gm.graph.nodes):
         current: fx.Node | None = node
@@ -109,7 +111,7 @@ def _place(
     """Replace a product whose weight is planned; return its site and the new node."""
     for operand in operands(node):
         site = _site(node, parameters, parameters.names.get(origin(operand.weight)), routes)
-        if site is None:
+        if site is None or routes[site].op != operand.op:
             continue
         with graph.inserting_before(node):
             new = operand.place(graph, routes[site])
@@ -209,9 +211,19 @@ def _planned_parameters(graph: fx.Graph, plan: Plan) -> _Parameters:
     _check_unique(places, plan)
     root, prefix = places[0]
     start = f"{prefix}." if prefix else ""
-    names = {node: name.removeprefix(start) for node, r, name in sources if r == root and name.startswith(start)}
+    names = {
+        node: name.removeprefix(start)
+        for node, r, name in sources
+        if r == root and name.startswith(start) and not _is_stored(node)
+    }
     _check_shapes(names, plan)
     return _Parameters(names, sites, root, prefix)
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """Whether a graph input is a weight that `loka.freeze` has stored, and whose product is what it is to be."""
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.dtype.is_floating_point and value.dtype.itemsize == 1
 
 
 def _depth(prefix: str) -> int:

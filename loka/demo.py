@@ -172,7 +172,7 @@ def _compare(
                 if arm == "plan":
                     convert(copied, plan)
                 continued = torch.optim.Adam(copied.parameters(), lr=_LEARNING_RATE)
-                continued.load_state_dict(optimizer.state_dict())
+                continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it would share the tensors
                 _train(copied, continued, train, _CONTINUED_STEPS, seed=seed + 1, tick=tick)
                 qualities.append(_quality(copied, held_out))
     return arms

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 import types
 import typing
@@ -19,7 +20,7 @@ from typing import Any, Final, Literal, TypeVar, Union, cast
 
 from loka.errors import LokaError, PlanError
 
-MAX_BYTES: Final[int] = 64 * 2**20
+MAX_BYTES: Final[int] = 256 * 2**20  # a plan of 2,000 sites with 40 candidates each has a third of it
 _MAX_INTEGER: Final[int] = 2**53
 _KEYS: Final[dict[str, str]] = {"product": "pass"}
 
@@ -43,19 +44,26 @@ def read(path: str | os.PathLike[str], *, kind: str, schema: int) -> dict[str, A
             raw = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise PlanError(f"{file} could not be read: {error.strerror or error}. Check the path.") from error
+    return parse(raw, str(file), kind=kind, schema=schema)
+
+
+def parse(raw: bytes, where: str, *, kind: str, schema: int) -> dict[str, Any]:
+    """Do the same with the bytes of a document that came from `where`."""
     if len(raw) > MAX_BYTES:
-        raise PlanError(f"{file} has more than {MAX_BYTES // 2**20} MiB, too much for a {kind}. Check what file it is.")
+        raise PlanError(
+            f"{where} has more than {MAX_BYTES // 2**20} MiB, too much for a {kind}. Check what file it is."
+        )
     try:
         document = json.loads(raw, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise PlanError(f"{file} is not valid JSON: {reason}. Make the {kind} anew.") from error
+        raise PlanError(f"{where} is not valid JSON: {reason}. Make the {kind} anew.") from error
     if not isinstance(document, dict) or document.get("kind") != kind:
         found = document.get("kind") if isinstance(document, dict) else type(document).__name__
-        raise PlanError(f"{file} is not a {kind}: its kind is {_shown(found)}. Check what file it is.")
+        raise PlanError(f"{where} is not a {kind}: its kind is {_shown(found)}. Check what file it is.")
     if type(document.get("schema")) is not int or document["schema"] != schema:
         raise PlanError(
-            f"{file} is a {kind} of schema {_shown(document.get('schema'))}; this version of LoKA reads schema "
+            f"{where} is a {kind} of schema {_shown(document.get('schema'))}; this version of LoKA reads schema "
             f"{schema}. Use the version that wrote it, or make it anew."
         )
     return {key: value for key, value in document.items() if key not in ("kind", "schema")}
@@ -83,12 +91,19 @@ def compact(value: object) -> str:
 
 
 def encode(value: object) -> Any:
-    """Turn records, mappings and tuples into what JSON knows."""
+    """Turn records, mappings and tuples into what JSON knows; a field that is None by default is left out as such."""
+    kind = type(value)
+    if kind in _AS_IT_IS:
+        return value
+    if dataclasses.is_dataclass(kind):
+        fields, values = _encoded(cast(Any, kind))
+        return {
+            key: item if type(item) in _AS_IT_IS else encode(item)
+            for (key, is_optional), item in zip(fields, values(value), strict=True)
+            if item is not None or not is_optional
+        }
     if isinstance(value, str | int | float | None):
         return value
-    if dataclasses.is_dataclass(value):
-        names = _field_names(cast(Any, type(value)))
-        return {_KEYS.get(name, name): encode(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -123,9 +138,18 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+_AS_IT_IS: Final[frozenset[type]] = frozenset({str, int, float, bool, types.NoneType})
+
+
 @functools.cache
-def _field_names(cls: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls) if field.init)
+def _encoded(cls: Any) -> tuple[tuple[tuple[str, bool], ...], Callable[[object], tuple[Any, ...]]]:
+    """Return (key, whether None is its default) of every field of a record, and what reads their values."""
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    names = [field.name for field in fields]
+    keys = tuple((_KEYS.get(field.name, field.name), field.default is None) for field in fields)
+    if len(names) == 1:  # attrgetter then returns no tuple
+        return keys, lambda value: (getattr(value, names[0]),)
+    return keys, operator.attrgetter(*names)
 
 
 @functools.cache

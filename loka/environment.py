@@ -1,5 +1,6 @@
 """What a bug report needs: versions, devices and effective settings, as plain data."""
 
+import os
 import platform
 from importlib import metadata
 from typing import Final
@@ -24,6 +25,9 @@ _PACKAGES: Final[tuple[str, ...]] = (
     "transformers",
 )
 
+# Variables of the environment that LoKA reads.
+_SETTINGS: Final[tuple[str, ...]] = ("LOKA_TUNING",)
+
 
 def environment_facts() -> dict[str, str]:
     """Return versions, devices and settings, by name, in the order they are shown."""
@@ -34,6 +38,7 @@ def environment_facts() -> dict[str, str]:
     facts["cuda"] = torch.version.cuda or "not in this build"
     facts["float32 matmul precision"] = torch.get_float32_matmul_precision()
     facts["torch threads"] = str(torch.get_num_threads())
+    facts.update({name: os.environ.get(name, "not set") for name in _SETTINGS})
     return facts
 
 

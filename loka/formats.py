@@ -8,8 +8,9 @@ and a rule for the scales. It says nothing of who computes the product; that is 
     e5m2      float8_e5m2           57344   2^-14             2^-16                yes
 
 Sources: Micikevicius et al. 2022 (arXiv 2209.05433) for e4m3 and e5m2; OCP Microscaling Formats v1.0 for the 1x32
-groups and E8M0; DeepSeek-V3 (arXiv 2412.19437, section 3.3) for 1x128 and 128x128 blocks; torchao's float8 recipes for
-the choice of e5m2 for tensorwise `grad_output`.
+groups and E8M0; DeepSeek-V3 (arXiv 2412.19437, section 3.3) for 1x128 and 128x128 blocks; DeepGEMM (`ceil_to_ue8m0` in
+deep_gemm/utils/math.py) for their power-of-two scales; torchao's float8 recipes for the choice of e5m2 for tensorwise
+`grad_output`.
 """
 
 from dataclasses import dataclass
@@ -153,9 +154,11 @@ RECIPES: Final[dict[str, Recipe]] = {
         Recipe(name="blockwise", scaling="blockwise"),
         # Scales are E8M0 rounded up, so the largest element never saturates.
         Recipe(name="mxfp8", scaling="mxfp8", scale_rule="pow2_up"),
+        # Blocks with E8M0 scales rounded up: what DeepGEMM runs from sm_100 on (UE8M0), where Hopper has fp32 scales.
+        Recipe(name="blockwise_pow2", scaling="blockwise", scale_rule="pow2_up"),
         # The OCP floor rule: amax maps into [256, 512), so mantissas above 1.75 saturate at 448.
         Recipe(name="mxfp8_floor", scaling="mxfp8", scale_rule="pow2_floor", saturating=True),
-        # What `use_fast_accum` trades on Hopper; the four above promise fp32 accumulation.
+        # What `use_fast_accum` trades on Hopper; those above promise fp32 accumulation.
         Recipe(name="tensorwise_fast_accum", scaling="tensorwise", grad_output="e5m2", accumulation="reduced"),
         Recipe(name="rowwise_fast_accum", scaling="rowwise", accumulation="reduced"),
     )

@@ -37,6 +37,16 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def multiplies_bf16(device_type: str) -> bool:
+    """Whether products of bf16 matrices have units of their own there and are summed in fp32 throughout.
+
+    On a CPU that is AVX-512-BF16 or AMX, through oneDNN. CUDA is not meant: it may add partial sums in bf16
+    (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`).
+    """
+    available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]  # torch does not annotate it
+    return device_type == "cpu" and available and torch.cpu._is_avx512_bf16_supported()
+
+
 def cache_bytes(device: torch.device | str = "cpu") -> int:
     """Return the size of the last cache before memory, in bytes: what inputs have to exceed to be read cold."""
     device = torch.device(device)

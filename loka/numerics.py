@@ -96,7 +96,7 @@ def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
             row_error=row_error,
             row_error_p99=p99,
             relative_error=relative,
-            sqnr_db=_decibels(relative),
+            sqnr_db=decibels(relative),
             mere=mere,
             rows=rows,
             zero_rows=reference.shape[0] - rows,
@@ -138,7 +138,8 @@ def _nothing_compared(*, zero_rows: int, bad_rows: int) -> ProductError:
     )
 
 
-def _decibels(relative: float) -> float:
+def decibels(relative: float) -> float:
+    """Return a relative error as the signal-to-noise ratio in dB; NaN stays NaN."""
     if math.isnan(relative):
         return relative
     return -20.0 * math.log10(relative) if relative > 0 else float("inf")

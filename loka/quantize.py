@@ -22,6 +22,10 @@ from loka.formats import Format, OperandSpec
 
 # Smallest scale: the smallest normal fp32, so that its reciprocal stays finite.
 _MIN_SCALE: Final[float] = 2.0**-126
+# Elements of a piece, whose values and exponents, half a MB each, stay in the second cache of a server's core.
+_PIECE: Final[int] = 2**17
+# Whose largest element is found without a copy in fp32.
+_REDUCIBLE: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
 _FP32_MANTISSA_BITS: Final[int] = 23
 _FP32_BIAS: Final[int] = 127
 _FP32_EXPONENT_MASK: Final[int] = 0x7F800000
@@ -67,17 +71,46 @@ def round_stochastically(x: Tensor, fmt: Format, generator: torch.Generator) -> 
     return torch.where(x.isfinite(), rounded, round_to_format(x, fmt))
 
 
+def round_in_range(x: Tensor, fmt: Format) -> Tensor:
+    """Do the same where no finite value rounds to more than the format's maximum, without reading bits.
+
+    Inductor's C++ takes bits out of a vector one element at a time. Veltkamp's splitting, x * (2^d + 1) - (x * 2^d),
+    drops the d low bits of a number by arithmetic alone, ties to even; subnormals have one exponent for all, and so one
+    number to add and subtract.
+    """
+    product = x * (2.0 ** (_FP32_MANTISSA_BITS - fmt.mantissa_bits) + 1)
+    normal = product - (product - x)
+    magic = _magic(fmt) * 2.0**fmt.min_exponent
+    magnitude = x.abs()
+    rounded = torch.where(magnitude < 2.0**fmt.min_exponent, (x + magic) - magic, normal)
+    return torch.where(magnitude == math.inf, x, rounded) if fmt.has_infinity else rounded
+
+
 def _round_in_place(x: Tensor, fmt: Format) -> Tensor:
-    """Do the same to finite values, in the memory of `x`: on a CPU, fresh pages cost more than the arithmetic."""
-    x.clamp_(-fmt.max, fmt.max)
-    exponent = x.view(torch.int32).bitwise_and(_FP32_EXPONENT_MASK).clamp_min_(_held_exponent(fmt))
-    magic = exponent.view(torch.float32).mul_(_magic(fmt))
-    return x.add_(magic).sub_(magic)
+    """Do that in the memory of `x`, in the fewest passes.
+
+    Inf needs none of its own: where the format has it, the exponent is held from above, and Inf survives the sum;
+    elsewhere the added number is Inf as well, and their difference NaN.
+    """
+    exponent = x.view(torch.int32).bitwise_and(_FP32_EXPONENT_MASK)
+    if fmt.has_infinity:
+        exponent.clamp_(_held_exponent(fmt), _top_exponent(fmt))
+    else:
+        exponent.clamp_min_(_held_exponent(fmt))
+    power, factor = exponent.view(torch.float32), _magic(fmt)  # their product is exact
+    return x.add_(power, alpha=factor).sub_(power, alpha=factor)
 
 
 def _held_exponent(fmt: Format) -> int:
     """Bits of 2^min_exponent in fp32."""
     return (fmt.min_exponent + _FP32_BIAS) << _FP32_MANTISSA_BITS
+
+
+def _top_exponent(fmt: Format) -> int | None:
+    """Bits of the largest power of two of a format with Inf."""
+    if not fmt.has_infinity:
+        return None
+    return (math.frexp(fmt.max)[1] - 1 + _FP32_BIAS) << _FP32_MANTISSA_BITS
 
 
 def _magic(fmt: Format) -> float:
@@ -90,10 +123,12 @@ def finite_amax(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tenso
         shape = [1 if d in {i % x.dim() for i in dim} else n for d, n in enumerate(x.shape)]
         amax = x.new_zeros(shape)
         return amax if keepdim else amax.squeeze(dim)
+    if _readable(x):
+        # Two reductions that write nothing are faster than one over a copy of magnitudes.
+        amax = torch.maximum(x.amax(dim, keepdim=keepdim).abs(), x.amin(dim, keepdim=keepdim).abs())
+        if bool(torch.isfinite(amax).all()):
+            return amax
     magnitude = x.abs()
-    amax = magnitude.amax(dim, keepdim=keepdim)
-    if _readable(amax) and bool(torch.isfinite(amax).all()):
-        return amax  # the common case, without the two extra passes of the mask
     return torch.where(magnitude < float("inf"), magnitude, 0.0).amax(dim, keepdim=keepdim)
 
 
@@ -156,11 +191,39 @@ def _padding(extent: int, group: int | None) -> int:
     return -extent % group
 
 
-def _ungrouped(x: Tensor, rows: int, k: int) -> Tensor:
+def _ungrouped(x: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `_grouped`: keeps the layout, unless there was padding to cut."""
     full = x.reshape(*x.shape[:-4], x.shape[-4] * x.shape[-3], x.shape[-2] * x.shape[-1])
-    ragged = full[..., :rows, :k]
+    rows, k = shape[-2:]
+    symbolic = isinstance(rows, torch.SymInt) or isinstance(k, torch.SymInt)
+    if not symbolic and full.shape == shape:
+        return full
     # Under torch.compile with a dynamic batch, the padded strides would become part of what is saved for backward.
-    return ragged.contiguous()
+    return full[..., :rows, :k].contiguous()
+
+
+def _is_padded(x: Tensor, grouped: Tensor) -> bool:
+    """Whether zeros complete a group, or may: of a dynamic extent that is not known."""
+    symbolic = any(isinstance(extent, torch.SymInt) for extent in x.shape[-2:])
+    return (
+        symbolic
+        or grouped.shape[-4] * grouped.shape[-3] != x.shape[-2]
+        or (grouped.shape[-2] * grouped.shape[-1] != x.shape[-1])
+    )
+
+
+def _per_element(scales: Tensor, shape: torch.Size, spec: OperandSpec) -> Tensor:
+    """Return scales [..., groups of rows, groups of k] for each row and each k of an operand of this shape.
+
+    Looked up by an index that is a number of floating point. Where Inductor's C++ sees an integer division, it splits
+    the loop over the elements by the length of a group and drops what is left of it (torch 2.13,
+    `CppScheduling.try_loop_split`): a ragged end would never be computed.
+    """
+    for dim, group in ((-2, spec.group_rows), (-1, spec.group_k)):
+        if group is not None and group > 1:
+            at = torch.arange(shape[dim], dtype=torch.float64, device=scales.device)
+            scales = scales.index_select(dim, (at / group).floor().long())
+    return scales
 
 
 def quantize(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -169,8 +232,12 @@ def quantize(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) -> tuple[
     Returns data [..., rows, k] in the FP8 dtype and fp32 scales [..., rows / group_rows, k / group_k] with
     value = data * scale. `amax` overrides the measured one (a scalar, for per-tensor specs of which `x` is a part).
     """
-    grouped, scale = _scaled(x, spec, amax)
-    return _ungrouped(cast(grouped, spec.format), *x.shape[-2:]), scale.squeeze((-1, -3))
+    grouped, scale = _measured(x, spec, amax)
+    scales = scale.squeeze((-1, -3))
+    if _is_padded(x, grouped) and not _is_plain(grouped):
+        return cast(x.float() * _per_element(scales, x.shape, spec).reciprocal(), spec.format).contiguous(), scales
+    codes = cast(grouped.float() * scale.reciprocal(), spec.format)
+    return _ungrouped(codes, x.shape).contiguous(), scales
 
 
 def fake_quantize(
@@ -178,25 +245,96 @@ def fake_quantize(
 ) -> Tensor:
     """Quantise and dequantise an operand [..., rows, k]: the fp32 values its FP8 form stands for.
 
-    With a generator in `stochastic`, rounding is stochastic (see `round_stochastically`).
+    A transposed view comes out transposed. With a generator in `stochastic`, rounding is stochastic (see
+    `round_stochastically`).
     """
-    grouped, scale = _scaled(x, spec, amax)
     if stochastic is not None:
-        return _ungrouped(round_stochastically(grouped, spec.format, stochastic) * scale, *x.shape[-2:])
-    # A finite sum means finite elements; should finite ones overflow it, the general way is as right.
-    if _readable(grouped) and not grouped.requires_grad and bool(torch.isfinite(grouped.sum())):
-        return _ungrouped(_round_in_place(grouped, spec.format).mul_(scale), *x.shape[-2:])
-    return _ungrouped(round_to_format(grouped, spec.format) * scale, *x.shape[-2:])
+        grouped, scale = _scaled(x, spec, amax)
+        return _ungrouped(round_stochastically(grouped, spec.format, stochastic) * scale, x.shape)
+    grouped, scale = _measured(x, spec, amax)
+    clips = _clips(spec, amax)
+    if _is_plain(grouped):
+        return _ungrouped(_rounded_in_pieces(grouped, scale, spec.format, clips=clips, rescale=True), x.shape)
+    if _is_padded(x, grouped):
+        of_elements = _per_element(scale.squeeze((-1, -3)), x.shape, spec)
+        return (_rounded(x, of_elements, spec.format, clips=clips) * of_elements).contiguous()
+    return _ungrouped(_rounded(grouped, scale, spec.format, clips=clips) * scale, x.shape)
 
 
-def _scaled(x: Tensor, spec: OperandSpec, amax: Tensor | None) -> tuple[Tensor, Tensor]:
-    grouped = _grouped(x.float(), spec)
+def bf16_codes(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
+    """Quantise an operand [..., rows, k] that has one scale per row or in all, to codes in bf16.
+
+    Returns the codes [..., rows, k], numbers of the FP8 format, and their fp32 scales [..., rows or 1, 1]. A code is
+    exact in bf16, which its product with a scale is not.
+    """
+    grouped, scale = _measured(x, spec, None)
+    clips = _clips(spec, None)
+    if _is_plain(grouped):
+        rounded = _rounded_in_pieces(grouped, scale, spec.format, clips=clips, rescale=False)
+    else:
+        rounded = _rounded(grouped, scale, spec.format, clips=clips).bfloat16()
+    return _ungrouped(rounded, x.shape), scale.squeeze((-1, -3))
+
+
+def _measured(x: Tensor, spec: OperandSpec, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return an operand in groups, in a dtype that its largest element can be found in, and the scales s."""
+    grouped = _grouped(x if x.dtype in _REDUCIBLE else x.float(), spec)
     if amax is None:
         amax = finite_amax(grouped, (-3, -1), keepdim=True)
     elif amax.dim() == 0:
         amax = amax.expand(*grouped.shape[:-4], grouped.shape[-4], 1, grouped.shape[-2], 1)
-    scale = scale_from_amax(amax, spec)
-    return grouped * scale.reciprocal(), scale
+    return grouped, scale_from_amax(amax, spec)
+
+
+def _scaled(x: Tensor, spec: OperandSpec, amax: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x / s in groups, in fp32, and the scales s."""
+    grouped, scale = _measured(x, spec, amax)
+    return grouped.float() * scale.reciprocal(), scale
+
+
+def _clips(spec: OperandSpec, amax: Tensor | None) -> bool:
+    """Whether x / s may exceed the maximum: not under its own amax and a rule that does not saturate by design."""
+    return amax is not None or spec.scale_rule == "pow2_floor"
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether results may be written into memory at hand: nothing traces, and autograd does not record."""
+    # A view of a parameter requires gradients even where none are recorded.
+    return _readable(x) and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def _rounded(grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bool) -> Tensor:
+    """Return the codes of x in fp32."""
+    return (round_to_format if clips else round_in_range)(grouped.float() * scale.reciprocal(), fmt)
+
+
+def _rounded_in_pieces(grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bool, rescale: bool) -> Tensor:
+    """Return the codes of x in bf16, or, rescaled, the fp32 values they stand for; the same numbers as `_rounded`.
+
+    Six passes over a piece that stays in the second cache take less than two over memory. Pieces are cut along the
+    outermost dimension in memory, so that a transposed view is read, and its result written, in order.
+    """
+    out = torch.empty_like(grouped, dtype=torch.float32 if rescale else torch.bfloat16)
+    if not grouped.numel():
+        return out
+    dim = max(range(grouped.dim()), key=lambda d: (grouped.shape[d] > 1, grouped.stride(d)))
+    step = max(1, _PIECE * grouped.shape[dim] // grouped.numel())
+    inverse = scale.reciprocal()
+    for start in range(0, grouped.shape[dim], step):
+        length = min(step, grouped.shape[dim] - start)
+        part, target = grouped.narrow(dim, start, length), out.narrow(dim, start, length)
+        own = scale.shape[dim] > 1
+        values = part * (inverse.narrow(dim, start, length) if own else inverse)
+        # A finite sum means finite elements; should finite ones overflow it, the general way is as right.
+        if clips and not bool(torch.isfinite(values.sum())):
+            values = round_to_format(values, fmt)
+        else:
+            values = _round_in_place(values.clamp_(-fmt.max, fmt.max) if clips else values, fmt)
+        if rescale:
+            torch.mul(values, scale.narrow(dim, start, length) if own else scale, out=target)
+        else:
+            target.copy_(values)
+    return out
 
 
 def saturated_share(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) -> float:
@@ -210,4 +348,4 @@ def saturated_share(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) ->
 def dequantize(data: Tensor, scale: Tensor, spec: OperandSpec) -> Tensor:
     """Return the fp32 values of `quantize`'s result; data [..., rows, k], scale as returned there."""
     grouped = _grouped(data.float(), spec)
-    return _ungrouped(grouped * scale.unsqueeze(-1).unsqueeze(-3), *data.shape[-2:])
+    return _ungrouped(grouped * scale.unsqueeze(-1).unsqueeze(-3), data.shape).contiguous()

@@ -7,6 +7,7 @@ changes with every round. A call is timed by CUDA events on a GPU, without a CUD
 A difference inside the combined spread is not a difference: `faster` says no, both ways.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,11 +45,12 @@ class Timed(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """Time of one call: median over repetitions and half the interquartile range."""
+    """Time of one call: median over repetitions, half the interquartile range, and the fastest repetition."""
 
     median_us: float
     spread_us: float
     repetitions: int
+    best_us: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +120,12 @@ def measure(
 def summarise(times_us: Sequence[float]) -> Measurement:
     """Return the median and half the interquartile range of some times, in microseconds."""
     q25, _, q75 = _quartiles(times_us)
-    return Measurement(median_us=statistics.median(times_us), spread_us=(q75 - q25) / 2, repetitions=len(times_us))
+    return Measurement(
+        median_us=statistics.median(times_us),
+        spread_us=(q75 - q25) / 2,
+        repetitions=len(times_us),
+        best_us=min(times_us),
+    )
 
 
 def interleaved_ratio(

@@ -11,33 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loka.errors import ArgumentError
+from loka.kernel_registry.norm_act import NORM_BLOCK, block_norm
 from loka.mods.claims import Claim, Mod, listing, walk
 from loka.numerics import MIN_COLUMNS
 from loka.selection import Selection, select
 
 # The size in the paper; it reports that convergence does not depend on the block where it is large.
-DEFAULT_BLOCK: Final[int] = 256
-
-
-def block_norm(x: Tensor, block: int = DEFAULT_BLOCK, eps: float | None = None) -> Tensor:
-    """Return `x` with each block of features along the last dimension divided by its RMS; same shape and dtype.
-
-    x: [..., features], floating. fp16 and bf16 are normalised in fp32. `eps` is added to the mean square; None means
-    what it means to nn.RMSNorm: the machine epsilon.
-    """
-    features = x.shape[-1]
-    tail = features % block
-    if tail == features:
-        return F.rms_norm(x, (features,), None, eps)
-    body = F.rms_norm(torch.unflatten(x[..., : features - tail], -1, (-1, block)), (block,), None, eps).flatten(-2)
-    if not tail:
-        return body
-    return torch.cat((body, F.rms_norm(x[..., features - tail :], (tail,), None, eps)), dim=-1)
+DEFAULT_BLOCK: Final[int] = NORM_BLOCK
 
 
 class BlockRMSNorm(nn.Module):

@@ -97,6 +97,11 @@ class Budget:
         self.samples += 1
         return True
 
+    def withdraw(self) -> None:
+        """Take back a sample that was allowed, and does not happen for another reason."""
+        self.samples -= 1
+        self.skipped += 1
+
     def _grace(self) -> float:
         density = max(100.0 / self.every - 1.0, 0.0)
         return max(min(_GRACE_MAX_S, _GRACE_PER_DENSITY_S * density) - self.spent_s, 0.0)

@@ -5,27 +5,20 @@ verdict compares with the bound. Both hold at `confidence`, family-wise over all
 frozen weights steps are exchangeable and that is all; in training the error drifts, so the tolerance gets a margin and
 the evidence a horizon, after which it is no longer valid; `drift` says how fast it changes, and where to.
 
-    safe        upper_tolerance <= bound
-    unsafe      low > bound
-    undecided   anything else, fewer than MIN_SAMPLES sampled steps included: never safe for lack of evidence
-
-Under a bound on the loss, forward products are judged by their `LossEvidence`, backward products by the default bound
-on the error and by their bias. The ranks of a distributed run make one sample per step.
+Two errors have intervals: the gated one, and the relative error of the whole tensor, which a bound on the
+signal-to-noise ratio is about; a product is judged by one of them, so the family is one of products. What they say
+about a bound is in `verdicts`. The ranks of a distributed run make one sample per step.
 """
 
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Engine
 
-from loka.bounds import Bound
 from loka.errors import ArgumentError, EvidenceError
-from loka.formats import RECIPES, ROLES, Pass, Role
+from loka.formats import RECIPES, ROLES, Role
 from loka.numerics import Gate, gate_for
 from loka.probes.database import find_run, open_database, transaction
 from loka.probes.drift import Drift
@@ -41,15 +34,17 @@ from loka.probes.intervals import (
     window_mean,
 )
 from loka.probes.loss_evidence import LossEvidence, RunLoss, loss_evidence
-from loka.probes.records import Event, OperandRecord, RunInfo, RunProgress
+from loka.probes.records import OperandRecord
 from loka.probes.rows import operand_record
 from loka.probes.schema import METRICS
 from loka.probes.series import OPERAND_VALUES, SHAPE, RunSeries, Shares, load_series, load_shares, over_ranks
+from loka.probes.verdicts import ErrorInterval, GatedError, ProductEvidence, RecipeEvidence, RunEvidence, Verdict
 
 __all__ = [
     "MIN_SAMPLES",
     "Drift",
     "ErrorInterval",
+    "GatedError",
     "LossEvidence",
     "ProductEvidence",
     "RecipeEvidence",
@@ -58,106 +53,6 @@ __all__ = [
     "collect_evidence",
     "load_evidence",
 ]
-
-Verdict = Literal["safe", "unsafe", "undecided"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ErrorInterval:
-    """The gated error of one recipe over the steps that are evidence; NaN where there are too few."""
-
-    mean: float
-    low: float
-    high: float
-    p99: float  # mean over steps of the 99th percentile over rows
-    upper_tolerance: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecipeEvidence:
-    """What is known of one recipe at one (site, pass)."""
-
-    recipe: str
-    format: str
-    samples: int  # sampled steps that are evidence
-    gate: Gate
-    error: ErrorInterval
-    relative_error: float
-    sqnr_db: float
-    mere: float
-    horizon: int | None  # steps ahead of the last sample for which it holds; None: frozen weights
-    note: str = ""  # why evidence is missing or weak, in words
-    drift: Drift | None = None  # None: frozen weights, or too few samples
-    # Mean and deviation of the log errors over the same steps, what two runs are compared by; NaN: not all have one.
-    log_mean: float = math.nan
-    log_deviation: float = math.nan
-    bias: float = math.nan  # mean over steps of the part of the error along the result
-    loss: LossEvidence | None = None  # fprop; None: no step took it
-
-    def judge(self, bound: Bound, product: Pass) -> Verdict:
-        """Judge as a recipe of `product`; under a bound on the loss, fprop alone against the whole budget."""
-        limit = bound.row_error_of(product)
-        if limit is None:
-            return "undecided" if self.loss is None or bound.loss is None else self.loss.verdict(bound.loss)
-        verdict, most = self.verdict(limit), bound.bias_of(product)
-        if most is None or abs(self.bias) <= most:
-            return verdict
-        return "undecided" if math.isnan(self.bias) and verdict != "unsafe" else "unsafe"
-
-    def upper(self, bound: Bound, product: Pass) -> float:
-        """Return what a verdict compares with the bound: the tolerance of the error, or the cost in loss."""
-        if bound.row_error_of(product) is not None:
-            return self.error.upper_tolerance
-        return math.nan if self.loss is None else self.loss.cost
-
-    def verdict(self, limit: float) -> Verdict:
-        """Judge against a bound on the gated error."""
-        if self.error.upper_tolerance <= limit:
-            return "safe"
-        if self.error.low > limit:
-            return "unsafe"
-        return "undecided"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProductEvidence:
-    """Everything known of one (site, pass) of a run."""
-
-    site: str
-    product: Pass
-    op: str  # aten name, e.g. "addmm"
-    batch: int
-    m: int  # median over sampled steps
-    m_min: int
-    m_max: int
-    n: int
-    k: int
-    calls: float  # per step
-    dtype: str
-    parameter: str
-    flops: float  # per step
-    flop_share: float  # of all products of the run
-    operands: Mapping[Role, OperandRecord]  # of the newest measured step; nan and inf summed over steps
-    recipes: tuple[RecipeEvidence, ...]
-    unmeasured: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunEvidence:
-    """One run, read back and condensed."""
-
-    info: RunInfo
-    progress: RunProgress
-    events: tuple[Event, ...]
-    confidence: float
-    family: int  # rows that share the confidence
-    products: tuple[ProductEvidence, ...]
-    mean_loss: float = math.nan  # per item, over the steps that are evidence, in the loss' own unit
-
-    @property
-    def has_loss(self) -> bool:
-        """Whether any step took the impact of a product on the loss."""
-        return any(recipe.loss is not None for product in self.products for recipe in product.recipes)
 
 
 def load_evidence(db: str | os.PathLike[str], run_id: str | None = None, *, confidence: float = 0.95) -> RunEvidence:
@@ -196,7 +91,7 @@ def collect_evidence(engine: Engine, run_id: str | None = None, *, confidence: f
         progress=run.progress,
         events=run.events,
         confidence=confidence,
-        family=errors.interval.family,
+        family=errors.gated.interval.family,
         products=_products(series, errors, loss, _operands(series, newest_operands, shares)),
         mean_loss=loss.mean,
     )
@@ -210,50 +105,65 @@ _AMAX, _NAN, _INF = (OPERAND_VALUES.index(name) for name in ("amax", "nan", "inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Errors:
-    """Every (row, recipe) of a run; series number = row * recipes + recipe."""
+class _Measure:
+    """One error of every series: the samples that are evidence, and where it lies."""
 
-    frozen: bool
-    gates: tuple[Gate, ...]  # [rows]
-    reduces: NDArray[np.bool_]  # [rows], whether any sample sums over more than one element
     window: Window
     interval: Intervals
     metrics: tuple[Floats, ...]  # mean over the window, in the order of METRICS
     missing: Ints  # sampled steps in which no error could be computed
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Errors:
+    """Every (row, recipe) of a run; series number = row * recipes + recipe."""
+
+    frozen: bool
+    gates: tuple[Gate, ...]  # [rows]
+    reduces: NDArray[np.bool_]  # [rows], whether any sample sums over more than one element
+    gated: _Measure
+    whole: _Measure  # the relative error of the whole tensor
+
+
 def _judge(series: RunSeries, *, frozen: bool, confidence: float) -> _Errors:
-    num_rows, num_recipes = len(series.rows), len(series.recipes)
+    num_rows = len(series.rows)
     # The fewest output columns seen decide: a row that is ever too short to be stable is judged as such.
     columns = np.full(num_rows, np.iinfo(np.int64).max)
     np.minimum.at(columns, series.row, series.shape[:, _N])
     reduces = np.zeros(num_rows, dtype=bool)
-    sums = series.shape[:, _K] > 1
-    np.logical_or.at(reduces, series.row, sums)
-    row = series.row[series.error_sample]
-    number = row * num_recipes + series.error_recipe
+    np.logical_or.at(reduces, series.row, series.shape[:, _K] > 1)
     gates = tuple(gate_for(count) for count in columns.tolist())
-    by_row = np.array([gate == "row_error" for gate in gates])
-    gated = np.where(by_row[row], series.metrics[:, _ROW_ERROR], series.metrics[:, _RELATIVE])
-    sums = sums[series.error_sample]
-    sample = series.error_sample[sums]
-    merged = over_ranks(
-        np.stack([number[sums], series.step[sample]], axis=1),
-        series.rank[series.at[sample]],
-        series.error_rows[sums].astype(np.float64),
-        gated[sums],
-        np.column_stack([gated, series.metrics])[sums],
-    )
-    (number, step), gated = merged.key.T, merged.value[:, 0]
-    known = ~np.isnan(gated)
-    total = num_rows * num_recipes
-    window = select_window(number[known], step[known], gated[known], total, frozen=frozen)
+    by_row = np.array([gate == "row_error" for gate in gates])[series.row[series.error_sample]]
+    whole = series.metrics[:, _RELATIVE]
+    gated = np.where(by_row, series.metrics[:, _ROW_ERROR], whole)
     return _Errors(
         frozen=frozen,
         gates=gates,
         reduces=reduces,
+        gated=_measure(series, gated, frozen=frozen, confidence=confidence),
+        whole=_measure(series, whole, frozen=frozen, confidence=confidence),
+    )
+
+
+def _measure(series: RunSeries, error: Floats, *, frozen: bool, confidence: float) -> _Measure:
+    """Bound one error [E], one entry of each step and series: the ranks as one, of several products the worst."""
+    total = len(series.rows) * len(series.recipes)
+    sums = series.shape[series.error_sample, _K] > 1
+    sample = series.error_sample[sums]
+    number = series.row[sample] * len(series.recipes) + series.error_recipe[sums]
+    merged = over_ranks(
+        np.stack([number, series.step[sample]], axis=1),
+        series.rank[series.at[sample]],
+        series.error_rows[sums].astype(np.float64),
+        error[sums],
+        np.column_stack([error, series.metrics])[sums],
+    )
+    (number, step), value = merged.key.T, merged.value[:, 0]
+    known = ~np.isnan(value)
+    window = select_window(number[known], step[known], value[known], total, frozen=frozen)
+    return _Measure(
         window=window,
-        interval=intervals(window, step[known], gated[known], frozen=frozen, confidence=confidence),
+        interval=intervals(window, step[known], value[known], frozen=frozen, confidence=confidence),
         metrics=tuple(window_mean(window, column) for column in merged.value[known, 1:].T),
         missing=np.bincount(number[~known], minlength=total),
     )
@@ -333,64 +243,79 @@ def _products(
 def _recipes(
     series: RunSeries, errors: _Errors, loss: RunLoss, row: int, unmeasured: str
 ) -> tuple[RecipeEvidence, ...]:
-    product = series.rows[row][1]
-    interval, result = errors.interval, []
+    product, gate = series.rows[row][1], errors.gates[row]
+    measure, result = errors.gated, []
+    interval = measure.interval
     for index, name in enumerate(series.recipes):
         number = row * len(series.recipes) + index
+        found = _gated(errors, measure, gate, (row, number), unmeasured)
+        by_row = gate == "row_error"
+        whole = _gated(errors, errors.whole, "relative_error", (row, number), unmeasured) if by_row else found
         result.append(
             RecipeEvidence(
                 recipe=name,
                 format=RECIPES[name].formats_of_pass(product) if name in RECIPES else "unknown",
-                samples=int(errors.window.samples[number]),
-                gate=errors.gates[row],
-                error=ErrorInterval(
-                    mean=float(interval.mean[number]),
-                    low=float(interval.low[number]),
-                    high=float(interval.high[number]),
-                    p99=float(errors.metrics[_ROW_P99][number]),
-                    upper_tolerance=float(interval.upper[number]),
-                ),
-                relative_error=float(errors.metrics[_RELATIVE][number]),
-                sqnr_db=float(errors.metrics[_SQNR][number]),
-                mere=float(errors.metrics[_MERE][number]),
+                samples=int(measure.window.samples[number]),
+                gate=gate,
+                error=found.error,
+                relative_error=float(measure.metrics[_RELATIVE][number]),
+                sqnr_db=float(measure.metrics[_SQNR][number]),
+                mere=float(measure.metrics[_MERE][number]),
                 horizon=None if errors.frozen else int(interval.horizon[number]),
-                note=_note(errors, row, number, unmeasured),
-                drift=_drift(errors, number),
+                note=found.note,
+                drift=found.drift,
                 log_mean=float(interval.log_mean[number]),
                 log_deviation=float(interval.log_deviation[number]),
-                bias=float(errors.metrics[_BIAS][number]),
+                bias=float(measure.metrics[_BIAS][number]),
                 loss=loss.by_series[number] if product == "fprop" else None,
+                whole=whole,
             )
         )
     return tuple(result)
 
 
-def _drift(errors: _Errors, number: int) -> Drift | None:
-    trends = errors.interval.trends
+def _gated(errors: _Errors, measure: _Measure, gate: Gate, at: tuple[int, int], unmeasured: str) -> GatedError:
+    """Return one error of one series, `at` its (row, number)."""
+    row, number = at
+    interval = measure.interval
+    return GatedError(
+        gate=gate,
+        error=ErrorInterval(
+            mean=float(interval.mean[number]),
+            low=float(interval.low[number]),
+            high=float(interval.high[number]),
+            p99=float(measure.metrics[_ROW_P99][number]),
+            upper_tolerance=float(interval.upper[number]),
+        ),
+        drift=_drift(interval, number),
+        note=_note(measure, number, unmeasured) if errors.reduces[row] else "reduction length 1: no evidence",
+    )
+
+
+def _drift(interval: Intervals, number: int) -> Drift | None:
+    trends = interval.trends
     if trends is None or trends.samples[number] < MIN_SAMPLES:
         return None
-    return trends.drift(number, float(errors.interval.slope_half_width[number]))
+    return trends.drift(number, float(interval.slope_half_width[number]))
 
 
-def _note(errors: _Errors, row: int, number: int, unmeasured: str) -> str:
+def _note(measure: _Measure, number: int, unmeasured: str) -> str:
     """Say in words why the evidence of one series is missing or weak; "" when it is neither."""
     samples, infinite, missing = (
-        int(counts[number]) for counts in (errors.window.samples, errors.interval.infinite, errors.missing)
+        int(counts[number]) for counts in (measure.window.samples, measure.interval.infinite, measure.missing)
     )
-    if not errors.reduces[row]:
-        return "reduction length 1: no evidence"
     notes = []
     if samples < MIN_SAMPLES:
         nothing = unmeasured or "not measured in any sampled step"
         notes.append(f"{samples} of {MIN_SAMPLES} sampled steps" if samples or missing else nothing)
-    elif errors.window.warmup[number]:
-        late = int(errors.window.late[number])
+    elif measure.window.warmup[number]:
+        late = int(measure.window.late[number])
         few = f"only {late} of the samples come after" if late else "sampled only in"
         notes.append(f"{few} the first {WARMUP_STEPS} steps")
     if infinite:
         notes.append(f"infinite in {infinite} of {samples} sampled steps")
     if missing:
         notes.append(f"NaN in {missing} sampled steps, which do not count")
-    if errors.interval.irregular[number]:
+    if measure.interval.irregular[number]:
         notes.append("errors are not log-normal over steps: the upper tolerance is less sure than it says")
     return "; ".join(notes)

@@ -8,10 +8,16 @@ import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from loka.formats import Pass, Role
 from loka.numerics import ProductError
+
+# Kinds of events that a monitor adds to the run which its plan was made from; their steps are those of the training
+# that it watches.
+MONITOR_EVENTS: Final[frozenset[str]] = frozenset(
+    {"demoted", "promoted", "outliers", "kernel_fault", "kernel_differs", "monitored", "monitor_ended"}
+)
 
 RunStatus = Literal["running", "complete", "failed", "detached", "incomplete"]
 

@@ -23,6 +23,7 @@ from loka.probes.products import Draw
 from loka.probes.records import LossImpact, ProductRecord, StepRecord
 from loka.probes.settled import Settled
 from loka.probes.sites import SiteKey, SiteMap
+from loka.probes.watch import Watch
 
 log: Final = logging.getLogger("loka.probe")
 
@@ -64,6 +65,7 @@ class Sampler:
     recipes: Sequence[Recipe]
     step: int
     memory: "Memory"
+    watch: Watch | None = None
     lost_products: int = 0
     failure: str = ""  # what went wrong first, in words: an exception would keep the step's tensors alive
     hidden_products: dict[str, str] = field(default_factory=dict)  # site -> operator
@@ -86,6 +88,9 @@ class Sampler:
                 return
         key = (sighting.key, sighting.product)
         gemm = sighting.gemm
+        recipes = self.recipes if self.watch is None else self.watch.recipes(sighting.key.owner, sighting.product)
+        if not recipes:
+            return
         seen = self._seen.get(key)
         if seen is None:
             dtype = str(gemm.a.dtype).removeprefix("torch.")
@@ -95,15 +100,19 @@ class Sampler:
         if seen.measurement is None and seen.calls >= turn and self.budget.allows(key, self.capture.own_s):
             self._wait_for(gemm.a)
             started = time.perf_counter()
-            seen.measurement = self._measure(sighting)
+            seen.measurement = self._measure(sighting, recipes)
             self.budget.measured(key, time.perf_counter() - started)
         seen.calls += 1
         seen.rows += gemm.m
 
-    def _measure(self, sighting: Sighting) -> Measurement:
+    def _measure(self, sighting: Sighting, recipes: Sequence[Recipe]) -> Measurement:
         gemm = sighting.gemm
         seed = hash((self.step, sighting.key.ordinal, gemm.m, gemm.n, gemm.k)) % 2**31
         draw = Draw(rows_of(gemm), torch.Generator().manual_seed(seed))
+        if self.watch is not None:
+            found = measure(gemm, sighting.product, recipes, draw)
+            self.watch.look(sighting.key.owner, sighting.product, gemm)
+            return found
         meets_gradient = (
             self.takes_impact and sighting.product == "fprop" and self.capture.builds_graph and is_plain_product(gemm)
         )
@@ -114,7 +123,7 @@ class Sampler:
             draw = replace(draw, rows=rows, block=block) if rows else draw
         # The third sample, then every fourth: not with the impact on the loss, which takes memory of its own.
         learns = self.budget.samples_of((sighting.key, sighting.product)) % LEARN_EVERY == 2
-        found = measure(gemm, sighting.product, self.recipes, draw, keep_deviations=meets_gradient, keep_sampled=learns)
+        found = measure(gemm, sighting.product, recipes, draw, keep_deviations=meets_gradient, keep_sampled=learns)
         if found.sampled is not None:
             self.memory.learner.learn(sighting.key, sighting.product, found.sampled, self.step)
         if found.deviations is not None:
@@ -191,7 +200,7 @@ class Sampler:
         seen = self._seen
         self.budget.known(seen)
         for key, entry in seen.items():
-            if entry.measurement is not None and entry.measurement.errors:
+            if entry.measurement is not None and entry.measurement.errors and self.watch is None:
                 far = self.memory.settled.saw(key, entry.measurement.errors, entry.shape[1])
                 self.budget.settle(key, settled=far)
         names = self.sites.finish_names(key for key, _ in seen)

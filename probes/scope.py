@@ -1,4 +1,4 @@
-"""The scope in which products are seen: eager execution of compiled code, the stack of running modules, the mode."""
+"""The scope in which products are seen: eager execution, no planned kernel, the stack of running modules, the mode."""
 
 import sys
 import threading
@@ -12,6 +12,7 @@ from torch import nn
 
 from loka.probes.capture import Capture
 from loka.probes.sites import SiteMap
+from loka.stepping_aside import stepping_aside
 
 
 @contextmanager
@@ -23,6 +24,7 @@ def capture_scope(capture: Capture) -> Iterator[None]:
             scope.enter_context(_without_hook_warnings(capture.sites.model))
         scope.enter_context(_module_stack(capture.sites))
         scope.enter_context(_separate_attention())
+        scope.enter_context(stepping_aside())
         scope.enter_context(capture)
         yield
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import nn
@@ -45,6 +45,8 @@ _BACKWARDS_WITHOUT_FORWARD: Final[int] = 10
 class Probe:
     """See `loka.probe`. `progress` tells at any time how far it has come."""
 
+    who: ClassVar[str] = "probe"  # what a user has called, for messages
+
     def __init__(self, model: nn.Module, db: str | PathLike[str], settings: Settings) -> None:
         self.model = model
         self._db = db
@@ -59,6 +61,11 @@ class Probe:
         self._backwards_unseen = 0
 
     @property
+    def overhead(self) -> float:
+        """The share of the run's own time that may be added."""
+        return self._settings.overhead
+
+    @property
     def progress(self) -> RunProgress:
         """Steps, samples and overhead so far; `status` and `reason` as the run stands."""
         ended = self._steps.ended
@@ -71,7 +78,7 @@ class Probe:
         if self._used:
             raise ArgumentError("This probe has been used. One probe records one run: call loka.probe(...) again.")
         self._used = True
-        self._writer = open_writer(self._db, self._run_info(), self._settings.process_group)
+        self._writer = self._open_writer()
         if self._writer is None:
             return self
         self._root = RootCall(self.model, self._around_forward)
@@ -96,10 +103,17 @@ class Probe:
         self._writer.finish(self._steps.progress(status, reason))
         if error is not None:
             return
-        ended = ended or self._writer.failure or ""
-        self._steps.ended = ended
+        self._steps.ended = ended or self._writer.failure or ""
+        self._tell(self._steps.ended, displaced=displaced)
+
+    def _open_writer(self) -> Writer | None:
+        """Open what takes the records of the run."""
+        return open_writer(self._db, self._run_info(), self._settings.process_group)
+
+    def _tell(self, ended: str, *, displaced: bool) -> None:
+        """Say how the run went where it did not go as it should: `ended` early, or nothing was seen."""
         if ended:
-            warnings.warn(ended, LokaWarning, stacklevel=2)
+            warnings.warn(ended, LokaWarning, stacklevel=3)
         elif not self._steps.products_seen and not isinstance(self._writer, Outbox):
             raise EvidenceError(self._nothing_seen(displaced=displaced))
 
@@ -115,19 +129,19 @@ class Probe:
         )
 
     def _nothing_seen(self, *, displaced: bool = False) -> str:
-        name = type(self.model).__name__
+        name, who = type(self.model).__name__, self.who
         steps, samples = self._steps.rhythm.steps, self._steps.budget.samples
         if not steps:
             if displaced:
                 return (
-                    f"The probe lost sight of {name}: `module.compile()` inside the block took the place where its "
-                    "calls come by. Compile it before `with loka.probe(...)`."
+                    f"The {who} lost sight of {name}: `module.compile()` inside the block took the place where its "
+                    f"calls come by. Compile it before `with loka.{who}(...)`."
                 )
             return (
-                f"The probe saw no forward of {name} inside its block. Call the very object that was given to "
-                "loka.probe, as model(...) and not model.forward(...); where the training loop calls a compiled or "
-                "wrapped one, give that to loka.probe; and where a whole train step is compiled, run it inside "
-                "`with probe.step():`."
+                f"The {who} saw no forward of {name} inside its block. Call the very object that was given to "
+                f"loka.{who}, as model(...) and not model.forward(...); where the training loop calls a compiled or "
+                f"wrapped one, give that to loka.{who}; and where a whole train step is compiled, run it inside "
+                f"`with {who}.step():`."
             )
         hints = ""
         if self._settings.filter_fn is not None:
@@ -139,7 +153,7 @@ class Probe:
                 f" If it multiplies matrices only in some steps, sample more of them: every={self._settings.every} now."
             )
         return (
-            f"The probe watched {steps} steps of {name}, looked into {samples} of them, and saw no floating-point "
+            f"The {who} watched {steps} steps of {name}, looked into {samples} of them, and saw no floating-point "
             f"matrix product.{hints} FP8 concerns matrix products only: check that this is the model that does the "
             "work."
         )

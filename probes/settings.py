@@ -15,6 +15,7 @@ from loka.formats import DEFAULT_RECIPES, Recipe, recipe
 from loka.naming import clean_fqn, unwrap
 from loka.probes.losses import HOOKS, LossHook
 from loka.probes.sites import FilterFn, named_sites
+from loka.probes.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,7 @@ class Settings:
     filter_fn: FilterFn | None
     loss: str | LossHook | None
     process_group: Any = None
+    watch: Watch | None = None
 
     @classmethod
     def checked(

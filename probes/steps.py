@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from loka.probes.budget import Budget
 from loka.probes.learning import Learner, size_of
 from loka.probes.news import News
-from loka.probes.records import RunProgress, RunStatus
+from loka.probes.records import RunProgress, RunStatus, StepRecord
 from loka.probes.rhythm import Rhythm
 from loka.probes.sampler import Memory, Sampler
 from loka.probes.settings import Settings
@@ -45,6 +46,9 @@ class Steps:
         self._weights = WeightWatch(fingerprint(model))
         self._memory = Memory(learner=Learner.within(size_of(model.parameters())))
         self._loss = settings.loss
+        self._watch = settings.watch
+        self._who = "probe" if settings.watch is None else "monitor"
+        self._leaving = ""  # why nothing more should be sampled, which a watch is to agree to
         self._writer: Writer | None = None
         self._lost = 0
         self._last_was_plain = False
@@ -114,17 +118,29 @@ class Steps:
         """Begin a sample, if the budget allows one."""
         assert self._writer is not None
         with self._harmless(step):
-            if not self.budget.begin_sample(self._step_started_at - self._started_at):
-                for event in self.news.skipped(step, self._settings.overhead):
+            if not self._may_open():
+                for event in self.news.skipped(step, self._settings.overhead) if not self.ended else ():
                     self._writer.event(event)
                 return
             self.rhythm.begin()
             self._sites.refresh()
             self._weights.begin(self._model)
-            sampler = Sampler(self._sites, self.budget, self._settings.recipes, step, self._memory)
-            sampler.takes_impact = self.budget.samples % _IMPACT_EVERY == _FIRST_IMPACT
+            sampler = Sampler(self._sites, self.budget, self._settings.recipes, step, self._memory, self._watch)
+            sampler.takes_impact = self._watch is None and self.budget.samples % _IMPACT_EVERY == _FIRST_IMPACT
             sampler.capture.probe_s += time.perf_counter() - self._step_started_at
             self.sampler = sampler
+
+    def _may_open(self) -> bool:
+        """Ask the budget, and the watch where there is one: that also when this process wants to end."""
+        allowed = not self._leaving and self.budget.begin_sample(self._step_started_at - self._started_at)
+        if self._watch is None:
+            return allowed
+        goes, end = self._watch.agrees(allowed=allowed, leaving=self._leaving)
+        if allowed and not goes:
+            self.budget.withdraw()
+        if end:
+            self.ended = end
+        return goes and not end
 
     def _finish(self, now: float = 0.0) -> None:
         """Hand over what the sample has shown; `now`: when the next step began, if one did."""
@@ -132,24 +148,38 @@ class Steps:
         if sampler is None or self._writer is None:
             return
         started = time.perf_counter()
+        record: StepRecord | None = None
         with self._harmless(sampler.step):
-            probe_s = sampler.capture.probe_s
             record = sampler.finish()
-            self._sites.clear()
-            self.products_seen += len(record.products)
-            self._lost += sampler.lost_products
-            self._weights.saw(record)
-            hidden = {site or type(self._model).__name__: op for site, op in sampler.hidden_products.items()}
-            for event in self.news.of(record, hidden):
-                self._writer.event(event)
-            self._write_learned()
-            finishing_s = time.perf_counter() - started
-            whole_s = now - self._step_started_at + finishing_s if now and self.rhythm.spans_one_step() else 0.0
-            self.budget.end_sample(probe_s + finishing_s, whole_s, self._inside_s + finishing_s)
-            self._writer.write(record, self.progress("running", ""))
-            if sampler.failure:
-                self._end(_gave_up(sampler.step, sampler.failure))
+        self._show(sampler, record)
+        if record is not None:
+            with self._harmless(sampler.step):
+                self._keep(sampler, record, started, now)
         sampler.let_go()
+
+    def _show(self, sampler: Sampler, record: StepRecord | None) -> None:
+        """Show the watch, where there is one, what a sample has shown."""
+        if self._watch is not None:
+            with self._harmless(sampler.step), _disable_current_modes(), torch.no_grad():
+                self._watch.sampled(None if sampler.failure else record)
+
+    def _keep(self, sampler: Sampler, record: StepRecord, started: float, now: float) -> None:
+        """Hand over a record; charge the sample, whose record was begun when `started`."""
+        assert self._writer is not None
+        self._sites.clear()
+        self.products_seen += len(record.products)
+        self._lost += sampler.lost_products
+        self._weights.saw(record)
+        hidden = {site or type(self._model).__name__: op for site, op in sampler.hidden_products.items()}
+        for event in self.news.of(record, hidden):
+            self._writer.event(event)
+        self._write_learned()
+        finishing_s = time.perf_counter() - started
+        whole_s = now - self._step_started_at + finishing_s if now and self.rhythm.spans_one_step() else 0.0
+        self.budget.end_sample(sampler.capture.probe_s + finishing_s, whole_s, self._inside_s + finishing_s)
+        self._writer.write(record, self.progress("running", ""))
+        if sampler.failure:
+            self._end(_gave_up(self._who, sampler.step, sampler.failure))
 
     def _write_learned(self, *, final: bool = False) -> None:
         """Write what was learned so far, at ever longer intervals: it is kept as a whole, and rewritten as a whole."""
@@ -168,7 +198,7 @@ class Steps:
         try:
             yield
         except Exception as error:  # noqa: BLE001 - a probe must never stop the training it watches; it is told and ends
-            self._end(_gave_up(step, f"{type(error).__name__}: {error}"))
+            self._end(_gave_up(self._who, step, f"{type(error).__name__}: {error}"))
 
     def _healthy(self) -> bool:
         if self._writer is not None and self._writer.failure:
@@ -176,13 +206,17 @@ class Steps:
         return not self.ended
 
     def _end(self, reason: str) -> None:
-        if not self.ended:
-            self.ended = reason
-            log.warning("probe detached at step %d: %s", self.rhythm.steps, reason)
+        if self.ended or self._leaving:
+            return
+        if self._watch is not None:
+            self._leaving = reason  # at the next sample that is due the watch hears of it
+            return
+        self.ended = reason
+        log.warning("probe detached at step %d: %s", self.rhythm.steps, reason)
 
 
-def _gave_up(step: int, failure: str) -> str:
+def _gave_up(who: str, step: int, failure: str) -> str:
     return (
-        f"Looking into step {step} failed ({failure}). The probe let go of the model; training went on and what was "
+        f"Looking into step {step} failed ({failure}). The {who} let go of the model; training went on and what was "
         "recorded is kept. Please report it with the code of the model."
     )

@@ -62,6 +62,8 @@ class RunWriter:
     """Records one run. Opens or makes the database at once, so that a bad path raises DatabaseError in the caller.
 
     `capacity` bounds the products that wait to be written; `patience_s` is how long a locked database is tried again.
+    `joins` is the id of a run of that database: where it is there, no run begins, events are added to that one, and its
+    totals stay as they are.
     """
 
     def __init__(
@@ -71,11 +73,14 @@ class RunWriter:
         *,
         capacity: int = CAPACITY,
         patience_s: float = PATIENCE_S,
+        joins: str = "",
     ) -> None:
         self.rank: int | None = None  # alone
         self._engine = open_database(db, create=True)
         self._place = place(self._engine)
-        self._run = _start_run(self._engine, info, self._place)
+        joined = _run_of(self._engine, joins) if joins else None
+        self._joins = joined is not None
+        self._run = joined if joined is not None else _start_run(self._engine, info, self._place)
         self._file = _file_of(self._engine)
         self._patience_s = patience_s
         self._capacity = capacity
@@ -130,7 +135,7 @@ class RunWriter:
                 )
                 self._put(_Entry(event=Event(step=progress.steps, kind="dropped", message=message)))
                 progress = dataclasses.replace(progress, reason=" ".join(filter(None, (progress.reason, message))))
-            self._put(_Entry(progress=progress))
+            self._put(_Entry(progress=None if self._joins else progress))
             self._closing = True
         self._thread.join(timeout)
         if self._thread.is_alive():
@@ -281,6 +286,13 @@ def _start_run(engine: Engine, info: RunInfo, where: str) -> int:
             raise DatabaseError(
                 f"{where} already holds a run {info.id}. Leave `id` out of RunInfo to get a new one."
             ) from error
+
+
+def _run_of(engine: Engine, run: str) -> int | None:
+    """Return the key of the run with this id; None where the database has none."""
+    with transaction(engine) as connection:
+        found = connection.execute(select(schema.runs.c.number).where(schema.runs.c.id == run)).scalar()
+    return None if found is None else int(found)
 
 
 def _insert_many(connection: Connection, table: Table, found: list[dict[str, Any]]) -> None:

@@ -31,6 +31,10 @@ def _of_bound(name: str) -> _Fill:
     return lambda row, recipe, bound: bound[name]
 
 
+def _of_limit(name: str) -> _Fill:
+    return lambda row, recipe, bound: row["bound"][name]
+
+
 def _of_kernel(name: str) -> _Fill:
     return lambda row, recipe, bound: (chosen_kernel(row) or {}).get(name)
 
@@ -79,6 +83,9 @@ _COLUMNS: Final[dict[str, _Fill]] = {
     **{f"loss_{name}": _of_loss(name) for name in _LOSS},
     "bias": _of_recipe("bias"),
     "bound_loss": _of_bound("loss"),
+    "bound_sqnr_db": _of_bound("sqnr_db"),
+    "sqnr_low_db": _of_recipe("sqnr_low_db"),
+    **{f"held_to_{name}": _of_limit(name) for name in ("metric", "value", "pattern")},
 }
 
 COLUMNS: Final[tuple[str, ...]] = tuple(_COLUMNS)

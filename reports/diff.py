@@ -162,14 +162,14 @@ def diff_runs(first: RunEvidence, second: RunEvidence, bound: Bound, *, common: 
             site=key[0],
             product=key[1],
             recipe=one.recipe,
-            first=one.judge(bound, key[1]),
-            second=two.judge(bound, key[1]),
-            upper_first=one.upper(bound, key[1]),
-            upper_second=two.upper(bound, key[1]),
+            first=one.judge(limit),
+            second=two.judge(limit),
+            upper_first=one.upper(limit),
+            upper_second=two.upper(limit),
             beyond_noise=(key, one.recipe) in beyond,
         )
         for key, one, two in pairs
-        if one.judge(bound, key[1]) != two.judge(bound, key[1])
+        if one.judge(limit := bound.limit(key[1], key[0])) != two.judge(limit)
     ]
     return RunDiff(
         first=first.info.id,

@@ -11,8 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from loka.dispatch.candidates import Candidate, LossCost
+from loka.bounds import Bound, Limit
+from loka.dispatch.candidates import Candidate
 from loka.dispatch.decide import Decision
+from loka.dispatch.judged import LossCost
 from loka.dispatch.plan import Plan
 from loka.errors import EvidenceError, nearest
 from loka.formats import Pass
@@ -36,13 +38,31 @@ def decisions_of(plan: Plan, site: str, product: Pass | None = None) -> tuple[De
 Predictions = Mapping[tuple[str, Pass], Mapping[str, float]]
 
 
-def explain_text(decisions: Sequence[Decision], predictions: Predictions | None = None) -> Group:
-    """Render each decision: what was chosen, every candidate in a table, and why each of them lost."""
+def explain_text(
+    decisions: Sequence[Decision], predictions: Predictions | None = None, bound: Bound | None = None
+) -> Group:
+    """Render each decision: what was chosen, every candidate in a table, and why each of them lost.
+
+    `bound`: what the plan was made under; says which bound judged the site.
+    """
     predictions = predictions or {}
-    return Group(*(part for decision in decisions for part in _decision(decision, predictions)))
+    return Group(*(part for decision in decisions for part in _decision(decision, predictions, bound)))
 
 
-def _decision(decision: Decision, predictions: Predictions) -> list[RenderableType]:
+def _limit(decision: Decision, bound: Bound | None) -> Limit | None:
+    return None if bound is None else bound.limit(decision.request.product, decision.request.site)
+
+
+def _held(limit: Limit | None) -> str:
+    if limit is None:
+        return ""
+    bias = f", and an error along the gradient <= {limit.bias:g}" if limit.bias is not None else ""
+    own = f", a bound of its own ({limit.pattern!r})" if limit.pattern is not None else ""
+    budget = ", a budget that all forward products share" if limit.metric == "loss" else ""
+    return f"held to {limit}{bias}{own}{budget}"
+
+
+def _decision(decision: Decision, predictions: Predictions, bound: Bound | None) -> list[RenderableType]:
     heading = Text(str(decision.request), style="bold")
     why = Text(f"{decision.kernel}: {decision.why}")
     reasons = [
@@ -52,14 +72,16 @@ def _decision(decision: Decision, predictions: Predictions) -> list[RenderableTy
     expected = predictions.get((decision.request.site, decision.request.product), {})
     listed = ", ".join(f"{recipe} {_number(error)}" for recipe, error in expected.items())
     closed_form = [Text(f"row error in closed form, without measuring: {listed}")] if listed else []
-    return [heading, why, _table(decision), *reasons, *closed_form, Text(f"times: {decision.time_source}\n")]
+    held = [Text(words)] if (words := _held(_limit(decision, bound))) else []
+    return [heading, *held, why, _table(decision), *reasons, *closed_form, Text(f"times: {decision.time_source}\n")]
 
 
 def _table(decision: Decision) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("kernel", no_wrap=True)
     has_loss = decision.loss is not None or any(each.loss is not None for each in decision.rejected)
-    for name in ("time us", "row error", "upper", *(["kl"] if has_loss else [])):
+    error = "relative error" if decision.gate == "relative_error" else "row error"
+    for name in ("time us", error, "upper", *(["kl"] if has_loss else [])):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("outcome", no_wrap=True)
     loss = [_kl(decision.loss)] if has_loss else []
@@ -80,14 +102,16 @@ def _table(decision: Decision) -> Table:
     return table
 
 
-def explain_json(decisions: Sequence[Decision], predictions: Predictions | None = None) -> str:
+def explain_json(
+    decisions: Sequence[Decision], predictions: Predictions | None = None, bound: Bound | None = None
+) -> str:
     """Return the same as JSON: one object per decision, `rejected` with code and reason."""
     predictions = predictions or {}
-    return json.dumps([_plain(decision, predictions) for decision in decisions], indent=2, allow_nan=False)
+    return json.dumps([_plain(decision, predictions, bound) for decision in decisions], indent=2, allow_nan=False)
 
 
-def _plain(decision: Decision, predictions: Predictions) -> dict[str, Any]:
-    request = decision.request
+def _plain(decision: Decision, predictions: Predictions, bound: Bound | None) -> dict[str, Any]:
+    request, limit = decision.request, _limit(decision, bound)
     return {
         "site": request.site,
         "pass": request.product,
@@ -104,6 +128,8 @@ def _plain(decision: Decision, predictions: Predictions) -> dict[str, Any]:
         "baseline_time_us": decision.baseline_time_us,
         "time_source": decision.time_source,
         "error_upper": decision.error_upper,
+        "gate": decision.gate,
+        "bound": None if limit is None else asdict(limit),
         "horizon": decision.horizon,
         "loss": _loss(decision.loss),
         "closed_form": dict(predictions.get((request.site, request.product), {})),

@@ -27,9 +27,12 @@ from loka.reports.words import (
     Report,
     Row,
     best_recipe,
+    bound_of,
     chosen_kernel,
     error,
     events,
+    gate_name,
+    has_own_bounds,
     limited,
     loss_columns,
     loss_share,
@@ -50,35 +53,49 @@ _DIGITS: Final[str] = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 def render(report: Report) -> str:
     """Return the report as a self-contained HTML page."""
-    environment = Environment(
+    style, script = (inline(name) for name in ("report.css", "report.js"))
+    position = {id(row): index for index, row in enumerate(report["sites"])}
+    loss = loss_columns(report)
+    own, decided = has_own_bounds(report), any(row["kernels"] for row in report["sites"])
+    return (
+        html_environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            headline=plain(report["summary"]["headline"]),
+            facts=run_facts(report),
+            notes=notes(report),
+            events=events(report),
+            order=ORDER,
+            verdicts=VERDICTS,
+            shares=_shares(report),
+            limited=limited(report),
+            gate=gate_name(report),
+            own_bounds=own,
+            loss=loss,
+            cell=Markup("<td>"),
+            decided=decided,
+            rows=[
+                (position[id(row)], row["verdict"], _before(row, loss), _after(row, own=own, decided=decided))
+                for row in in_order(report)
+            ],
+            style=style,
+            script=script,
+            style_hash=source_hash(style),
+            script_hash=source_hash(script),
+            data=_embed(report),
+        )
+    )
+
+
+def html_environment() -> Environment:
+    """Return the templates of this folder, everything in them escaped."""
+    return Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    style, script = (_inline(name) for name in ("report.css", "report.js"))
-    position = {id(row): index for index, row in enumerate(report["sites"])}
-    loss = loss_columns(report)
-    return environment.get_template("report.html").render(
-        report=report,
-        headline=plain(report["summary"]["headline"]),
-        facts=run_facts(report),
-        notes=notes(report),
-        events=events(report),
-        order=ORDER,
-        verdicts=VERDICTS,
-        shares=_shares(report),
-        limited=limited(report),
-        loss=loss,
-        cell=Markup("<td>"),
-        decided=any(row["kernels"] for row in report["sites"]),
-        rows=[(position[id(row)], row["verdict"], _before(row, loss), _after(row)) for row in in_order(report)],
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        data=_embed(report),
     )
 
 
@@ -97,10 +114,11 @@ def _before(row: Row, loss: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def _after(row: Row) -> tuple[str, str]:
-    """Return the cells of a row after its verdict: the kernel and its speed-up."""
+def _after(row: Row, *, own: bool, decided: bool) -> tuple[str, ...]:
+    """Return the cells of a row after its verdict: a bound of its own, then the kernel and its speed-up."""
     kernel = chosen_kernel(row)
-    return plain(row["chosen"] or "-"), speedup(kernel["speedup"] if kernel else None)
+    chosen = (plain(row["chosen"] or "-"), speedup(kernel["speedup"] if kernel else None))
+    return (*((bound_of(row),) if own else ()), *(chosen if decided else ()))
 
 
 def _shares(report: Report) -> list[tuple[str, int, float, float, str]]:
@@ -115,12 +133,12 @@ def _shares(report: Report) -> list[tuple[str, int, float, float, str]]:
     return parts
 
 
-def _inline(name: str) -> Markup:
+def inline(name: str) -> Markup:
     """Return a file of ours to be placed in the page unescaped."""
     return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # no foreign text in it
 
 
-def _hash(text: str) -> str:
+def source_hash(text: str) -> str:
     """Return the source expression by which a content security policy admits an inline script or style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 

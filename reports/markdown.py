@@ -12,9 +12,12 @@ from loka.reports.words import (
     Report,
     Row,
     best_recipe,
+    bound_of,
     chosen_kernel,
     error,
     events,
+    gate_name,
+    has_own_bounds,
     limited,
     loss_columns,
     loss_share,
@@ -58,7 +61,7 @@ def render(report: Report) -> str:
 
 def _legend(report: Report) -> str:
     meanings = (
-        "mean: row_error of the best recipe over steps",
+        f"mean: {gate_name(report)} of the best recipe over steps",
         f"upper: its tolerance for 99 % of steps{limited(report)}",
         *loss_columns(report).values(),
         "speed: against the baseline",
@@ -70,12 +73,13 @@ def _table(report: Report) -> str:
     rows = ordered(report)
     decided = any(row["kernels"] for row in rows)
     loss = tuple(loss_columns(report))
-    header = (*_HEADER, *((name, "--:") for name in loss), *(_DECIDED if decided else ()))
+    own = (("bound", "--:"),) if has_own_bounds(report) else ()
+    header = (*_HEADER, *((name, "--:") for name in loss), *own, *(_DECIDED if decided else ()))
     lines = [_line([name for name, _ in header]), _line([rule for _, rule in header])]
-    return "\n".join([*lines, *(_line(_cells(row, decided=decided, loss=loss)) for row in rows)])
+    return "\n".join([*lines, *(_line(_cells(row, decided=decided, loss=loss, own=bool(own))) for row in rows)])
 
 
-def _cells(row: Row, *, decided: bool, loss: tuple[str, ...]) -> list[str]:
+def _cells(row: Row, *, decided: bool, loss: tuple[str, ...], own: bool) -> list[str]:
     recipe, kernel = best_recipe(row), chosen_kernel(row)
     cells = [
         _MARK[row["verdict"]],
@@ -87,6 +91,7 @@ def _cells(row: Row, *, decided: bool, loss: tuple[str, ...]) -> list[str]:
         error(recipe, "mean"),
         upper(recipe),
         *(loss_share(recipe, name) for name in loss),
+        *([_code(bound_of(row))] if own else []),
     ]
     if decided and kernel:
         cells += [_code(plain(kernel["kernel"])), number(kernel["time_us"]), speedup(kernel["speedup"])]

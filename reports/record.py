@@ -5,8 +5,9 @@ without the database. It is valid JSON: what is not a finite number is null, `no
 fields that were infinite rather than missing.
 
 A recipe's verdict is that of its interval; under a bound on the loss, a recipe of fprop is judged by what it does to
-the loss, alone against the whole budget, and the summary says what all safe ones spend together. A product's verdict
-is the best over its recipes: safe if any recipe is safe, unsafe if every recipe is unsafe, else undecided.
+the loss, alone against the whole budget, and the summary says what all safe ones spend together. `bound` of a product
+says what it is held to, and by which pattern where it has a bound of its own. A product's verdict is the best over its
+recipes: safe if any recipe is safe, unsafe if every recipe is unsafe, else undecided.
 """
 
 import math
@@ -14,11 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from loka.bounds import Bound
-from loka.dispatch.candidates import Candidate, no_loss
+from loka.bounds import Bound, Limit
+from loka.dispatch.candidates import Candidate
 from loka.dispatch.decide import Decision
+from loka.dispatch.judged import no_loss
 from loka.errors import ArgumentError
-from loka.formats import Pass
 from loka.probes.drift import Drift
 from loka.probes.evidence import LossEvidence, ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.records import OperandRecord
@@ -40,22 +41,30 @@ def build_report(
 ) -> Report:
     """Judge a run against a bound; `decisions` by (site, pass) add the kernels and what they gain.
 
-    `sites` holds one entry per (site, pass), in the order of the evidence. `row_error` of a recipe is its gated error,
-    whose metric `gate` names. Times are in microseconds per call. `bound.confidence` is that of the intervals; raises
-    ArgumentError when the bound asks for more than the evidence was condensed at.
+    `sites` holds one entry per (site, pass), in the order of the evidence. `row_error` of a recipe is the error that
+    is compared with the bound, whose metric `gate` names. Times are in microseconds per call. `bound.confidence` is
+    that of the intervals; raises ArgumentError when the bound asks for more than the evidence was condensed at, or
+    for a site that is not there.
     """
     if bound.confidence > evidence.confidence:
         raise ArgumentError(
             f"The bound asks for {100 * bound.confidence:g} % confidence, the evidence was condensed at "
             f"{100 * evidence.confidence:g} %. Read the evidence again with confidence={bound.confidence:g}."
         )
+    if evidence.products:
+        bound.check_sites(dict.fromkeys(product.site for product in evidence.products))
     judged = replace(bound, confidence=evidence.confidence)
     limits = {
         "row_error": bound.row_error,
+        "sqnr_db": bound.sqnr_db,
         "loss": bound.loss,
         "confidence": evidence.confidence,
         "family": evidence.family,
         "text": str(judged),
+        "per_site": [
+            {"pattern": each.pattern, "row_error": each.row_error, "sqnr_db": each.sqnr_db, "text": str(each.limit)}
+            for each in bound.per_site
+        ],
     }
     rows = [_product(product, bound, decisions.get((product.site, product.product))) for product in evidence.products]
     return {
@@ -91,9 +100,10 @@ def _run(evidence: RunEvidence) -> dict[str, Any]:
 
 
 def _product(product: ProductEvidence, bound: Bound, decision: Decision | None) -> dict[str, Any]:
-    recipes = [_recipe(recipe, bound, product.product) for recipe in product.recipes]
+    limit = bound.limit(product.product, product.site)
+    recipes = [_recipe(recipe, limit) for recipe in product.recipes]
     verdict = _best_verdict(entry["verdict"] for entry in recipes)
-    by_loss = bound.row_error_of(product.product) is None
+    by_loss = limit.metric == "loss"
     best = min(recipes, key=lambda entry: _badness(entry, by_loss=by_loss), default=None)
     return {
         "site": product.site,
@@ -110,8 +120,9 @@ def _product(product: ProductEvidence, bound: Bound, decision: Decision | None) 
         "calls": _finite(product.calls),
         "flops": _finite(product.flops),
         "flop_share": _finite(product.flop_share),
+        "bound": {"metric": limit.metric, "value": limit.value, "pattern": limit.pattern, "text": limit.words},
         "verdict": verdict,
-        "reason": _reason(verdict, product, best, bound),
+        "reason": _reason(verdict, product, best, limit),
         "best": best["recipe"] if best else None,
         "operands": {role: _operand(operand) for role, operand in product.operands.items()},
         "recipes": recipes,
@@ -120,8 +131,9 @@ def _product(product: ProductEvidence, bound: Bound, decision: Decision | None) 
     }
 
 
-def _recipe(recipe: RecipeEvidence, bound: Bound, product: Pass) -> dict[str, Any]:
-    interval = recipe.error
+def _recipe(recipe: RecipeEvidence, limit: Limit) -> dict[str, Any]:
+    gated = recipe.gated(limit)
+    interval = gated.error
     numbers = {
         "row_error.mean": interval.mean,
         "row_error.low": interval.low,
@@ -132,20 +144,21 @@ def _recipe(recipe: RecipeEvidence, bound: Bound, product: Pass) -> dict[str, An
         "relative_error": recipe.relative_error,
         "mere": recipe.mere,
     }
-    note, infinite = _explain(numbers, recipe.note)
+    note, infinite = _explain(numbers, gated.note)
     return {
         "recipe": recipe.recipe,
         "format": recipe.format,
-        "verdict": recipe.judge(bound, product),
+        "verdict": recipe.judge(limit),
         "n": recipe.samples,
         "row_error": {
             name.partition(".")[2]: _finite(value) for name, value in numbers.items() if name.startswith("row_error.")
         },
-        "gate": recipe.gate,
+        "gate": gated.gate,
         "horizon": recipe.horizon,
-        "drift": _drift(recipe.drift, bound.row_error_of(product)),
+        "drift": _drift(gated.drift, limit.most if limit.metric != "loss" else None),
         "loss": _loss(recipe.loss),
         "sqnr_db": _finite(recipe.sqnr_db),
+        "sqnr_low_db": _finite(recipe.whole.sqnr_low_db) if recipe.whole is not None else None,
         "relative_error": _finite(recipe.relative_error),
         "mere": _finite(recipe.mere),
         "bias": _finite(recipe.bias),
@@ -245,18 +258,18 @@ def _badness(entry: Mapping[str, Any], *, by_loss: bool) -> tuple[float, ...]:
     return _RANK[entry["verdict"]], *(math.inf if number is None else number for number in numbers)
 
 
-def _reason(verdict: str, product: ProductEvidence, best: Mapping[str, Any] | None, bound: Bound) -> str:
+def _reason(verdict: str, product: ProductEvidence, best: Mapping[str, Any] | None, limit: Limit) -> str:
     """Return why the product is not safe, in words that group well; empty when it is."""
     if verdict == "safe":
         return ""
-    by_loss = bound.row_error_of(product.product) is None
+    by_loss = limit.metric == "loss"
     if verdict == "unsafe":
         return "every recipe exceeds the budget of loss" if by_loss else "every recipe exceeds the bound"
     if product.unmeasured:
         return product.unmeasured
     if best is None:
         return "no recipe was measured"
-    return _open_loss(product, best) if by_loss else _open_error(product, best, bound)
+    return _open_loss(product, best) if by_loss else _open_error(product, best, limit)
 
 
 def _open_loss(product: ProductEvidence, best: Mapping[str, Any]) -> str:
@@ -266,15 +279,15 @@ def _open_loss(product: ProductEvidence, best: Mapping[str, Any]) -> str:
     return _LITTLE_LOSS if best["loss"]["cost"] is None else _CLOSE_LOSS
 
 
-def _open_error(product: ProductEvidence, best: Mapping[str, Any], bound: Bound) -> str:
+def _open_error(product: ProductEvidence, best: Mapping[str, Any], limit: Limit) -> str:
     """Return why the error of the best recipe settles nothing."""
-    if note := next(recipe.note for recipe in product.recipes if recipe.recipe == best["recipe"]):
+    if note := next(recipe.gated(limit).note for recipe in product.recipes if recipe.recipe == best["recipe"]):
         return note
     if "row_error.upper_tolerance" in best["infinite"]:
         return "the error was infinite in some steps"
     if best["row_error"]["upper_tolerance"] is None:
         return "nothing to compare"
-    if best["bias"] is None and bound.bias_of(product.product) is not None:
+    if best["bias"] is None and limit.bias is not None:
         return "its error along the gradient is not known"
     return "the bound lies inside the interval: more samples may settle it"
 

@@ -112,7 +112,7 @@ def _worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _spending(rows: Iterable[Row], bound: Mapping[str, Any]) -> dict[str, Any]:
     """Return what all safe forward products, each with its best recipe, would spend of the budget of loss together."""
-    recipes = [best_recipe(row) for row in rows if row["pass"] == "fprop" and row["verdict"] == "safe"]
+    recipes = [best_recipe(row) for row in rows if row["bound"]["metric"] == "loss" and row["verdict"] == "safe"]
     losses = [recipe["loss"] for recipe in recipes if recipe is not None]
     return {
         "budget": bound["loss"],

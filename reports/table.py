@@ -20,11 +20,14 @@ from loka.reports.words import (
     Report,
     Row,
     best_recipe,
+    bound_of,
     chosen_kernel,
     elide,
     elide_site,
     error,
     events,
+    gate_name,
+    has_own_bounds,
     limited,
     loss_columns,
     loss_share,
@@ -69,12 +72,13 @@ _COLUMNS: Final[tuple[_Column, ...]] = (
     _Column(name="upper", cell=lambda row: upper(best_recipe(row)), justify="right"),
     _Column(name="kl", cell=lambda row: loss_share(best_recipe(row), "kl"), justify="right"),
     _Column(name="cost", cell=lambda row: loss_share(best_recipe(row), "cost"), justify="right"),
+    _Column(name="bound", cell=bound_of, justify="right"),
     _Column(name="verdict", cell=lambda row: str(row["verdict"])),
     _Column(name="kernel", cell=lambda row: plain(row["chosen"] or "-")),
     _Column(name="speed", cell=lambda row: speedup(kernel["speedup"] if (kernel := chosen_kernel(row)) else None)),
 )
 # Left out in this order where the width does not suffice.
-_DROP: Final[tuple[str, ...]] = ("speed", "mean", "m x k x n", "FLOPs", "kernel", "recipe", "kl", "cost")
+_DROP: Final[tuple[str, ...]] = ("speed", "mean", "m x k x n", "FLOPs", "kernel", "recipe", "kl", "cost", "bound")
 
 
 def render(report: Report) -> str:
@@ -109,9 +113,10 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 def _legend(report: Report, widths: Mapping[str, int], dropped: Sequence[str]) -> str:
     """Return what the columns that are shown mean, what is shortened in them, and which ones are not shown."""
+    name = gate_name(report)
     meanings = {
-        "mean": "mean: row_error of the best recipe over steps",
-        "upper": f"upper: row_error tolerance of the best recipe for 99 % of steps{limited(report)}",
+        "mean": f"mean: {name} of the best recipe over steps",
+        "upper": f"upper: {name} tolerance of the best recipe for 99 % of steps{limited(report)}",
         **loss_columns(report),
         "speed": "speed: against the baseline",
     }
@@ -135,6 +140,7 @@ def _print_rows(report: Report, console: Console) -> tuple[Mapping[str, int], li
     rows = ordered(report)
     decided = any(row["kernels"] for row in rows)
     without = {*(() if decided else ("kernel", "speed")), *({"kl", "cost"} - loss_columns(report).keys())}
+    without |= set() if has_own_bounds(report) else {"bound"}
     columns = [column for column in _COLUMNS if column.name not in without]
     cells = {column.name: [column.cell(row) for row in rows] for column in columns}
     widths, dropped = _fit({name: max(map(len, [name, *texts])) for name, texts in cells.items()}, console.width)

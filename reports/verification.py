@@ -1,7 +1,9 @@
 """`loka bench --verify` as a table: one line per shape, kernel and kind of values, faults with what is wrong."""
 
 import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -15,6 +17,23 @@ _NOTHING = (
     "Nothing to verify: no kernel but the definition itself serves these products on this device. `loka kernels` says "
     "why."
 )
+
+
+def verification_rows(found: Sequence[Verification]) -> list[dict[str, Any]]:
+    """Return the comparisons as plain data; `worst` is null where a kernel did not run."""
+    return [
+        {
+            "kernel": each.kernel,
+            "recipe": each.recipe,
+            "product": str(each.request),
+            "values": each.values,
+            "holds": each.holds,
+            "worst": None if math.isnan(each.worst) else min(each.worst, sys.float_info.max),
+            "allowed": each.allowed,
+            "reason": each.reason,
+        }
+        for each in found
+    ]
 
 
 def verification_table(found: Sequence[Verification]) -> RenderableType:

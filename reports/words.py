@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from loka.bounds import DEFAULT_ROW_ERROR
+from loka.bounds import DEFAULT_ROW_ERROR, Limit
+from loka.probes.records import MONITOR_EVENTS
 
 # A report as plain data: `loka.reports.record.build_report` documents its keys.
 Report = dict[str, Any]
@@ -112,9 +113,36 @@ def error(recipe: Row | None, key: str) -> str:
 def limited(report: Report) -> str:
     """Return what the tolerance of an error is compared with, e.g. `, compared with the bound of 0.05`."""
     limits = report["bound"]
+    own = ", or with a bound of their own" if limits.get("per_site") else ""
     if limits["row_error"] is not None:
-        return f", compared with the bound of {limits['row_error']:g}"
-    return f", on dgrad and wgrad compared with {DEFAULT_ROW_ERROR:g}"
+        return f", compared with the bound of {limits['row_error']:g}{own}"
+    if limits.get("sqnr_db") is not None:
+        return f", compared with the bound of {Limit(metric='sqnr_db', value=limits['sqnr_db']).words}{own}"
+    return f", on dgrad and wgrad compared with {DEFAULT_ROW_ERROR:g}{own}"
+
+
+def gate_name(report: Report) -> str:
+    """Return which error the columns `mean` and `upper` show."""
+    return "relative_error" if report["bound"].get("sqnr_db") is not None else "row_error"
+
+
+def has_own_bounds(report: Report) -> bool:
+    """Return whether some products are held to a bound of their own, so that each has to say its own."""
+    return bool(report["bound"].get("per_site"))
+
+
+def bound_of(row: Row) -> str:
+    """Return what a product is held to, and by which pattern where the bound is one of its own."""
+    return plain(row["bound"]["text"]) if row.get("bound") else "-"
+
+
+def _own_bounds(report: Report) -> list[str]:
+    """Return one line per bound of some sites: what they are held to, and how many they are."""
+    held = Counter(row["bound"]["pattern"] for row in report["sites"])
+    return [
+        f"{plain(each['pattern'])!r} is a bound of its own: {each['text']}, {plural(held[each['pattern']], 'product')}"
+        for each in report["bound"].get("per_site", ())
+    ]
 
 
 def loss_columns(report: Report) -> dict[str, str]:
@@ -208,9 +236,14 @@ def notes(report: Report) -> list[str]:
     """Return what qualifies the verdicts: undecided reasons grouped, and rows that another metric decides."""
     groups = report["summary"]["undecided_reasons"]
     lines = [f"{plural(group['count'], 'undecided product')}: {plain(group['reason'])}" for group in groups]
-    relative = sum(any(recipe["gate"] == "relative_error" for recipe in row["recipes"]) for row in report["sites"])
+    relative = sum(
+        any(recipe["gate"] == "relative_error" for recipe in row["recipes"])
+        for row in report["sites"]
+        if (row.get("bound") or {}).get("metric") != "sqnr_db"
+    )
     if relative:
         lines.append(f"{plural(relative, 'product')} with few output columns: judged by relative_error, not row_error")
+    lines += _own_bounds(report)
     if report["summary"].get("drifting"):
         lines.append(DRIFTS)
     lines += _about_loss(report)
@@ -245,9 +278,14 @@ def _about_loss(report: Report) -> list[str]:
 def events(report: Report) -> list[str]:
     """Return the newest events, one line each, saying how many older ones are left out."""
     shown = report["events"][-_SHOWN_EVENTS:]
-    lines = [f"step {event['step']:,}, {plain(event['kind'])}: {plain(event['message'])}" for event in shown]
+    lines = [f"{_when(event)}, {plain(event['kind'])}: {plain(event['message'])}" for event in shown]
     older = len(report["events"]) - len(shown)
     return ([f"{plural(older, 'older event')}: in the JSON report"] if older else []) + lines
+
+
+def _when(event: Row) -> str:
+    """Return e.g. `step 1,200`, and of which training where it is not the probed one."""
+    return f"step {event['step']:,}" + (" of a monitored training" if event["kind"] in MONITOR_EVENTS else "")
 
 
 def grouped(reasons: Iterable[str]) -> list[dict[str, Any]]:

@@ -22,16 +22,15 @@ from torch.library import wrap_triton
 
 from loka.errors import KernelError, nearest
 from loka.formats import FORMATS
+from loka.kernel_registry.norm_act import NORM_BLOCK
 from loka.kernel_registry.torch_mm import matmul
 from loka.kernel_registry.triton.epilogue_kernels import backward_tiles, fused_tiles
 from loka.kernel_registry.triton.gemm import scale_groups, scale_strides
 from loka.kernel_registry.triton.grouped import stored_dtype
 from loka.kernel_registry.triton.grouped_operands import check_device
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op
-from loka.kernel_registry.triton.quantize import fp8_cast
+from loka.kernel_registry.triton.quantize import NORM_EPS, fp8_cast
 
-# Columns that are normalised together: a tile holds whole blocks of `loka.mods.BlockNorm` as it comes (a test says so).
-NORM_BLOCK: Final[int] = 256
 _E4M3: Final = FORMATS["e4m3"]
 _OUTPUTS: Final[dict[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -41,8 +40,6 @@ _OUTPUTS: Final[dict[str, torch.dtype]] = {
     "blockwise": _E4M3.dtype,
 }
 _PLAIN: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
-# What nn.RMSNorm adds when it is given no eps, for inputs of 16 bits too: it normalises those in fp32.
-_DEFAULT_EPS: Final[float] = torch.finfo(torch.float32).eps
 _GROUP: Final[int] = NORM_BLOCK // 2  # elements of `out` that share a scale under "blockwise"
 
 
@@ -94,7 +91,7 @@ def gemm_norm_swish(  # noqa: PLR0913 -- a schema is flat
         _run(
             (x, weight, bias, x_scale, weight_scale),
             (result, scale, saved),
-            _DEFAULT_EPS if eps is None else eps,
+            NORM_EPS if eps is None else eps,
             flags,
         )
     return result.to(_OUTPUTS[out]), scale, saved.to(_saved_dtype(out))
@@ -185,7 +182,7 @@ def norm_swish_backward(
             m,
             n,
             *grad_out.stride(),
-            _DEFAULT_EPS if eps is None else eps,
+            NORM_EPS if eps is None else eps,
             SUMS=sums,
             BLOCK_M=BACKWARD_ROWS,
             BLOCK_N=NORM_BLOCK,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from loka.kernel_registry.triton.interpreter import readable
-from loka.kernel_registry.triton.quantize_kernels import encode, finite_bits, group_scale
+from loka.kernel_registry.triton.quantize_kernels import encode, finite_bits, group_scale, inverse_rms
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _operand(x: tl.tensor, FP8: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.t
 @triton.jit
 def _inverse_rms(y: tl.tensor, inside: tl.tensor, count: tl.tensor, eps: tl.tensor) -> tl.tensor:
     """Return 1 / RMS of each row of y over its `count` columns that are `inside`."""
-    return tl.rsqrt(tl.sum(tl.where(inside, y * y, 0.0), axis=1) / count + eps)[:, None]
+    return inverse_rms(tl.sum(tl.where(inside, y * y, 0.0), axis=1), count * 1.0, eps)[:, None]
 
 
 @triton.jit

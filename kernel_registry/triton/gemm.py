@@ -173,14 +173,15 @@ def _multiply_tiles(  # noqa: PLR0913 - device code takes pointers, extents and 
                 product = tl.dot(readable(a, INTERPRETED), tl.trans(readable(b, INTERPRETED)))
                 a_scale = tl.load(a_scales + block * stride_sak, mask=row_mask, other=1.0)
                 b_scale = tl.load(b_scales + block * stride_sbk, mask=column_mask, other=1.0)
-                total += product * a_scale[:, None] * b_scale[None, :]
+                total += product * (a_scale[:, None] * b_scale[None, :])
             else:
                 a, b = readable(a, INTERPRETED), tl.trans(readable(b, INTERPRETED))
                 total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_K)
         if GROUP_K == 0:
             a_scale = tl.load(a_scales, mask=row_mask, other=1.0)
             b_scale = tl.load(b_scales, mask=column_mask, other=1.0)
-            total = total * a_scale[:, None] * b_scale[None, :]
+            # The scales first: a sum of codes times a huge one of them would leave fp32, though the product does not.
+            total = total * (a_scale[:, None] * b_scale[None, :])
         at = (split * m + rows).to(tl.int64)[:, None] * n + columns[None, :]
         tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 

@@ -10,41 +10,42 @@ import torch
 from torch import Tensor
 
 from loka.errors import ArgumentError
-from loka.formats import RECIPES, OperandSpec, Recipe
+from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Pass, Recipe
+from loka.kernel_registry.grouped import result_shape
+from loka.kernel_registry.grouped_tokens import quantize_experts, quantize_tokens
+from loka.kernel_registry.operands import quantize_operand
 from loka.kernel_registry.triton.grouped import grouped_gemm, grouped_wgrad
-from loka.kernel_registry.triton.grouped_operands import token_groups
 from loka.kernel_registry.triton.interpreter import define_op
-from loka.quantize import cast, finite_amax, quantize, scale_from_amax
+from loka.quantize import quantize
 
 GROUPED_RECIPES: Final[tuple[str, ...]] = ("rowwise", "blockwise")
 
 
-def quantize_tokens(x: Tensor, offsets: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
-    """Quantise x [tokens, features] for a sum over the tokens of each expert, without waiting for the device.
+def rowwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply each expert's operands with one scale per row of each; a kernel of the registry."""
+    return _multiply(RECIPES["rowwise"], a, b, offsets, product=product, out_dtype=out_dtype)
 
-    Returns codes [tokens, features] and fp32 scales [groups, features], in the rows that `token_groups` describes; a
-    group is an expert's tokens, or `spec.group_k` of them counted from its first. Rows of no group have scale 1.
-    """
-    tokens, features = x.shape
-    experts = offsets.shape[0]
-    block = spec.group_k
-    values = x.float()
-    token = torch.arange(tokens, device=x.device)
-    # As the kernels read them: an end below its predecessor is an empty expert's, one beyond the tokens is their end.
-    ends = torch.cummax(offsets.to(torch.int64).clamp(0, tokens), 0).values
-    expert = torch.searchsorted(ends, token, right=True)
-    group = expert
-    if block is not None:
-        start = torch.nn.functional.pad(ends, (1, 0))[expert]
-        group = start // block + expert + (token - start) // block
-    groups = token_groups(tokens, experts, blockwise=block is not None)
-    # Tokens after the last offset belong to nobody: one more row takes them and is dropped.
-    group = torch.where(expert < experts, group, groups)
-    magnitude = finite_amax(values.unsqueeze(-1), (-1,))
-    amax = values.new_zeros((groups + 1, features))
-    amax = amax.scatter_reduce(0, group.unsqueeze(-1).expand(-1, features), magnitude, "amax")
-    scale = scale_from_amax(amax, spec)
-    return cast(values * scale.reciprocal()[group], spec.format), scale[:groups]
+
+def blockwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply each expert's operands with a scale per 1x128 elements, 128x128 of a weight."""
+    return _multiply(RECIPES["blockwise"], a, b, offsets, product=product, out_dtype=out_dtype)
+
+
+def _multiply(
+    recipe: Recipe, a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype
+) -> Tensor:
+    shape = result_shape(a, b, offsets, product)
+    role_a, role_b = PASS_OPERANDS[product]
+    if product == "wgrad":
+        codes_a, scale_a = quantize_tokens(a, offsets, recipe.operand(role_a))
+        codes_b, scale_b = quantize_tokens(b, offsets, recipe.operand(role_b))
+        out: Tensor = grouped_wgrad(codes_a, codes_b, offsets, scale_a, scale_b, out_dtype=out_dtype)
+        return out
+    if 0 in (*a.shape, *b.shape):  # groups of nothing have no scales to speak of
+        return a.new_zeros(shape, dtype=out_dtype)
+    codes_a, scale_a, _ = quantize_operand(a, recipe.operand(role_a))
+    codes_b, scale_b = quantize_experts(b, recipe.operand(role_b))
+    return _product(codes_a, codes_b, offsets, (scale_a, scale_b), out_dtype)
 
 
 def _quantized(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:

@@ -10,23 +10,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loka.accumulation import PROMOTION
 from loka.errors import KernelError
 from loka.formats import FORMATS
+from loka.kernel_registry.grouped import check_offsets
+from loka.kernel_registry.grouped_tokens import BLOCK, token_groups
 from loka.kernel_registry.triton.interpreter import INTERPRETED
 
-_BLOCK: Final[int] = PROMOTION  # one block of scales is what tensor cores may add up before fp32 takes over
 _CODES: Final[torch.dtype] = FORMATS["e4m3"].dtype  # of every operand under rowwise and blockwise
 _OUT_DTYPES: Final[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def token_groups(tokens: int, experts: int, *, blockwise: bool) -> int:
-    """Return how many rows of scales hold all groups along the tokens: experts, or their blocks of 128.
-
-    How many blocks there are is known on the device alone. Block b of an expert whose tokens start at s has row
-    s // 128 + expert + b, which no other block has, so that this many rows suffice whatever the routing.
-    """
-    return tokens // _BLOCK + experts if blockwise else experts
 
 
 def check_device(x: Tensor) -> None:
@@ -49,10 +40,10 @@ def check_gemm(
         )
     _check_dtypes((x, weight), offsets, scales, out_dtype)
     (tokens, k), (experts, n) = x.shape, weight.shape[:2]
-    blocks = -(-k // _BLOCK)
+    blocks = -(-k // BLOCK)
     shapes = {
         False: ((tokens, 1), (experts, n, 1)),
-        True: ((tokens, blocks), (experts, -(-n // _BLOCK), blocks)),
+        True: ((tokens, blocks), (experts, -(-n // BLOCK), blocks)),
     }
     return _scaling(scales, shapes)
 
@@ -86,17 +77,7 @@ def _check_dtypes(
     if len({x.device for x in (*codes, *scales, offsets)}) != 1:
         places = ", ".join(str(x.device) for x in (*codes, *scales, offsets))
         raise KernelError(f"A grouped product runs on one device, its operands are on {places}: move them together.")
-    if type(offsets) is Tensor and offsets.device.type == "cpu" and offsets.numel():
-        _check_offsets(offsets, codes[0].shape[0])
-
-
-def _check_offsets(offsets: Tensor, tokens: int) -> None:
-    steps = torch.diff(offsets, prepend=offsets.new_zeros(1))
-    if bool((steps < 0).any()) or int(offsets[-1]) > tokens:
-        raise KernelError(
-            f"Offsets are where each expert's tokens end: ascending, from 0 to at most {tokens} tokens. These are "
-            f"{offsets.tolist()}: take the cumulative sum of the tokens per expert, in the order of the rows."
-        )
+    check_offsets(offsets, codes[0].shape[0])
 
 
 def _scaling(scales: tuple[Tensor, Tensor], shapes: Mapping[bool, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -7,8 +7,11 @@
 it, and x^T [k, m], quantised along m as wgrad does, from one reading of x.
 
 Where every group lies within a tile (blocks, MX, rows of up to 16384 elements, small tensors) there is one pass over
-memory: x is read once. Elsewhere there are two: amax, then cast, and x is read twice. An optional activation in front
-is computed in fp32, and not rounded before the cast. Any strides of x will do; its extents need no padding.
+memory: x is read once. Elsewhere there are two: amax, then cast, and x is read twice. Any strides of x will do; its
+extents need no padding.
+
+In front of the cast there may be a norm, RMS over blocks of features without parameters (LoKA's BlockNorm, see
+`loka.kernel_registry.norm_act`), and then an activation: both in fp32, nothing of them written or rounded.
 
 Runs on CUDA from compute capability 8.9 on, and on any device under Triton's interpreter.
 """
@@ -37,8 +40,11 @@ _CAPABILITY: Final[tuple[int, int]] = (8, 9)
 _DIRECT_CAPABILITY: Final[tuple[int, int]] = (9, 0)
 _FORMATS: Final[tuple[str, ...]] = ("e4m3", "e5m2")
 _DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
-# A tile of 128 x 128 holds whole groups of up to this extent, along both sides.
+# A tile of 128 x 128 holds whole groups of up to this extent, along both sides; of 128 x 256, a block of a norm too.
 _MAX_GROUP: Final[int] = 128
+_MAX_NORM_BLOCK: Final[int] = 256
+# What nn.RMSNorm adds when it is given no eps.
+NORM_EPS: Final[float] = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +59,7 @@ class Launch:
 
 # The most elements that a tile keeps in registers between amax and cast: 64 for each of 256 threads.
 MAX_TILE: Final[int] = 16384
+_MAX_WARPS: Final[int] = 16
 # Where a group takes most of the tile, its other side may shrink to this: 32 codes are the least that memory moves.
 _LEAST: Final[int] = 32
 # By how the tile meets memory. Not tuned on a GPU yet: chosen so that a warp reads and writes whole 128-byte lines.
@@ -73,33 +80,52 @@ class _Plan(NamedTuple):
 
 
 def quantize(
-    x: Tensor, spec: OperandSpec, *, transposed: bool = False, activation: Activation = "none"
+    x: Tensor,
+    spec: OperandSpec,
+    *,
+    transposed: bool = False,
+    activation: Activation = "none",
+    norm_block: int = 0,
+    norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantise an operand x [m, k] to FP8 under `spec`, or its transpose [k, m].
 
     Returns data [m, k] and fp32 scales [m / group_rows, k / group_k], both row-major, equal to what
-    `loka.quantize.quantize` returns for activation(x) in fp32; they carry no gradient. Raises KernelError for operands,
-    specs and devices that the kernels do not serve.
+    `loka.quantize.quantize` returns for activation(x) in fp32; they carry no gradient. With `norm_block` the activation
+    is that of x / RMS over so many of its k features, the last block being what is left: a power of two up to 256;
+    `norm_eps` is added to the mean square, by default what nn.RMSNorm adds. Raises KernelError for operands, specs,
+    norms and devices that the kernels do not serve.
     """
     _check(x, spec, activation)
+    eps = _checked_norm(norm_block, norm_eps)
+    norm = ((norm_block, 1) if transposed else (1, norm_block)) if norm_block else (0, 0)
     x = x.detach()
+    groups = spec.group_rows, spec.group_k
     data, scale = quantize_op(
-        x.t() if transposed else x, spec.format.name, spec.group_rows, spec.group_k, spec.scale_rule, activation
+        x.t() if transposed else x, spec.format.name, *groups, spec.scale_rule, activation, *norm, eps
     )
     return data, scale
 
 
 def quantize_both(
-    x: Tensor, spec: OperandSpec, *, activation: Activation = "none"
+    x: Tensor,
+    spec: OperandSpec,
+    *,
+    activation: Activation = "none",
+    norm_block: int = 0,
+    norm_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantise an operand x [m, k] and its transpose [k, m], each along its own rows.
 
     Returns data [m, k] and its scales, then data [k, m] and its scales: what `quantize(x, spec)` and
-    `quantize(x, spec, transposed=True)` return, and raises what they raise.
+    `quantize(x, spec, transposed=True)` return, and raises what they raise. A norm is over features of x for both.
     """
     _check(x, spec, activation)
+    eps = _checked_norm(norm_block, norm_eps)
+    norm = (1, norm_block) if norm_block else (0, 0)
+    groups = spec.group_rows, spec.group_k
     data, scale, data_t, scale_t = quantize_both_op(
-        x.detach(), spec.format.name, spec.group_rows, spec.group_k, spec.scale_rule, activation
+        x.detach(), spec.format.name, *groups, spec.scale_rule, activation, *norm, eps
     )
     return data, scale, data_t, scale_t
 
@@ -121,6 +147,17 @@ def _check(x: Tensor, spec: OperandSpec, activation: str) -> None:
         raise KernelError(f"There is no activation {activation!r} in the quantise kernels, only {ACTIVATIONS}.")
 
 
+def _checked_norm(block: int, eps: float | None) -> float:
+    """Return what is added to the mean square; raise KernelError for a norm that the kernels do not serve."""
+    added = NORM_EPS if eps is None else eps
+    if not 0 <= block <= _MAX_NORM_BLOCK or block & (block - 1) != 0 or not 0 <= added < math.inf:
+        raise KernelError(
+            f"The quantise kernels normalise blocks of a power of two of up to {_MAX_NORM_BLOCK} features (0: none), "
+            f"with a finite eps of 0 or more, not {block} with {eps}: normalise with loka.mods.BlockNorm before them."
+        )
+    return added
+
+
 def _served(group_rows: int | None, group_k: int | None) -> bool:
     if group_k is None:
         return group_rows in (None, 1)
@@ -128,41 +165,74 @@ def _served(group_rows: int | None, group_k: int | None) -> bool:
 
 
 @define_op("loka::quantize", mutates_args=())
-def quantize_op(
-    x: Tensor, format_name: str, group_rows: int | None, group_k: int | None, scale_rule: str, activation: str
+def quantize_op(  # noqa: PLR0913 - a schema is flat
+    x: Tensor,
+    format_name: str,
+    group_rows: int | None,
+    group_k: int | None,
+    scale_rule: str,
+    activation: str,
+    norm_m: int = 0,
+    norm_k: int = 0,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise x [m, k]; the arguments are those of `quantize`, as an operator takes them."""
+    """Quantise x [m, k]; the arguments are those of `quantize`, as an operator takes them: a norm block, in x."""
     _check_device(x.device)
     data, scale = _empty(x, format_name, group_rows, group_k)
     if x.numel():
-        _run(x, (data, scale), None, _Arithmetic(format_name, scale_rule, activation), (group_rows, group_k))
+        arithmetic = _Arithmetic(format_name, scale_rule, activation, (norm_m, norm_k), norm_eps)
+        _run(x, (data, scale), None, arithmetic, (group_rows, group_k))
     return data, scale
 
 
 @define_op("loka::quantize_both", mutates_args=())
-def quantize_both_op(
-    x: Tensor, format_name: str, group_rows: int | None, group_k: int | None, scale_rule: str, activation: str
+def quantize_both_op(  # noqa: PLR0913 - a schema is flat
+    x: Tensor,
+    format_name: str,
+    group_rows: int | None,
+    group_k: int | None,
+    scale_rule: str,
+    activation: str,
+    norm_m: int = 0,
+    norm_k: int = 0,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantise x [m, k] and its transpose; the arguments are those of `quantize_both`, as an operator takes them."""
     _check_device(x.device)
     data, scale = _empty(x, format_name, group_rows, group_k)
     data_t, scale_t = _empty(x.t(), format_name, group_rows, group_k)
     if x.numel():
-        arithmetic = _Arithmetic(format_name, scale_rule, activation)
+        arithmetic = _Arithmetic(format_name, scale_rule, activation, (norm_m, norm_k), norm_eps)
         _run(x, (data, scale), (data_t, scale_t), arithmetic, (group_rows, group_k))
     return data, scale, data_t, scale_t
 
 
 @quantize_op.register_fake
-def _(
-    x: Tensor, format_name: str, group_rows: int | None, group_k: int | None, scale_rule: str, activation: str
+def _(  # noqa: PLR0913 - as the op it stands for
+    x: Tensor,
+    format_name: str,
+    group_rows: int | None,
+    group_k: int | None,
+    scale_rule: str,
+    activation: str,
+    norm_m: int = 0,
+    norm_k: int = 0,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[Tensor, Tensor]:
     return _empty(x, format_name, group_rows, group_k)
 
 
 @quantize_both_op.register_fake
-def _(
-    x: Tensor, format_name: str, group_rows: int | None, group_k: int | None, scale_rule: str, activation: str
+def _(  # noqa: PLR0913 - as the op it stands for
+    x: Tensor,
+    format_name: str,
+    group_rows: int | None,
+    group_k: int | None,
+    scale_rule: str,
+    activation: str,
+    norm_m: int = 0,
+    norm_k: int = 0,
+    norm_eps: float = NORM_EPS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*_empty(x, format_name, group_rows, group_k), *_empty(x.t(), format_name, group_rows, group_k))
 
@@ -173,6 +243,12 @@ class _Arithmetic(NamedTuple):
     format_name: str
     scale_rule: ScaleRule | str
     activation: str
+    norm: tuple[int, int] = (0, 0)  # rows and columns of a block, 0 where there is no norm
+    eps: float = NORM_EPS
+
+    def reading(self) -> dict[str, Any]:
+        """Return the constants of what comes in front of the cast."""
+        return {"NORM_M": self.norm[0], "NORM_K": self.norm[1], "EPS": self.eps, "ACTIVATION": self.activation}
 
     def constants(self) -> dict[str, Any]:
         """Return the constants that the casting kernels share."""
@@ -201,11 +277,11 @@ def _run(
     data, scale = copy
     data_t, scale_t = transposed or (None, None)
     m, k = x.shape
-    plan = _plan(x, both, groups)
+    plan = _plan(x, both, groups, arithmetic.norm)
     grid = (_groups(m, plan.tile_m) * _groups(k, plan.tile_k),)
     shared = {
         "TRANSPOSED": both,
-        "ACTIVATION": arithmetic.activation,
+        **arithmetic.reading(),
         "CAST": "spelled" if INTERPRETED else fp8_cast(x.device),
         "TILE_M": plan.tile_m,
         "TILE_K": plan.tile_k,
@@ -230,18 +306,23 @@ def _run(
     )
 
 
-def _plan(x: Tensor, both: bool, groups: tuple[int | None, int | None]) -> _Plan:
-    """Return the tile, and the groups where each lies within one."""
+def _plan(x: Tensor, both: bool, groups: tuple[int | None, int | None], norm: tuple[int, int] = (0, 0)) -> _Plan:
+    """Return the tile, which holds whole blocks of a norm, and the groups where each lies within one."""
     along_columns = x.stride(0) == 1 and x.stride(1) != 1
     launch = LAUNCHES["both" if both else "along_columns" if along_columns else "along_rows"]
     sides = _sides(x, both, groups)
-    need_m, need_k = (max(sides[0], sides[2]), max(sides[1], sides[3])) if sides else (1, 1)
+    need_m, need_k = max(norm[0], 1), max(norm[1], 1)
     least_m, least_k = min(launch.min_m, _LEAST), min(launch.min_k, _LEAST)
-    if max(need_m, least_m) * max(need_k, least_k) > MAX_TILE:
-        sides, need_m, need_k = None, 1, 1
+    if sides is not None:
+        all_m, all_k = max(sides[0], sides[2], need_m), max(sides[1], sides[3], need_k)
+        # Groups that do not span an extent are never too large for a tile; with a norm they may take two.
+        if groups[1] is not None or max(all_m, least_m) * max(all_k, least_k) <= MAX_TILE:
+            need_m, need_k = all_m, all_k
+        else:
+            sides = None
     tile_k = max(need_k, min(launch.min_k, MAX_TILE // max(need_m, least_m)))
     tile_m = max(need_m, least_m, launch.elements // tile_k)
-    return _Plan(tile_m, tile_k, max(1, min(8, tile_m * tile_k // launch.elements_per_warp)), sides)
+    return _Plan(tile_m, tile_k, max(1, min(_MAX_WARPS, tile_m * tile_k // launch.elements_per_warp)), sides)
 
 
 def _sides(x: Tensor, both: bool, groups: tuple[int | None, int | None]) -> tuple[int, int, int, int] | None:

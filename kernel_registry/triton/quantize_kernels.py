@@ -33,6 +33,45 @@ def _place(m: tl.tensor, k: tl.tensor, TILE_M: tl.constexpr, TILE_K: tl.constexp
 
 
 @triton.jit
+def widened(x: tl.tensor, CAST: tl.constexpr) -> tl.tensor:
+    """Return x as fp32, every value of it."""
+    if CAST == "spelled" and x.dtype == tl.bfloat16:  # the interpreter's own widening loses subnormals
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def inverse_rms(squares: tl.tensor, count: tl.tensor, eps: tl.tensor) -> tl.tensor:
+    """Return 1 / RMS of `count` values whose squares add up to `squares`; rounded at every step, once per block."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
+
+
+@triton.jit
+def _normalised(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
+    x: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    m: tl.tensor,
+    k: tl.tensor,
+    NORM_M: tl.constexpr,
+    NORM_K: tl.constexpr,
+    EPS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_K: tl.constexpr,
+) -> tl.tensor:
+    """Divide each block [NORM_M, NORM_K] of a tile, one of them 1, by its RMS; a ragged one has fewer elements."""
+    grouped = tl.reshape(x * x, (TILE_M // NORM_M, NORM_M, TILE_K // NORM_K, NORM_K))
+    squares = tl.sum(tl.sum(grouped, 3), 1)
+    first_row = tl.min(tl.reshape(rows, (TILE_M // NORM_M, NORM_M)), 1)
+    first_column = tl.min(tl.reshape(columns, (TILE_K // NORM_K, NORM_K)), 1)
+    # Where a block lies beyond the ends it counts one zero, which stays zero.
+    count_m = tl.minimum(tl.maximum(m - first_row, 1), NORM_M)
+    count_k = tl.minimum(tl.maximum(k - first_column, 1), NORM_K)
+    count = (count_m[:, None] * count_k[None, :]).to(tl.float32)
+    return x * _spread(inverse_rms(squares, count, EPS), TILE_M, TILE_K, NORM_M, NORM_K)
+
+
+@triton.jit
 def _read(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     x_ptr: tl.tensor,
     rows: tl.tensor,
@@ -41,15 +80,19 @@ def _read(  # noqa: PLR0913 - device code takes pointers, extents and strides on
     k: tl.tensor,
     stride_m: tl.tensor,
     stride_k: tl.tensor,
+    NORM_M: tl.constexpr,
+    NORM_K: tl.constexpr,
+    EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CAST: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_K: tl.constexpr,
 ) -> tl.tensor:
-    """Read a tile, as fp32, through the activation; zeros beyond the ends, which every activation keeps."""
+    """Read a tile, as fp32, through norm and activation; zeros beyond the ends, which both keep."""
     inside = (rows < m)[:, None] & (columns < k)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride_m + columns[None, :] * stride_k, mask=inside, other=0.0)
-    if CAST == "spelled" and x.dtype == tl.bfloat16:  # the interpreter's own widening loses subnormals
-        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    x = x.to(tl.float32)
+    x = widened(tl.load(x_ptr + rows[:, None] * stride_m + columns[None, :] * stride_k, mask=inside, other=0.0), CAST)
+    if NORM_M != 0:
+        x = _normalised(x, rows, columns, m, k, NORM_M, NORM_K, EPS, TILE_M, TILE_K)
     if ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == "silu":
@@ -199,6 +242,9 @@ def quantize_groups(  # noqa: PLR0913 - device code takes pointers, extents and 
     MANTISSA_BITS: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
     HAS_INFINITY: tl.constexpr,
+    NORM_M: tl.constexpr,
+    NORM_K: tl.constexpr,
+    EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CAST: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -210,7 +256,7 @@ def quantize_groups(  # noqa: PLR0913 - device code takes pointers, extents and 
     as it lies, GROUP_M_T x GROUP_K_T those of the transposed copy, both in rows and columns of x.
     """
     rows, columns = _place(m, k, TILE_M, TILE_K)
-    x = _read(x_ptr, rows, columns, m, k, stride_m, stride_k, ACTIVATION, CAST)
+    x = _read(x_ptr, rows, columns, m, k, stride_m, stride_k, NORM_M, NORM_K, EPS, ACTIVATION, CAST, TILE_M, TILE_K)
     bits = finite_bits(x)
     group_rows = (tl.program_id(0) // tl.cdiv(k, TILE_K)).to(tl.int64) * (TILE_M // GROUP_M)
     group_rows += tl.arange(0, TILE_M // GROUP_M)
@@ -245,6 +291,9 @@ def find_amax(  # noqa: PLR0913 - device code takes pointers, extents and stride
     stride_k: tl.tensor,
     PER_TENSOR: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    NORM_M: tl.constexpr,
+    NORM_K: tl.constexpr,
+    EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CAST: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -255,7 +304,8 @@ def find_amax(  # noqa: PLR0913 - device code takes pointers, extents and stride
     Bytes: x once. The results were set to zero before.
     """
     rows, columns = _place(m, k, TILE_M, TILE_K)
-    bits = finite_bits(_read(x_ptr, rows, columns, m, k, stride_m, stride_k, ACTIVATION, CAST))
+    x = _read(x_ptr, rows, columns, m, k, stride_m, stride_k, NORM_M, NORM_K, EPS, ACTIVATION, CAST, TILE_M, TILE_K)
+    bits = finite_bits(x)
     if PER_TENSOR:
         tl.atomic_max(amax_ptr, tl.max(tl.max(bits, 1), 0), sem="relaxed")
     else:
@@ -285,6 +335,9 @@ def cast_by_amax(  # noqa: PLR0913 - device code takes pointers, extents and str
     MANTISSA_BITS: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
     HAS_INFINITY: tl.constexpr,
+    NORM_M: tl.constexpr,
+    NORM_K: tl.constexpr,
+    EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CAST: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -295,7 +348,7 @@ def cast_by_amax(  # noqa: PLR0913 - device code takes pointers, extents and str
     Bytes: x once, one per code and four per scale of each copy.
     """
     rows, columns = _place(m, k, TILE_M, TILE_K)
-    x = _read(x_ptr, rows, columns, m, k, stride_m, stride_k, ACTIVATION, CAST)
+    x = _read(x_ptr, rows, columns, m, k, stride_m, stride_k, NORM_M, NORM_K, EPS, ACTIVATION, CAST, TILE_M, TILE_K)
     first_column = tl.program_id(0) % tl.cdiv(k, TILE_K) == 0
     first_row = tl.program_id(0) // tl.cdiv(k, TILE_K) == 0
     if PER_TENSOR:

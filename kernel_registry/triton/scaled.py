@@ -7,13 +7,10 @@ from typing import Final
 
 from torch import Tensor, dtype
 
-from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Pass, Recipe
-from loka.kernel_registry.triton import quantize as triton_quantize
+from loka.formats import PASS_OPERANDS, RECIPES, Pass, Recipe
+from loka.kernel_registry.operands import is_empty, is_empty_with, quantize_operand, quantize_operands, zeros
+from loka.kernel_registry.spec import Prepared
 from loka.kernel_registry.triton.gemm import scaled_gemm
-from loka.quantize import quantize
-
-# Where our quantise kernels do what `loka.quantize` defines. On a CPU they would be interpreted.
-_TRITON_QUANTISES: Final[tuple[str, ...]] = ("cuda",)
 
 
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: dtype) -> Tensor:
@@ -37,23 +34,39 @@ def mxfp8(a: Tensor, b: Tensor, *, product: Pass, out_dtype: dtype) -> Tensor:
 
 
 def _multiply(recipe: Recipe, a: Tensor, b: Tensor, *, product: Pass, out_dtype: dtype) -> Tensor:
-    m, n = a.shape[0], b.shape[0]
-    if m == 0 or n == 0 or a.shape[1] == 0:
-        return a.new_zeros((m, n), dtype=out_dtype)
-    role_a, role_b = PASS_OPERANDS[product]
-    data_a, scale_a = _quantize(a, recipe.operand(role_a))
-    data_b, scale_b = _quantize(b, recipe.operand(role_b))
-    out: Tensor = scaled_gemm(data_a, data_b, scale_a, scale_b, out_dtype=out_dtype)
+    if is_empty(a, b, out_dtype):
+        return zeros(a, b, out_dtype)
+    left, right = quantize_operands(recipe, a, b, product)
+    out: Tensor = scaled_gemm(left.data, right.data, left.scale, right.scale, out_dtype=out_dtype)
     return out
 
 
-def _quantize(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
-    if x.device.type in _TRITON_QUANTISES:
-        return triton_quantize.quantize(x, spec)
-    data, scale = quantize(x, spec)
-    # Under torch.compile with a dynamic extent, `quantize` appends groups of zeros; their scales describe no element.
-    rows, depth = (
-        -(-extent // group) if group else 1
-        for extent, group in zip(x.shape, (spec.group_rows, spec.group_k), strict=True)
-    )
-    return data, scale[:rows, :depth]
+class Halves:
+    """The product under one recipe in two halves (`spec.PreparedKernel`)."""
+
+    def __init__(self, recipe: str) -> None:
+        self._recipe = RECIPES[recipe]
+
+    def prepare(self, b: Tensor, *, product: Pass, out_dtype: dtype) -> Prepared:
+        """Quantise b [n, k]."""
+        codes, scale, _ = quantize_operand(b, self._recipe.operand(PASS_OPERANDS[product][1]))
+        return self.lay_out(codes, scale, product=product, out_dtype=out_dtype)
+
+    def lay_out(self, codes: Tensor, scale: Tensor, *, product: Pass, out_dtype: dtype) -> Prepared:
+        """Take codes [n, k] and scales as they are."""
+        return Prepared((codes, scale), codes.shape[0])
+
+    def multiply(self, a: Tensor, b: Prepared, *, product: Pass, out_dtype: dtype) -> Tensor:
+        """Multiply a [m, k] and b [n, k]."""
+        if is_empty_with(a, b, out_dtype):
+            return a.new_zeros((a.shape[0], b.n), dtype=out_dtype)
+        codes, scale = b.tensors
+        left = quantize_operand(a, self._recipe.operand(PASS_OPERANDS[product][0]))
+        out: Tensor = scaled_gemm(left.data, codes, left.scale, scale, out_dtype=out_dtype)
+        return out
+
+
+tensorwise_halves: Final = Halves("tensorwise")
+rowwise_halves: Final = Halves("rowwise")
+blockwise_halves: Final = Halves("blockwise")
+mxfp8_halves: Final = Halves("mxfp8")

@@ -1,22 +1,27 @@
 """Commands that act on what a probe has found: demo, plan."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from loka.bounds import Bound, parse_bound
 from loka.cli.shared import (
     AssumeOption,
+    BoundForOption,
     BoundOption,
     Database,
     DeviceOption,
     ProfileOption,
     RunOption,
+    TableFormat,
     plain,
     progress,
     told,
+    write,
 )
+from loka.errors import ArgumentError
 
 
 @told
@@ -32,7 +37,14 @@ def demo(
 @told
 def plan(  # noqa: PLR0913 - one parameter per flag
     db: Database,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the plan goes.")] = Path("plan.json"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where the plan goes, plan.json by default; of a sweep, a .html plot or a .json file.",
+        ),
+    ] = None,
     bound: BoundOption = "0.05",
     run: RunOption = None,
     device: DeviceOption = None,
@@ -42,23 +54,59 @@ def plan(  # noqa: PLR0913 - one parameter per flag
         list[str] | None, typer.Option("--filter", help="Sites that may leave high precision: name, glob or re:regex.")
     ] = None,
     budget: Annotated[float, typer.Option("--budget", help="Seconds to spend on measuring missing times.")] = 30.0,
+    bound_for: BoundForOption = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Show what a range of bounds would gain instead; no plan is written.")
+    ] = False,
+    format: Annotated[
+        TableFormat | None, typer.Option("--format", help="How a sweep is shown; a table by default.")
+    ] = None,
 ) -> None:
     """Decide a kernel for every GEMM of a probed run, and say what is gained."""
-    from loka.bounds import parse_bound
+    if format is not None and not sweep:
+        raise ArgumentError("--format says how a sweep is shown, and a plan is JSON anyway. Add --sweep, or leave it.")
+    options = {
+        "run": run,
+        "device": device,
+        "device_profile": device_profile,
+        "assume_speedup": assume_speedup,
+        "budget_s": budget,
+        "filter": filter,
+    }
+    limits = parse_bound(bound, bound_for or ())
+    if sweep:
+        _sweep(db, limits, output, format or TableFormat.TABLE, options)
+    else:
+        _plan(db, limits, output or Path("plan.json"), options)
+
+
+def _sweep(db: str, bound: Bound, output: Path | None, format: TableFormat, options: dict[str, Any]) -> None:
+    from loka.dispatch.sweep import sweep as make_sweep
+    from loka.reports.sweep import render_html, sweep_json, sweep_text
+
+    renderers = {".html": render_html, ".json": sweep_json}
+    if output is not None and output.suffix not in renderers:
+        raise ArgumentError(
+            f"--output {output}: a sweep is written as a plot or as data. Give it a name in .html or .json."
+        )
+    with progress("measuring kernels") as tick:
+        made = make_sweep(db, bound, on_progress=tick, **options)
+    if output is not None:
+        write(renderers[output.suffix](made), output)
+    if format is TableFormat.JSON:
+        write(sweep_json(made), None)
+        return
+    console = Console(highlight=False)
+    console.print(sweep_text(made))
+    if output is not None:
+        console.print(f"Wrote {plain(str(output))}.", soft_wrap=True)
+
+
+def _plan(db: str, bound: Bound, output: Path, options: dict[str, Any]) -> None:
     from loka.dispatch.planner import plan as make_plan
 
     with progress("measuring kernels") as tick:
-        made = make_plan(
-            db,
-            parse_bound(bound),
-            run=run,
-            device=device,
-            device_profile=device_profile,
-            assume_speedup=assume_speedup,
-            budget_s=budget,
-            on_progress=tick,
-            filter=filter,
-        )
+        made = make_plan(db, bound, on_progress=tick, **options)
     made.save(output)
     console = Console(highlight=False)
     for note in made.notes:

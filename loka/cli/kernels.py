@@ -1,11 +1,13 @@
 """Commands about this machine: bench, kernels, env."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from loka.cli.shared import EXIT_GATE, DeviceOption, TableFormat, plain, progress, told, write
@@ -13,7 +15,7 @@ from loka.errors import ArgumentError
 
 
 @told
-def bench(
+def bench(  # noqa: PLR0913 - one parameter per flag
     db: Annotated[str | None, typer.Argument(metavar="[DB]", help="Probe database whose shapes are measured.")] = None,
     suite: Annotated[str | None, typer.Option("--suite", help="A named set of shapes instead, e.g. lrm27.")] = None,
     budget: Annotated[float, typer.Option("--budget", help="Seconds to spend.")] = 60.0,
@@ -22,26 +24,102 @@ def bench(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare each kernel with its definition instead; exit with 1 on a fault.")
     ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Find the fastest launches of our Triton GEMM instead, and keep them.")
+    ] = False,
+    compare_values: Annotated[
+        str | None,
+        typer.Option("--compare-values", help="Compare times on other values instead: normal,zeros,learned."),
+    ] = None,
+    format: Annotated[TableFormat, typer.Option("--format", help="How to write it.")] = TableFormat.TABLE,
 ) -> None:
     """Measure every available kernel on the shapes of a run, or of a named suite."""
-    from loka.dispatch.bench import bench_database, bench_suite, profile_of, verify_database, verify_suite
-    from loka.reports.timings import timings_table
-    from loka.reports.verification import verification_table
-
     if (db is None) == (suite is None):
         raise ArgumentError("loka bench measures either a database or a suite. Give DB, or --suite lrm27.")
-    if verify:
-        with progress("verifying") as tick:
-            found = verify_database(db, device, tick) if db else verify_suite(suite or "", device, tick)
-        Console(highlight=False).print(verification_table(found))
-        if not all(each.holds for each in found):
-            raise typer.Exit(EXIT_GATE)
-        return
+    asked = [name for name, given in _MODES.items() if {"verify": verify, "tune": tune}.get(name, compare_values)]
+    if len(asked) > 1 or (asked and export is not None):
+        extra = ["export"] if export is not None else []
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in (*asked, *extra))
+        raise ArgumentError(f"{flags} do not go together: each is a measurement of its own. Run one after the other.")
+    job = _Job(db, suite, budget, device, format)
+    if asked:
+        _MODES[asked[0]](job, compare_values or "")
+    else:
+        _bench_times(job, export)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What `loka bench` was asked to measure."""
+
+    db: str | None
+    suite: str | None
+    budget_s: float
+    device: str | None
+    format: TableFormat
+
+    def show(self, rows: list[dict[str, Any]], table: Callable[[], RenderableType]) -> None:
+        """Print rows as JSON, or else the table."""
+        if self.format is TableFormat.JSON:
+            write(json.dumps({"rows": rows}, indent=2), None)
+        else:
+            Console(highlight=False).print(table())
+
+
+def _bench_times(job: _Job, export: Path | None) -> None:
+    from loka.dispatch.bench import bench_database, bench_suite, ceilings_here, profile_of
+    from loka.dispatch.rooflines import described
+    from loka.kernel_registry.registry import default_registry
+    from loka.reports.timings import timings_table
+
     with progress("measuring") as tick:
-        timings = bench_database(db, device, budget, tick) if db else bench_suite(suite or "", device, budget, tick)
+        if job.db:
+            timings = bench_database(job.db, job.device, job.budget_s, tick)
+        else:
+            timings = bench_suite(job.suite or "", job.device, job.budget_s, tick)
+    ceilings = ceilings_here(timings, job.device)
     if export is not None:
-        profile_of(timings, suite or str(db), device).save(export)
-    Console().print(timings_table(timings))
+        profile_of(timings, job.suite or str(job.db), job.device, ceilings).save(export)
+    job.show(described(timings, default_registry(), ceilings), lambda: timings_table(timings, ceilings))
+
+
+def _bench_verify(job: _Job, _: str) -> None:
+    from loka.dispatch.bench import shapes_for, verify_shapes
+    from loka.reports.verification import verification_rows, verification_table
+
+    with progress("verifying") as tick:
+        found = verify_shapes(shapes_for(job.db, job.suite, job.device), job.device, tick)
+    job.show(verification_rows(found), lambda: verification_table(found))
+    if not all(each.holds for each in found):
+        raise typer.Exit(EXIT_GATE)
+
+
+def _bench_tune(job: _Job, _: str) -> None:
+    from loka.dispatch.bench import shapes_for, tune_shapes
+    from loka.reports.tuning import tuning_rows, tuning_table
+
+    with progress("tuning") as tick:
+        path, found = tune_shapes(shapes_for(job.db, job.suite, job.device), job.device, job.budget_s, tick)
+    job.show(tuning_rows(found), lambda: tuning_table(found, path))
+
+
+def _bench_values(job: _Job, kinds: str) -> None:
+    from loka.dispatch.bench import compare_shapes, shapes_for
+    from loka.dispatch.rooflines import described_all
+    from loka.kernel_registry.registry import default_registry
+    from loka.reports.values import values_table
+
+    with progress("comparing") as tick:
+        shapes = shapes_for(job.db, job.suite, job.device)
+        timings = compare_shapes(shapes, job.device, kinds, job.budget_s, tick)
+    job.show(described_all(timings, default_registry(), None), lambda: values_table(timings))
+
+
+_MODES: Final[dict[str, Callable[[_Job, str], None]]] = {
+    "verify": _bench_verify,
+    "tune": _bench_tune,
+    "compare_values": _bench_values,
+}
 
 
 @told

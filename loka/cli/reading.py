@@ -8,6 +8,7 @@ from rich.console import Console
 from loka.cli.shared import (
     EXIT_GATE,
     AssumeOption,
+    BoundForOption,
     BoundOption,
     Database,
     DeviceOption,
@@ -34,6 +35,7 @@ def report(  # noqa: PLR0913 - one parameter per flag
     ] = None,
     run: RunOption = None,
     device: DeviceOption = None,
+    bound_for: BoundForOption = None,
 ) -> None:
     """Show, for every GEMM of a probed run, whether FP8 is safe, how sure that is, and what it would gain."""
     from loka.bounds import parse_bound
@@ -42,7 +44,7 @@ def report(  # noqa: PLR0913 - one parameter per flag
     from loka.reports.summary import fails
     from loka.reports.table import print_table
 
-    document = report_of(db, parse_bound(bound), run=run, device=device)
+    document = report_of(db, parse_bound(bound, bound_for or ()), run=run, device=device)
     if format is ReportFormat.TABLE and output is None:
         print_table(document, Console())
     else:
@@ -68,6 +70,7 @@ def explain(  # noqa: PLR0913 - one parameter per flag
     device_profile: ProfileOption = None,
     assume_speedup: AssumeOption = None,
     format: Annotated[TableFormat, typer.Option("--format", help="How to write it.")] = TableFormat.TABLE,
+    bound_for: BoundForOption = None,
 ) -> None:
     """Show every candidate kernel of one site with its time, error and the reason it won or lost."""
     from loka.bounds import parse_bound
@@ -79,7 +82,7 @@ def explain(  # noqa: PLR0913 - one parameter per flag
 
     made = make_plan(
         db,
-        parse_bound(bound),
+        parse_bound(bound, bound_for or ()),
         run=run,
         device=device,
         device_profile=device_profile,
@@ -93,9 +96,9 @@ def explain(  # noqa: PLR0913 - one parameter per flag
     finally:
         engine.dispose()
     if format is TableFormat.JSON:
-        write(explain_json(decisions, predictions), None)
+        write(explain_json(decisions, predictions, made.bound), None)
         return
-    Console(highlight=False).print(explain_text(decisions, predictions))
+    Console(highlight=False).print(explain_text(decisions, predictions, made.bound))
 
 
 @told

@@ -53,7 +53,17 @@ BoundOption = Annotated[
     str,
     typer.Option(
         "--bound",
-        help="row_error=0.05 (or 0.05) for each product, or loss=2e-4, a share of the loss for all fprop products.",
+        help="row_error=0.05 (or 0.05) or sqnr_db=30 for each product, or loss=2e-4, a share of the loss for all fprop "
+        "products.",
+    ),
+]
+BoundForOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bound-for",
+        metavar="PATTERN=BOUND",
+        help="A bound of their own for some sites, e.g. 'head*=row_error=0.01' or 're:.*experts.*=sqnr_db=35'; may be "
+        "repeated, the first that matches counts.",
     ),
 ]
 DeviceOption = Annotated[

@@ -79,7 +79,8 @@
     ["decided by", (recipe) => recipe.gate],
     number("mean", "row_error.mean"), number("low", "row_error.low"), number("high", "row_error.high"),
     number("p99 of rows", "row_error.p99"), number("upper", "row_error.upper_tolerance"),
-    number("relative_error", "relative_error"), number("SQNR [dB]", "sqnr_db"), number("MERE", "mere"),
+    number("relative_error", "relative_error"), number("SQNR [dB]", "sqnr_db"),
+    ["SQNR at least [dB]", (recipe) => show(recipe.sqnr_low_db), "number"], number("MERE", "mere"),
     number("bias", "bias"),
     ...(hasLoss ? lossColumns : []),
     ["horizon [steps]", (recipe) => recipe.horizon ?? "frozen weights", "number"],
@@ -118,6 +119,7 @@
     const rows = site.m_min === site.m_max ? "" : `, m from ${site.m_min} to ${site.m_max}`;
     const parameter = site.parameter ? `, parameter ${site.parameter}` : "";
     box.append(element("p", `${site.op}, ${site.dtype}, ${show(site.calls)} calls per step${rows}${parameter}`));
+    if (site.bound) box.append(element("p", `held to the bound ${site.bound.text} on ${site.bound.metric}`));
     if (site.reason) box.append(element("p", `${site.verdict}: ${site.reason}`));
     const operands = Object.entries(site.operands);
     const named = new Set(operands.flatMap(([, operand]) => Object.keys(operand.underflow)));
@@ -133,6 +135,7 @@
     error("mean"), error("upper_tolerance"),
     ...lossCells.map((name) => (site) => best(site)?.loss?.[name] ?? null),
     (site) => ["unsafe", "undecided", "safe"].indexOf(site.verdict),
+    ...(packed.bound.per_site?.length ? [(site) => site.bound.text] : []),
     (site) => site.chosen, (site) => (chosen(site) ? chosen(site).speedup : null),
   ];
 

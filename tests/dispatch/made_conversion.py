@@ -28,7 +28,7 @@ def emulated(recipe):
     return f"emulated.linear.{recipe}"
 
 
-def decision(site, product, recipe, *, kernel=None, dtype="float32"):
+def decision(site, product, recipe, *, kernel=None, dtype="float32", rejected=()):
     """One decision; recipe None is high precision. Sizes are those of no product: nothing here depends on them."""
     request = GemmRequest(site=site, product=product, op="linear", m=8, n=8, k=8, dtype=dtype)
     baseline = "torch.mm.fp32"
@@ -45,7 +45,7 @@ def decision(site, product, recipe, *, kernel=None, dtype="float32"):
         time_source="assumed 1.3x",
         error_upper=0.01,
         horizon=None,
-        rejected=(),
+        rejected=rejected,
     )
 
 
@@ -78,9 +78,9 @@ class Calls(dict):
         return True
 
     def _noting(self, name, kernel):
-        def noted(a, b, *, product, out_dtype):
+        def noted(a, b, *offsets, product, out_dtype):
             self.log.append((product, name, tuple(a.shape), tuple(b.shape)))
-            return kernel(a, b, product=product, out_dtype=out_dtype)
+            return kernel(a, b, *offsets, product=product, out_dtype=out_dtype)
 
         return noted
 

@@ -587,5 +587,13 @@ def test_a_plan_in_which_nothing_gains_changes_nothing() -> None:
     assert planned_sites(model) == {}
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_a_converted_bf16_model_compiles_in_one_graph(recipe: str) -> None:
+    model = Mlp().bfloat16()
+    convert(model, plan_for(model, {"up": dict.fromkeys(MIXED, recipe)}))
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
 def test_the_front_door_leads_here() -> None:
     assert loka.convert is convert

@@ -171,8 +171,6 @@ def test_a_filtered_site_stays_on_its_baseline():
 @pytest.mark.parametrize(
     ("op", "dtype", "batch", "baseline"),
     [
-        ("bmm", "float32", 8, "torch.native.bmm"),
-        ("_grouped_mm", "bfloat16", 1, "torch.native.grouped_linear"),
         ("convolution_backward", "float32", 1, "torch.native.convolution"),
         ("einsum_of_somebody", "float32", 1, "torch.native.other"),
     ],
@@ -180,8 +178,28 @@ def test_a_filtered_site_stays_on_its_baseline():
 def test_an_op_without_fp8_kernels_keeps_its_own_with_reasons(op, dtype, batch, baseline):
     decision = decided(evidence=product(op=op, dtype=dtype, batch=batch))
     assert decision.kernel == decision.baseline == baseline
-    assert set(codes(decision).values()) == {"cannot"}
-    assert "computes linear, not" in decision.why
+    assert set(codes(decision).values()) <= {"cannot", "unavailable"}
+    assert f"no kernel here serves it, so it stays on {baseline}" in decision.why
+    assert any("computes linear, not" in reason(decision, name) for name in codes(decision))
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "baseline"),
+    [
+        ("bmm", "float32", "torch.native.bmm"),
+        ("bmm", "float64", "torch.native.bmm"),
+    ],
+)
+@pytest.mark.parametrize("assume", [None, 1.3])
+def test_a_product_that_dispatch_cannot_run_stays_as_written(op, dtype, baseline, assume):
+    decision = decided(evidence=product(op=op, dtype=dtype, batch=8), device=CPU, assume=assume)
+    assert decision.kernel == decision.baseline == baseline
+    emulated = [name for name in codes(decision) if name.startswith("emulated.")]
+    assert len(emulated) == 4
+    if dtype != "float64":
+        reasons = {reason(decision, name) for name in emulated}
+        assert reasons == {"dispatch runs linear products and those of experts; this one stays as written"}
+    assert {codes(decision)[name] for name in emulated} == {"cannot"}
 
 
 def test_a_product_that_is_fp8_already_is_left_as_written():

@@ -118,12 +118,12 @@ LOGGED = """
 import sys
 from torch import nn
 import loka
-model = nn.Sequential(nn.Linear(8, 8))
-loka.convert(model, loka.Plan.load(sys.argv[1]))
+for _ in range(2):
+    loka.convert(nn.Sequential(nn.Linear(8, 8)), loka.Plan.load(sys.argv[1]))
 """
 
 
-def test_torch_logs_prints_every_decision(tmp_path: Path) -> None:
+def test_torch_logs_prints_every_decision_once(tmp_path: Path) -> None:
     """The switch that users of torch.compile know."""
     plan = plan_for(nn.Sequential(nn.Linear(8, 8)), ["0"])
     plan.save(tmp_path / "plan.json")
@@ -135,4 +135,4 @@ def test_torch_logs_prints_every_decision(tmp_path: Path) -> None:
         check=True,
     )
     for product, recipe in (("fprop", "rowwise"), ("dgrad", "tensorwise"), ("wgrad", "blockwise")):
-        assert f"0 {product}: emulated.linear.{recipe} (made by hand)" in ran.stderr
+        assert ran.stderr.count(f"0 {product}: emulated.linear.{recipe} (made by hand)") == 1

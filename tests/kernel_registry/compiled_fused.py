@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loka.errors import KernelError
-from loka.kernel_registry.triton import epilogue, grouped, grouped_linear
+from loka.kernel_registry.triton import epilogue, grouped, grouped_linear, unrouted
 from loka.kernel_registry.triton.epilogue_kernels import backward_tiles, fused_tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "add.f32", "add.rn.f32")
@@ -82,6 +82,7 @@ def grouped_cases():
         sizes = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": 128, "PROGRAMS": 132}
         scales = {"BLOCKWISE": blockwise, "W_GROUP": 128 if blockwise else 1}
         yield name, kernel, codes, launch, sizes | scales
+    yield "few: rows of nobody", unrouted.zero_tail, {}, few, {"ROWS": unrouted.ROWS, "COLUMNS": unrouted.COLUMNS}
 
 
 def epilogue_cases():

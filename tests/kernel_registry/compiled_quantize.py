@@ -24,29 +24,35 @@ TYPES = {"x_ptr": "*bf16", "data_ptr": "*u8", "data_t_ptr": "*u8", "amax_ptr": "
 POINTERS = {**TYPES, "scale_ptr": "*fp32", "scale_t_ptr": "*fp32"}
 INSTRUCTIONS = r"\b(?:ld\.global|st\.global|cvt\.rn|div)[.\w]*|\.ftz"
 CASTS = {89: "rounded", 90: "direct", 100: "direct"}
-# kernel, recipe, role, both copies; tile and groups are those of a call.
+# kernel, recipe, role, both copies, block of a norm; tile and groups are those of a call.
 CASES = (
-    ("quantize_groups", "rowwise", "input", False),
-    ("quantize_groups", "blockwise", "input", True),
-    ("quantize_groups", "blockwise", "weight", True),
-    ("quantize_groups", "mxfp8", "input", False),
-    ("find_amax", "tensorwise", "grad_output", True),
-    ("cast_by_amax", "tensorwise", "grad_output", True),
-    ("cast_by_amax", "rowwise", "input", True),
+    ("quantize_groups", "rowwise", "input", False, 0),
+    ("quantize_groups", "blockwise", "input", True, 0),
+    ("quantize_groups", "blockwise", "weight", True, 0),
+    ("quantize_groups", "mxfp8", "input", False, 0),
+    ("quantize_groups", "rowwise", "input", False, 256),
+    ("quantize_groups", "blockwise", "input", True, 256),
+    ("find_amax", "tensorwise", "grad_output", True, 0),
+    ("find_amax", "rowwise", "input", True, 256),
+    ("cast_by_amax", "tensorwise", "grad_output", True, 0),
+    ("cast_by_amax", "rowwise", "input", True, 256),
+    ("cast_by_amax", "rowwise", "input", True, 0),
 )
 
 
-def compiled(capability, name, recipe, role, both):
+def compiled(capability, name, recipe, role, both, block):
     kernel, spec = getattr(quantize_kernels, name), RECIPES[recipe].operand(role)
     groups = spec.group_rows, spec.group_k
-    plan = kernels._plan(torch.empty((4096, 8192), device="meta"), both, groups)
+    norm = (1, block) if block else (0, 0)
+    plan = kernels._plan(torch.empty((4096, 8192), device="meta"), both, groups, norm)
+    arithmetic = kernels._Arithmetic(spec.format.name, spec.scale_rule, "hardswish" if block else "none", norm)
     assert (name == "quantize_groups") == (plan.groups is not None)
     constants = {
-        **kernels._Arithmetic(spec.format.name, spec.scale_rule, "none").constants(),
+        **arithmetic.constants(),
+        **arithmetic.reading(),
         **dict(zip(("GROUP_M", "GROUP_K", "GROUP_M_T", "GROUP_K_T"), plan.groups or (0,) * 4, strict=True)),
         "TRANSPOSED": both,
         "PER_TENSOR": spec.per_tensor,
-        "ACTIVATION": "none",
         "CAST": CASTS[capability],
         "TILE_M": plan.tile_m,
         "TILE_K": plan.tile_k,

@@ -1,6 +1,7 @@
 """Where kernels are tested, and what each architecture they are compiled for has: one home for both."""
 
 import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -25,3 +26,10 @@ def triton_devices():
     interpreter = pytest.importorskip("triton") and importlib.import_module("loka.kernel_registry.triton.interpreter")
     needed = pytest.mark.skipif(not interpreter.INTERPRETED, reason="needs Triton's interpreter")
     return [pytest.param("cpu", marks=needed), FP8_GPU]
+
+
+def interprets_triton():
+    """Whether Triton kernels run here by its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return bool(importlib.import_module("loka.kernel_registry.triton.interpreter").INTERPRETED)

@@ -1,52 +1,38 @@
-"""Operands to multiply, and an independent model of the recipes: loops over groups, ml_dtypes casts, float64 sums."""
+"""An independent model of the recipes: loops over groups, ml_dtypes casts, float64 sums. Operands are in cases.py."""
 
-import ml_dtypes
 import numpy as np
 import torch
 
-# (m, n, k): plain; ragged against every group size; one row; one column of a reduction; wider than one 128 block.
-SHAPES = [(32, 48, 64), (17, 13, 13), (1, 40, 429), (5, 3, 1), (130, 131, 257)]
+from tests.cases import (
+    DRAWS,
+    GROUPS,
+    NUMPY_FORMATS,
+    SHAPES,
+    heavy_tailed,
+    normal,
+    operands,
+    subnormal,
+    with_zero_rows,
+)
 
-
-def normal(generator, shape):
-    return torch.randn(shape, generator=generator)
-
-
-def heavy_tailed(generator, shape):
-    return torch.randn(shape, generator=generator) * torch.exp(3 * torch.randn(shape, generator=generator))
-
-
-def with_zero_rows(generator, shape):
-    x = torch.randn(shape, generator=generator)
-    x[::2] = 0
-    return x
-
-
-def subnormal(generator, shape):
-    return torch.randn(shape, generator=generator) * 1e-39
-
-
-DRAWS = {draw.__name__: draw for draw in (normal, heavy_tailed, with_zero_rows, subnormal)}
-
-
-def operands(draw, m, n, k, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return draw(generator, (m, k)), draw(generator, (n, k))
-
-
-NUMPY_FORMATS = {"e4m3": (ml_dtypes.float8_e4m3fn, 448.0), "e5m2": (ml_dtypes.float8_e5m2, 57344.0)}
-GROUPS = {
-    "tensorwise": (None, None),
-    "rowwise": (1, None),
-    "blockwise": (1, 128),
-    "mxfp8": (1, 32),
-    "mxfp8_floor": (1, 32),
-}
+__all__ = [
+    "DRAWS",
+    "GROUPS",
+    "NUMPY_FORMATS",
+    "SHAPES",
+    "accumulation_bound",
+    "heavy_tailed",
+    "modelled",
+    "normal",
+    "operands",
+    "subnormal",
+    "with_zero_rows",
+]
 
 
 def modelled(x, recipe, role):
     dtype, largest = NUMPY_FORMATS["e5m2" if recipe == "tensorwise" and role == "grad_output" else "e4m3"]
-    rows, k = (128, 128) if (recipe, role) == ("blockwise", "weight") else GROUPS[recipe]
+    rows, k = (128, 128) if recipe.startswith("blockwise") and role == "weight" else GROUPS[recipe]
     rows, k = rows or max(x.shape[0], 1), k or max(x.shape[1], 1)
     out = np.zeros(x.shape)
     for i in range(0, x.shape[0], rows):
@@ -55,7 +41,7 @@ def modelled(x, recipe, role):
             amax = np.abs(group).max(initial=0)
             if amax == 0:
                 continue
-            if recipe == "mxfp8":
+            if recipe in ("mxfp8", "blockwise_pow2"):
                 scale = 2.0 ** max(-126, np.ceil(np.log2(np.float32(amax) / np.float32(largest))))
             elif recipe == "mxfp8_floor":
                 scale = 2.0 ** max(-126, np.floor(np.log2(amax)) - 8)

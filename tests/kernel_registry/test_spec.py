@@ -68,6 +68,21 @@ def test_an_interpreted_kernel_runs_on_a_cpu_only_when_asked_for(value, runs, mo
     assert row.unavailable(HOPPER) is None
 
 
+@pytest.mark.parametrize("answer", [None, "fbgemm_gpu is installed without its kernels"])
+def test_what_else_a_row_requires_is_asked_after_its_device(answer, monkeypatch):
+    asked = []
+    monkeypatch.setattr("loka.kernel_registry.torch_mm.missing", lambda: asked.append(1) or answer, raising=False)
+    row = spec(requires="loka.kernel_registry.torch_mm:missing", min_capability=(8, 9))
+    assert "8.9, this device has 8.0" in row.unavailable(AMPERE)
+    assert not asked
+    assert row.unavailable(HOPPER) == answer
+    assert asked
+
+
+def test_a_requirement_that_cannot_be_asked_for_is_a_reason():
+    assert "could not be loaded from 'loka.no_such_module:f'" in spec(requires="loka.no_such_module:f").unavailable(CPU)
+
+
 def test_no_dtypes_means_any_dtype():
     assert spec(dtypes=()).cannot(request(dtype="float64")) is None
 

@@ -15,6 +15,7 @@ from loka.errors import KernelError
 from loka.formats import FORMATS, PASS_OPERANDS, PASSES, RECIPES
 from loka.hardware import DeviceInfo
 from loka.kernel_registry import emulated
+from loka.kernel_registry import operands as kernel_operands
 from loka.kernel_registry.builtin import KERNELS
 from loka.quantize import quantize
 from tests.kernel_registry.made_devices import SHARED_KIB, triton_devices
@@ -141,7 +142,7 @@ def test_who_quantises_changes_no_bit(recipe, product, device, monkeypatch):
     a, b = (x.to(device) for x in operands(normal, 20, 140, 200))
     got = []
     for devices in (("cuda", "cpu"), ()):
-        monkeypatch.setattr(scaled, "_TRITON_QUANTISES", devices)
+        monkeypatch.setattr(kernel_operands, "_TRITON_QUANTISES", devices)
         got.append(multiply(recipe, a.t().contiguous().t(), b, product))
     assert torch.equal(*got)
 

@@ -17,8 +17,17 @@ from loka.cli import app
 # Commands and flags are a promise to scripts: a change here is a change of the interface.
 SURFACE = {
     "demo": {"--out"},
-    "report": {"--format", "--output", "--bound", "--fail-on", "--run", "--device"},
-    "bench": {"--verify", "--suite", "--budget", "--device", "--export"},
+    "report": {"--format", "--output", "--bound", "--bound-for", "--fail-on", "--run", "--device"},
+    "bench": {
+        "--verify",
+        "--tune",
+        "--compare-values",
+        "--suite",
+        "--budget",
+        "--device",
+        "--export",
+        "--format",
+    },
     "plan": {
         "--output",
         "--bound",
@@ -28,8 +37,20 @@ SURFACE = {
         "--assume-speedup",
         "--filter",
         "--budget",
+        "--bound-for",
+        "--sweep",
+        "--format",
     },
-    "explain": {"--pass", "--bound", "--run", "--device", "--device-profile", "--assume-speedup", "--format"},
+    "explain": {
+        "--pass",
+        "--bound",
+        "--bound-for",
+        "--run",
+        "--device",
+        "--device-profile",
+        "--assume-speedup",
+        "--format",
+    },
     "diff": {"--bound", "--run-a", "--run-b", "--common", "--fail-on-change", "--format"},
     "kernels": {"--format", "--device"},
     "env": {"--format"},
@@ -143,6 +164,59 @@ def test_a_bound_on_the_loss_goes_through_every_command(database: str, tmp_path:
     assert decision["loss"]["cost"] <= 0.1
     code, text, _ = run("diff", database, database, *bound)
     assert code == 0
+
+
+def test_a_bound_in_decibels_and_bounds_per_site_go_through_every_command(database: str, tmp_path: Path) -> None:
+    bounds = ("--bound", "sqnr_db=20", "--bound-for", "2=row_error=1e-4", "--bound-for", "re:0=sqnr_db=15")
+    target = tmp_path / "plan.json"
+    code, text, _ = run("plan", database, "-o", str(target), "--assume-speedup", "1.3", *bounds)
+    assert code == 0
+    assert "Held to a bound of their own: row_error <= 0.0001 on '2' (3 products)" in text.replace("\n", " ")
+    plan = loka.Plan.load(target)
+    assert str(plan.bound).startswith("sqnr_db >= 20 dB (row_error <= 0.0001 on '2', sqnr_db >= 15 dB on 're:0')")
+    assert {each.request.site for each in plan.decisions if each.recipe is not None} == {"0"}
+    code, text, _ = run("explain", database, "0", "--pass", "fprop", "--assume-speedup", "1.3", *bounds)
+    assert code == 0
+    assert "held to sqnr_db >= 15 dB, a bound of its own ('re:0')" in text
+    code, text, _ = run("explain", database, "2", "--pass", "fprop", "--format", "json", *bounds)
+    (decision,) = json.loads(text)
+    assert decision["bound"] == {"metric": "row_error", "value": 1e-4, "bias": None, "pattern": "2"}
+    code, text, _ = run("report", database, "--format", "json", *bounds)
+    assert {row["site"]: row["bound"]["pattern"] for row in json.loads(text)["sites"]} == {"0": "re:0", "2": "2"}
+    code, _, errors = run("report", database, "--bound-for", "head*=0.1")
+    assert code == 2
+    assert "matches no site" in errors
+    code, _, errors = run("plan", database, "--bound-for", "0=loss=0.1")
+    assert code == 2
+    assert "--bound-for" in errors
+
+
+def test_a_sweep_shows_what_bounds_buy_and_writes_no_plan(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = ("plan", database, "--sweep", "--assume-speedup", "1.3", "--bound", "0.1")
+    code, text, _ = run(*sweep)
+    assert code == 0
+    assert "the largest gain, 1.3x" in text.replace("\n", " ")
+    assert "asked" in text
+    assert list(tmp_path.iterdir()) == []
+    code, text, _ = run(*sweep, "--format", "json")
+    found = json.loads(text)
+    assert found["points"][0]["products"] == 0
+    assert found["points"][-1]["products"] == found["products"] == 5
+    assert [point["value"] for point in found["points"] if point["asked"]] == [0.1]
+    code, text, _ = run(*sweep, "--output", "sweep.html")
+    assert code == 0
+    assert "<svg" in Path("sweep.html").read_text(encoding="utf-8")
+    assert run(*sweep, "--output", "sweep.json")[0] == 0
+    assert json.loads(Path("sweep.json").read_text(encoding="utf-8")) == found
+    code, _, errors = run(*sweep, "--output", "sweep.txt")
+    assert code == 2
+    assert ".html or .json" in errors
+    code, _, errors = run("plan", database, "--format", "json")
+    assert code == 2
+    assert "--sweep" in errors
 
 
 def test_explain_gives_a_reason_for_every_candidate(database: str) -> None:
@@ -272,3 +346,43 @@ def test_bench_verify_compares_kernels_with_their_definition(database: str) -> N
     compared = re.search(r"(\d+) of (\d+) comparisons fail", text)
     assert compared is not None
     assert int(compared[1]) == 0 < int(compared[2])
+
+
+def test_bench_tells_work_and_shares_as_json(database: str) -> None:
+    code, text, _ = run("bench", database, "--budget", "3", "--device", "cpu", "--format", "json")
+    assert code == 0
+    rows = json.loads(text)["rows"]
+    for row in rows:
+        m, n, k = row["m"], row["n"], row["k"]
+        assert (row["flops"], row["bytes"]) == (2 * m * n * k, 4 * (m * k + n * k + m * n))
+        assert row["median_us"] > 0
+    emulated = [row for row in rows if row["kernel"].startswith("emulated.")]
+    assert emulated
+    assert all(row["binds"] in ("memory", "compute") for row in emulated)
+    assert all(row["compute_share"] > 0 and row["bandwidth_share"] > 0 for row in emulated)
+
+
+def test_bench_compares_times_on_several_kinds_of_values(database: str) -> None:
+    asked = ("--compare-values", "normal,zeros,learned", "--budget", "3", "--device", "cpu")
+    code, text, _ = run("bench", database, *asked, "--format", "json")
+    assert code == 0
+    rows = json.loads(text)["rows"]
+    assert {row["values"] for row in rows} == {"normal", "zeros", "learned"}
+    code, text, _ = run("bench", database, *asked)
+    assert code == 0
+    assert "zeros, us" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--verify", "--tune"), "do not go together"),
+        (("--tune", "--export", "here.json"), "do not go together"),
+        (("--compare-values", "normal,ones"), "There are no values 'ones'"),
+        (("--tune", "--device", "cpu"), "nothing to tune on cpu"),
+    ],
+)
+def test_bench_refuses_what_makes_no_measurement(database: str, arguments: tuple[str, ...], word: str) -> None:
+    code, _, errors = run("bench", database, *arguments)
+    assert code == 2
+    assert word in errors.replace("\n", " ")

@@ -53,6 +53,8 @@ def test_every_recipe_is_complete_and_its_name_is_its_key() -> None:
         ("blockwise", "input", (1, 128), "fp32", "e4m3"),
         ("blockwise", "weight", (128, 128), "fp32", "e4m3"),
         ("blockwise", "grad_output", (1, 128), "fp32", "e4m3"),
+        ("blockwise_pow2", "input", (1, 128), "pow2_up", "e4m3"),
+        ("blockwise_pow2", "weight", (128, 128), "pow2_up", "e4m3"),
         ("mxfp8", "input", (1, 32), "pow2_up", "e4m3"),
         ("mxfp8", "weight", (1, 32), "pow2_up", "e4m3"),
         ("mxfp8_floor", "weight", (1, 32), "pow2_floor", "e4m3"),

@@ -41,7 +41,7 @@ def test_median_and_half_the_interquartile_range():
 
 
 def test_one_repetition_has_no_spread():
-    assert summarise([7.0]) == Measurement(median_us=7.0, spread_us=0.0, repetitions=1)
+    assert summarise([7.0]) == Measurement(median_us=7.0, spread_us=0.0, repetitions=1, best_us=7.0)
 
 
 def test_known_durations_are_measured_in_microseconds(clock):

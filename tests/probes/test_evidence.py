@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loka.bounds import Bound
 from loka.errors import ArgumentError, DatabaseError, EvidenceError
 from loka.formats import DEFAULT_RECIPES, PASSES
 from loka.numerics import product_error
@@ -394,3 +396,51 @@ def test_errors_that_are_not_log_normal_are_said(tmp_path):
     steps = later(*((made_product(value=value),) for value in values))
     found = recipe(collected(tmp_path, steps, frozen=True).products[0])
     assert found.note == "errors are not log-normal over steps: the upper tolerance is less sure than it says"
+
+
+# --- the ratio in dB ---
+
+
+def test_a_ratio_in_decibels_is_bounded_by_the_interval_of_the_relative_error(tmp_path):
+    """The same tolerance as of the gated error, from the published factor: 10 samples, 99 % at confidence 0.95."""
+    relative = [0.010 + 0.0005 * at for at in range(10)]
+    steps = [
+        made_step(100 * at, made_product(value={"rowwise": made_error(0.2, relative_error=each)}))
+        for at, each in enumerate(relative)
+    ]
+    found = recipe(collected(tmp_path, steps, frozen=True).products[0])
+    logs = np.log(relative)
+    upper = math.exp(logs.mean() + 3.981 * logs.std(ddof=1))  # Hahn and Meeker, one-sided, n = 10
+    assert (found.gate, found.whole.gate) == ("row_error", "relative_error")
+    assert found.whole.error.upper_tolerance == pytest.approx(upper, rel=1e-3)
+    assert found.whole.error.mean == pytest.approx(np.mean(relative))
+    assert found.whole.sqnr_low_db == pytest.approx(-20 * math.log10(upper), rel=1e-3)
+    assert found.error.upper_tolerance == pytest.approx(0.2)
+    lowest = found.whole.sqnr_low_db
+    assert found.judge(Bound(sqnr_db=lowest - 0.01).limit("fprop", "up")) == "safe"
+    assert found.judge(Bound(sqnr_db=lowest + 0.01).limit("fprop", "up")) == "undecided"
+    assert found.judge(Bound(sqnr_db=60).limit("fprop", "up")) == "unsafe"
+    assert found.upper(Bound(sqnr_db=60).limit("fprop", "up")) == found.whole.error.upper_tolerance
+
+
+def test_too_few_samples_are_undecided_under_a_ratio_too(tmp_path):
+    steps = [
+        made_step(100 * at, made_product(value={"rowwise": made_error(0.2, relative_error=1e-6)})) for at in range(7)
+    ]
+    found = recipe(collected(tmp_path, steps, frozen=True).products[0])
+    limit = Bound(sqnr_db=1e-3).limit("fprop", "up")
+    assert found.judge(limit) == "undecided"
+    assert "7 of 8 sampled steps" in found.gated(limit).note
+
+
+def test_a_row_that_is_gated_by_the_whole_tensor_has_one_interval(tmp_path):
+    steps = [made_step(100 * at, made_product(n=4, value={"rowwise": made_error(0.02)})) for at in range(9)]
+    found = recipe(collected(tmp_path, steps, frozen=True).products[0])
+    assert found.gate == "relative_error"
+    assert found.whole.error == found.error
+
+
+def test_evidence_without_an_interval_of_the_whole_tensor_is_undecided(tmp_path):
+    steps = [made_step(100 * at, made_product(value={"rowwise": made_error(1e-6)})) for at in range(9)]
+    found = replace(recipe(collected(tmp_path, steps, frozen=True).products[0]), whole=None)
+    assert found.judge(Bound(sqnr_db=1).limit("fprop", "up")) == "undecided"

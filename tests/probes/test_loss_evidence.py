@@ -312,16 +312,16 @@ def test_a_gradient_is_judged_by_its_error_and_its_bias_under_a_bound_on_the_los
     ]
     (product,) = evidence_of(tmp_path, steps).products
     (recipe,) = (one for one in product.recipes if one.recipe == "rowwise")
-    assert recipe.judge(Bound(loss=1e-9), "dgrad") == verdict
-    assert recipe.judge(Bound(row_error=0.05), "dgrad") == ("safe" if error < 0.05 else "unsafe")
-    assert recipe.upper(Bound(loss=1e-9), "dgrad") == recipe.error.upper_tolerance
+    assert recipe.judge(Bound(loss=1e-9).limit("dgrad", "up")) == verdict
+    assert recipe.judge(Bound(row_error=0.05).limit("dgrad", "up")) == ("safe" if error < 0.05 else "unsafe")
+    assert recipe.upper(Bound(loss=1e-9).limit("dgrad", "up")) == recipe.error.upper_tolerance
     assert recipe.loss is None
 
 
 def test_a_forward_product_without_loss_evidence_is_undecided_however_small_its_error(tmp_path):
     (product,) = evidence_of(tmp_path, [step(100 * at, value=1e-6) for at in range(10)]).products
-    assert product.recipes[0].judge(Bound(loss=1.0), "fprop") == "undecided"
-    assert math.isnan(product.recipes[0].upper(Bound(loss=1.0), "fprop"))
+    assert product.recipes[0].judge(Bound(loss=1.0).limit("fprop", "up")) == "undecided"
+    assert math.isnan(product.recipes[0].upper(Bound(loss=1.0).limit("fprop", "up")))
 
 
 def test_a_confidence_that_is_none_is_refused(tmp_path):

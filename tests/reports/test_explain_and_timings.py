@@ -8,14 +8,16 @@ import pytest
 from rich.console import Console
 
 from loka.bounds import Bound
-from loka.dispatch.candidates import Candidate, LossCost
+from loka.dispatch.candidates import Candidate
 from loka.dispatch.decide import Decision
+from loka.dispatch.judged import LossCost
 from loka.dispatch.plan import Plan
 from loka.errors import EvidenceError
 from loka.kernel_registry.spec import GemmRequest
 from loka.probes.records import Timing
 from loka.reports.explain import decisions_of, explain_json, explain_text
 from loka.reports.timings import timings_table
+from loka.roofline import Ceilings
 
 KERNEL = "emulated.linear.mxfp8_floor"
 
@@ -131,8 +133,23 @@ def test_timings_are_compared_with_the_baseline_and_ties_are_called_ties() -> No
         timing("emulated.linear.rowwise", 99.0, 5.0),
     ]
     lines = text_of(timings_table(rows)).split("\n")
-    assert any(line.startswith("fprop 512x128x256 float32") for line in lines)
+    assert any(line.startswith("fprop linear 512x128x256 float32") for line in lines)
     (fast,) = (line for line in lines if KERNEL in line)
     assert fast.split()[-1] == "2.00x"
     (tied,) = (line for line in lines if "rowwise" in line)
     assert tied.rstrip().endswith("1.01x (tie)")
+
+
+def test_a_time_is_placed_under_the_ceiling_that_binds() -> None:
+    fp8 = "torch.scaled_mm.rowwise"
+    rows = [timing("torch.mm.fp32", 100.0, 5.0), timing(fp8, 50.0, 2.0)]
+    # 512 x 128 x 256 fp32: 0.918 MB to move, 33.6 MFLOP: 9.2 us at 100 GB/s, 3.4 or 0.8 us at these rates.
+    ceilings = Ceilings(bytes_per_s=1e11, flops_per_s={"float32": 1e13, "fp8": 4e13})
+    lines = text_of(timings_table(rows, ceilings)).split("\n")
+    (slow,) = (line for line in lines if "torch.mm.fp32" in line)
+    (fast,) = (line for line in lines if fp8 in line)
+    assert slow.rstrip().endswith("9% memory")
+    assert fast.rstrip().endswith("18% memory")
+    unknown = Ceilings(bytes_per_s=1e11, flops_per_s={"float32": 1e13})
+    (fast,) = (line for line in text_of(timings_table(rows, unknown)).split("\n") if fp8 in line)
+    assert fast.rstrip().endswith("2.00x")

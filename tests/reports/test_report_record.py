@@ -36,19 +36,19 @@ KEYS = {
         *("id", "created", "steps", "sampled_steps", "device", "torch", "world_size", "overhead_fraction"),
         *("model", "status", "reason", "skipped_samples", "unattributed", "weights_changed", "python", "loka"),
     },
-    "bound": {"row_error", "confidence", "family", "loss", "text"},
+    "bound": {"row_error", "sqnr_db", "confidence", "family", "loss", "text", "per_site"},
     "summary": {
         *("headline", "products", "verdicts", "passes", "flop_shares", "safe_flop_share", "unsafe", "worst"),
         *("undecided_reasons", "decisions", "drifting", "loss"),
     },
     "site": {
         *("site", "pass", "op", "m", "n", "k", "calls", "flop_share", "operands", "recipes", "kernels", "chosen"),
-        *("batch", "m_min", "m_max", "dtype", "parameter", "flops", "verdict", "reason", "best"),
+        *("batch", "m_min", "m_max", "dtype", "parameter", "flops", "verdict", "reason", "best", "bound"),
     },
     "operand": {"amax", "rms", "zeros", "nan", "inf", "elements", "underflow", "saturation", "note"},
     "recipe": {
         *("recipe", "format", "verdict", "n", "row_error", "gate", "horizon", "loss", "sqnr_db", "relative_error"),
-        *("mere", "note", "infinite", "drift", "bias"),
+        *("mere", "note", "infinite", "drift", "bias", "sqnr_low_db"),
     },
     "row_error": {"mean", "low", "high", "p99", "upper_tolerance"},
     "loss": {

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from loka.bounds import Bound
 from loka.formats import PASSES
+from loka.probes.evidence import ErrorInterval, GatedError
 from loka.probes.loss_evidence import LossEvidence
 from loka.probes.records import Event
 from loka.reports import csv_report, html_report, markdown, table
@@ -277,7 +278,8 @@ def test_csv_columns_are_stable():
         *("chosen", "time_us", "speedup", "note"),
         *("drift_per_100_steps", "drift_low", "drift_high", "drift_crosses_at"),
         *("loss_kl", "loss_kl_high", "loss_first_order", "loss_low", "loss_high", "loss_cost", "loss_samples"),
-        *("loss_labels", "bias", "bound_loss"),
+        *("loss_labels", "bias", "bound_loss", "bound_sqnr_db", "sqnr_low_db"),
+        *("held_to_metric", "held_to_value", "held_to_pattern"),
     ) == csv_report.COLUMNS
 
 
@@ -437,3 +439,58 @@ def test_html_offers_every_pass_and_verdict_as_a_filter():
     text = html_report.render(build_report(run(product(recipes=UNSAFE)), BOUND, {("up", "fprop"): decision(product())}))
     for word in (*PASSES, "safe", "unsafe", "undecided"):
         assert f"<option>{word}</option>" in text
+
+
+# --- bounds per site and in decibels ---
+
+
+def bounded_report(bound):
+    error = GatedError(
+        gate="relative_error",
+        error=ErrorInterval(mean=0.018, low=0.017, high=0.019, p99=0.02, upper_tolerance=0.02),
+    )
+    recipes = (replace(recipe("rowwise", 0.03), whole=error),)
+    return build_report(run(*(product(site, recipes=recipes) for site in ("body.0", "head.out"))), bound)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_says_which_bound_judged_a_site(name):
+    text = FORMATS[name](bounded_report(Bound(row_error=0.05, per_site={"head*": Bound(sqnr_db=40)})))
+    assert "40" in text
+    assert "head*" in text
+    if name != "csv":
+        assert "row_error &lt;= 0.05" in text or "row_error <= 0.05" in text
+    if name in ("table", "md", "html"):
+        assert "is a bound of its own" in text.replace("\n", " ")
+
+
+def test_a_report_holds_what_each_product_is_held_to():
+    report = bounded_report(Bound(row_error=0.05, per_site={"head*": Bound(sqnr_db=40)}))
+    body, head = report["sites"]
+    assert body["bound"] == {"metric": "row_error", "value": 0.05, "pattern": None, "text": "0.05"}
+    assert head["bound"] == {"metric": "sqnr_db", "value": 40.0, "pattern": "head*", "text": "0.01 (40 dB) of 'head*'"}
+    assert (body["verdict"], head["verdict"]) == ("safe", "unsafe")
+    assert (body["recipes"][0]["gate"], head["recipes"][0]["gate"]) == ("row_error", "relative_error")
+    assert head["recipes"][0]["row_error"]["upper_tolerance"] == 0.02
+    assert head["recipes"][0]["sqnr_low_db"] == pytest.approx(33.979, abs=1e-3)
+
+
+def test_the_column_of_the_bound_is_there_only_where_sites_have_their_own():
+    own = bounded_report(Bound(row_error=0.05, per_site={"head": Bound(row_error=0.01)}))
+    for report, shown in ((own, True), (bounded_report(Bound(row_error=0.05)), False)):
+        header = next(line for line in table.render(report).splitlines() if line.startswith("site")).split()
+        assert ("bound" in header) == shown
+        assert ("| bound |" in markdown.render(report)) == shown
+        assert ('<th scope="col">bound</th>' in html_report.render(report)) == shown
+        lines = [line for line in markdown.render(report).splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_bound_in_decibels_names_the_error_it_is_about():
+    report = bounded_report(Bound(sqnr_db=30))
+    text = table.render(report).replace("\n", " ")
+    assert "upper: relative_error tolerance" in text
+    assert "compared with the bound of 0.0316 (30 dB)" in text
+    assert "within sqnr_db >= 30 dB" in text
+    assert report["summary"]["verdicts"]["safe"] == 2
+    assert "judged by relative_error, not row_error" not in text

@@ -1,0 +1,141 @@
+"""The op that runs a plan for experts: a linear layer per expert whose three products each go to their own kernel.
+
+    y = grouped(x, weight, offsets, fprop, dgrad, wgrad)
+
+Rows are sorted by expert, `offsets` says where each expert's end. Kernels are given by name as in `dispatch.linear`;
+"" is torch's own grouped product in the operands' precision. Everything that holds for the linear op holds here: plain
+tensors, so that `torch.compile` traces into it, kernels that are counted, and one that raises is replaced.
+
+Models write such a product as `torch._grouped_mm`, which `torch.nn.functional.grouped_mm` calls, or as the operator
+that transformers puts in its place where torch cannot compile it. `GroupedCall` reads the arguments of all of them.
+Dynamo shows `torch._grouped_mm` to no mode: a converted model keeps it in high precision under another backend than
+`loka`, which finds it in the graph.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loka.dispatch.linear import HIGH_PRECISION, TRACED, execute
+from loka.formats import Pass
+from loka.kernel_registry import grouped as definition
+from loka.kernel_registry import torch_grouped
+from loka.stepping_aside import steps_aside
+
+_BASELINES: Final[Mapping[torch.dtype, Callable[..., Tensor]]] = {
+    torch.float32: torch_grouped.fp32,
+    torch.bfloat16: torch_grouped.bf16,
+    torch.float16: torch_grouped.fp16,
+}
+
+
+def product(name: str, a: Tensor, b: Tensor, offsets: Tensor, which: Pass) -> Tensor:
+    """Compute a product per expert, as `GroupedKernel` describes it, with the named kernel, in the dtype of `a`."""
+    return execute(name, (a, b, offsets), which, _high_precision)
+
+
+def _high_precision(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    baseline = _BASELINES.get(a.dtype, definition.native)
+    return baseline(a, b, offsets, product=product, out_dtype=out_dtype)
+
+
+class _Grouped(torch.autograd.Function):
+    """Y[tokens, N] = X[tokens, K] . W[expert of the token, N, K]^T with one kernel per pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, *kernels: str) -> Tensor:
+        fprop, ctx.dgrad, ctx.wgrad = kernels
+        # Each operand is kept for the other one's gradient, and only where that is wanted.
+        needs_x_grad, needs_weight_grad, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight_grad else None, weight if needs_x_grad else None, offsets)
+        return product(fprop, x, weight, offsets, "fprop")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, offsets = ctx.saved_tensors
+        grad_x = grad_weight = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = product(ctx.dgrad, grad, weight.mT, offsets, "dgrad")
+            if ctx.needs_input_grad[1]:
+                grad_weight = product(ctx.wgrad, grad, x, offsets, "wgrad")
+        return grad_x, grad_weight, None, None, None, None
+
+
+def grouped(x: Tensor, weight: Tensor, offsets: Tensor, fprop: str, dgrad: str, wgrad: str) -> Tensor:
+    """Return rows x [tokens, K], sorted by expert, times their expert's weight [experts, N, K]; [tokens, N].
+
+    offsets: [experts], the end of each expert's rows; rows after the last are zero, in the result and in the gradient.
+    x and weight are of one dtype, and autocast leaves it: it does not know `torch._grouped_mm` either. Raises what the
+    kernels raise, KernelError for offsets that descend or exceed the tokens where they are on the CPU. On a step that
+    is being sampled, high precision.
+    """
+    kernels = (fprop, dgrad, wgrad)
+    if not torch.compiler.is_dynamo_compiling() and steps_aside() and not isinstance(x, TRACED):
+        kernels = (HIGH_PRECISION,) * 3
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _grouped(x, weight, offsets, kernels)
+    return _grouped(x, weight, offsets, kernels)
+
+
+def _grouped(x: Tensor, weight: Tensor, offsets: Tensor, kernels: tuple[str, str, str]) -> Tensor:
+    ends = offsets.to(torch.int32)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        out: Tensor = _Grouped.apply(x, weight, ends, *kernels)  # type: ignore[no-untyped-call]  # torch lacks types
+        return out
+    return product(kernels[0], x, weight, ends, "fprop")
+
+
+# --- how models call it ---
+
+# By what it is called in torch's function, in its operator, and in that of transformers.
+_NAMES: Final[tuple[tuple[str, ...], ...]] = (
+    ("input", "self", "mat_a"),
+    ("mat2", "weight", "mat_b"),
+    ("offs",),
+    ("bias",),
+    ("out_dtype",),
+)
+_FUNCTIONS: Final = frozenset({torch._grouped_mm})  # Dynamo follows `in`, not `is`
+_OPERATORS: Final[frozenset[str]] = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+
+
+def is_grouped(function: Any) -> bool:
+    """Whether a function that a model calls, or a node of a graph, is a grouped product."""
+    if function in _FUNCTIONS:
+        return True
+    # Told by name: the operator of transformers exists once that is imported, which is not for this library to do.
+    packet = function.overloadpacket if isinstance(function, torch._ops.OpOverload) else function
+    return isinstance(packet, torch._ops.OpOverloadPacket) and packet._qualified_op_name in _OPERATORS
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedCall:
+    """The arguments of a grouped product: rows [tokens, k] @ weight [experts, k, n], or the same transposed."""
+
+    left: Any
+    right: Any
+    offsets: Any
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self | None:
+        """Read a call; None where it asks for more than the products."""
+        left, right, offsets, bias, out_dtype = (
+            args[i] if i < len(args) else next((kwargs[name] for name in names if name in kwargs), None)
+            for i, names in enumerate(_NAMES)
+        )
+        return None if offsets is None or bias is not None or out_dtype is not None else cls(left, right, offsets)
+
+
+def grouped_matmul(left: Tensor, right: Tensor, offsets: Tensor, kernels: tuple[str, str, str]) -> Tensor:
+    """Compute `torch._grouped_mm` with the weights of all experts on either side, and rows on the other."""
+    if right.dim() == 3:
+        return grouped(left, right.mT, offsets, *kernels)
+    return grouped(right.t(), left, offsets, *kernels).t()

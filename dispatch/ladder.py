@@ -1,0 +1,114 @@
+"""What a monitored product may run on: the planned kernel, then every other one that the plan found admissible, and in
+the end high precision. One ladder per (site, pass), each rung with the most that its error may be.
+
+The most is the plan's bound. A bound on the loss is a budget that forward products share, so there the most is the
+error that the product was given its share for, times a margin: what an error costs the loss grows with its square.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from loka.bounds import DEFAULT_ROW_ERROR, Bound, Limit
+from loka.dispatch.decide import Candidate, Code, Decision
+from loka.dispatch.linear import HIGH_PRECISION, load
+from loka.dispatch.plan import Plan
+from loka.dispatch.routing import runnable
+from loka.errors import KernelError, PlanError
+from loka.hardware import DeviceInfo
+from loka.kernel_registry.spec import GemmRequest
+from loka.numerics import Gate, gate_for
+
+log: Final = logging.getLogger("loka.dispatch")
+
+# Under a bound on the loss: at this many times the error that was planned with, it costs the loss twice as much.
+LOSS_MARGIN: Final[float] = math.sqrt(2.0)
+# Why a candidate that was within the bound was not chosen.
+_ADMISSIBLE: Final[frozenset[Code]] = frozenset({"slower", "tie"})
+# Rungs between the planned kernel and high precision: each has a recipe whose error is measured in case of need.
+_MOST_OTHERS: Final[int] = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rung:
+    """A kernel that a product may run on. High precision has no recipe, and no limit."""
+
+    kernel: str
+    recipe: str | None = None
+    limit: float = math.inf
+
+    @property
+    def words(self) -> str:
+        """Its name in a sentence."""
+        return self.kernel or "high precision"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ladder:
+    """The rungs of one (site, pass), the planned kernel first, high precision last; `gate`: which error is limited."""
+
+    request: GemmRequest
+    gate: Gate
+    rungs: tuple[Rung, ...]
+
+
+def ladders(plan: Plan, here: DeviceInfo) -> list[Ladder]:
+    """Return a ladder for every product that the plan runs in FP8, in the order of the plan.
+
+    Where a planned kernel cannot run here, emulated ones stand in for all: that is what `emulate=True` has put in use.
+    """
+    planned = [decision for decision in plan.decisions if decision.recipe is not None]
+    emulate = any(_runnable(each.kernel, each, each.recipe, here) is None for each in planned)
+    return [_ladder(decision, plan.bound, here, emulate=emulate) for decision in planned]
+
+
+def _ladder(decision: Decision, bound: Bound, here: DeviceInfo, *, emulate: bool) -> Ladder:
+    request = decision.request
+    limit = bound.limit(request.product, request.site)
+    usual = "relative_error" if limit.metric == "sqnr_db" else gate_for(request.n)
+    rungs = [
+        Rung(kernel=kernel, recipe=recipe, limit=_most(limit, error))
+        for name, recipe, error in _admissible(decision)
+        if (kernel := _runnable(name, decision, recipe, here, emulate=emulate)) is not None
+    ]
+    unique = list({rung.kernel: rung for rung in rungs}.values())
+    return Ladder(
+        request=request,
+        gate=decision.gate or usual,
+        rungs=(*unique[: 1 + _MOST_OTHERS], Rung(kernel=HIGH_PRECISION)),
+    )
+
+
+def _admissible(decision: Decision) -> Iterator[tuple[str, str, float | None]]:
+    """Yield kernel, recipe and error of the chosen kernel, and of those that lost by their time alone, by time."""
+    assert decision.recipe is not None  # only products in FP8 have a ladder
+    yield decision.kernel, decision.recipe, decision.error_upper
+    others = [each for each in decision.rejected if each.recipe is not None and each.code in _ADMISSIBLE]
+    for each in sorted(others, key=_by_time):
+        yield each.kernel, str(each.recipe), each.error_upper
+
+
+def _by_time(candidate: Candidate) -> tuple[float, str]:
+    return candidate.time_us if candidate.time_us is not None else math.inf, candidate.kernel
+
+
+def _most(limit: Limit, planned: float | None) -> float:
+    """Return the most that an error may be, given what it was planned to be at most."""
+    if limit.metric != "loss":
+        return limit.most
+    return LOSS_MARGIN * planned if planned is not None else DEFAULT_ROW_ERROR
+
+
+def _runnable(
+    kernel: str, decision: Decision, recipe: str | None, here: DeviceInfo, *, emulate: bool = False
+) -> str | None:
+    """Return what runs a kernel here, loaded; None where nothing does."""
+    try:
+        found = runnable(kernel, str(recipe), decision.request, here, emulate=emulate)
+        load(found)
+    except (PlanError, KernelError) as error:
+        log.debug("%s is no kernel to fall back on: %s", kernel, error)
+        return None
+    return found

@@ -1,0 +1,195 @@
+"""Speed of whole linear layers, all three passes with the casts they share, on the layers a run has.
+
+A cast that two passes share is paid once, so the passes cannot be timed apart and added up. What is timed is a layer
+forward and backward; its time is kept as that of the layer's kernel on the forward product. Three casts of six are what
+can be shared at most, so a kernel whose passes apart take more than twice the baselines is not timed together.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from loka.dispatch.candidates import request_of
+from loka.dispatch.draws import Source, draw_operands, sources
+from loka.dispatch.measure import Progress, timing_of
+from loka.dispatch.profile import TimeTable
+from loka.formats import PASSES, Pass
+from loka.hardware import DeviceInfo, device_info
+from loka.kernel_registry.layers import Layer, Needs
+from loka.kernel_registry.registry import Registry
+from loka.kernel_registry.spec import GemmRequest, KernelSpec
+from loka.probes.evidence import ProductEvidence, RunEvidence
+from loka.probes.records import LearnedRecord, Timing
+from loka.timing import MIN_REPETITIONS, Candidate, measure
+
+logger = logging.getLogger("loka.dispatch")
+
+# Of the time to measure, what single products get; the rest is for layers.
+PRODUCTS_SHARE: Final[float] = 0.8
+# Three casts of six can be shared: what a layer takes at least of its passes apart, were it nothing but casts.
+LEAST_SHARE: Final[float] = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerShape:
+    """A linear layer by its forward product, and where the values of its products come from."""
+
+    request: GemmRequest
+    forward: Source
+    backward: Source
+
+
+def layer_shapes(evidence: RunEvidence, learned: Iterable[LearnedRecord] = ()) -> list[LayerShape]:
+    """Return the distinct linear layers of which a run saw all three passes, those with most work first."""
+    known = sources(learned, evidence.products)
+    found: dict[tuple[int, int, int, str], LayerShape] = {}
+    work: dict[tuple[int, int, int, str], float] = {}
+    for products in layers_of(evidence):
+        forward = products["fprop"]
+        request = request_of(forward, evidence.info.fingerprint)
+        key = (request.m, request.n, request.k, request.dtype)
+        work[key] = work.get(key, 0.0) + forward.flops
+        found.setdefault(
+            key,
+            LayerShape(
+                request=request,
+                forward=known[forward.site, "fprop"],
+                backward=known[forward.site, "dgrad"],
+            ),
+        )
+    return [found[key] for key in sorted(found, key=lambda key: (-work[key], key))]
+
+
+def layers_of(evidence: RunEvidence) -> list[dict[Pass, ProductEvidence]]:
+    """Return, site by site, the three products of each linear layer, where they are those of one layer."""
+    sites: dict[str, dict[Pass, ProductEvidence]] = {}
+    for product in evidence.products:
+        if request_of(product, evidence.info.fingerprint).op == "linear" and product.batch == 1:
+            sites.setdefault(product.site, {})[product.product] = product
+    return [products for _, products in sorted(sites.items()) if set(products) == set(PASSES) and _is_layer(products)]
+
+
+def _is_layer(products: dict[Pass, ProductEvidence]) -> bool:
+    """Whether three products are Y = X W^T, dX = dY W and dW = dY^T X of one layer, each run as often as the others."""
+    f, d, w = (products[each] for each in PASSES)
+    same_sizes = (d.m, d.n, d.k) == (f.m, f.k, f.n) and (w.m, w.n, w.k) == (f.n, f.k, f.m)
+    return same_sizes and f.calls == d.calls == w.calls and f.m * f.n * f.k > 0
+
+
+def layer_kernels(request: GemmRequest, registry: Registry, info: DeviceInfo) -> list[KernelSpec]:
+    """Return the kernels that could run all passes of a layer here."""
+    return [
+        spec
+        for spec in registry.candidates("linear_layer")
+        if registry.unavailable(spec, info) is None and registry.cannot(spec, request, info) is None
+    ]
+
+
+def measure_layers(
+    shapes: Iterable[LayerShape],
+    registry: Registry,
+    device: torch.device | str,
+    *,
+    budget_s: float,
+    known: Iterable[Timing] = (),
+    on_progress: Progress | None = None,
+) -> list[Timing]:
+    """Time every layer kernel that could gain, by what is `known` of its passes apart, where it has no time yet.
+
+    Within about `budget_s` seconds; shapes that do not fit it are left out and logged.
+    """
+    device = torch.device(device)
+    info, table = device_info(device), TimeTable(known)
+    contests = []
+    for shape in shapes:
+        specs = [
+            spec
+            for spec in layer_kernels(shape.request, registry, info)
+            if table.lookup(spec.name, shape.request) is None and _may_gain(spec, shape.request, registry, table)
+        ]
+        if specs:
+            contests.append((shape, specs))
+    deadline = time.perf_counter() + budget_s
+    timings: list[Timing] = []
+    for done, (shape, specs) in enumerate(contests):
+        if on_progress is not None:
+            on_progress(done, len(contests), f"layer {shape.request}")
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            logger.warning("%d of %d layers left untimed: %g s spent", len(contests) - done, len(contests), budget_s)
+            break
+        with torch.no_grad():
+            timings += _time(shape, specs, registry, device, left / (len(contests) - done))
+    return timings
+
+
+def _may_gain(spec: KernelSpec, request: GemmRequest, registry: Registry, times: TimeTable) -> bool:
+    """Whether half of what the passes take apart is less than what the baselines take, as far as that is known."""
+    apart = passes_apart_us(spec, request, registry, times)
+    found = [times.lookup(registry.baseline(each).name, each) for each in passes_of(request)]
+    known = [time.median_us for time in found if time is not None]
+    # Without either there is nothing that its time could be compared with.
+    return apart is not None and len(known) == len(found) and apart * LEAST_SHARE < sum(known)
+
+
+def passes_apart_us(spec: KernelSpec, request: GemmRequest, registry: Registry, times: TimeTable) -> float | None:
+    """Return what the passes of a layer kernel take one by one; None where one was never timed."""
+    name = next((each.name for each in registry.candidates("linear") if each.implementation == spec.implementation), "")
+    found = [times.lookup(name, each) for each in passes_of(request)]
+    known = [time.median_us for time in found if time is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
+def passes_of(request: GemmRequest) -> tuple[GemmRequest, ...]:
+    """Return the three products of the layer whose forward product this is."""
+    m, n, k = request.m, request.n, request.k
+    return (
+        replace(request, product="fprop"),
+        replace(request, product="dgrad", m=m, n=k, k=n),
+        replace(request, product="wgrad", m=n, n=k, k=m),
+    )
+
+
+def _time(
+    shape: LayerShape, specs: list[KernelSpec], registry: Registry, device: torch.device, budget_s: float
+) -> list[Timing]:
+    request, info = shape.request, device_info(device)
+    dtype: torch.dtype = getattr(torch, request.dtype)
+    backward = passes_of(request)[1]
+    forward_pairs = draw_operands(request, dtype, device, shape.forward).pairs
+    gradients = [pair[0] for pair in draw_operands(backward, dtype, device, shape.backward).pairs]
+    pool = [(x, weight, gradients[turn % len(gradients)]) for turn, (x, weight) in enumerate(forward_pairs)]
+    calls: dict[str, Candidate] = {}
+    start = time.perf_counter()
+    for spec in specs:
+        try:
+            layer = spec.load_layer()
+            assert layer is not None
+            call = partial(_run, layer, pool)
+            call(0)
+            call(0)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
+            logger.warning("%s left untimed on %s: %s", spec.name, request, error)
+            registry.failed(spec.name, request, info, error)
+            continue
+        calls[spec.name] = call
+    left_s = budget_s - (time.perf_counter() - start)
+    if not calls or left_s <= 0:
+        return []
+    measured = measure(calls, device=device, budget_s=left_s, inputs=len(pool), min_repetitions=MIN_REPETITIONS)
+    values = "learned" if shape.forward.learned else "normal"
+    return [timing_of(name, request, info, result, values) for name, result in measured.items()]
+
+
+def _run(layer: Layer, pool: list[tuple[Tensor, Tensor, Tensor]], turn: int) -> object:
+    x, weight, grad = pool[turn]
+    _, kept = layer.forward(x, weight, Needs(x=True, weight=True))
+    return layer.backward(grad, kept)

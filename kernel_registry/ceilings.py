@@ -1,0 +1,46 @@
+"""A device's ceilings, that of FP8 products among them where it has the hardware (see `loka.roofline`)."""
+
+import functools
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from loka.formats import RECIPES
+from loka.hardware import device_info
+from loka.quantize import quantize
+from loka.roofline import Ceilings, measure_ceilings
+
+# FP8 tensor cores: compute capability 8.9, as torch._scaled_mm checks.
+_CAPABILITY: Final[tuple[int, int]] = (8, 9)
+
+
+@functools.cache
+def ceilings_of(device: torch.device) -> Ceilings:
+    """Measure a device, once per process: some seconds."""
+    has_fp8 = device.type == "cuda" and (device_info(device).capability or (0, 0)) >= _CAPABILITY
+    return measure_ceilings(device, fp8_product=_fp8_product(device) if has_fp8 else None)
+
+
+def precision_of(kernel: str, recipe: str | None, dtype: str) -> str:
+    """Return the precision whose ceiling a kernel runs under: emulation multiplies in fp32."""
+    if recipe is None:
+        return dtype
+    return "float32" if kernel.startswith("emulated.") else "fp8"
+
+
+def _fp8_product(device: torch.device) -> Callable[[int], object]:
+    """Return a square product of FP8 codes that exist already, one scale per operand, in the library's fastest mode."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    spec = RECIPES["tensorwise"].operand("input")
+
+    def product(extent: int) -> object:
+        if extent not in made:
+            codes, _ = quantize(torch.randn(extent, extent, device=device), spec)
+            made[extent] = codes, torch.ones((), device=device)
+        codes, one = made[extent]
+        return torch._scaled_mm(
+            codes, codes.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return product

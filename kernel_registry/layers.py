@@ -1,0 +1,160 @@
+"""A linear layer's three products with the casts they share made once.
+
+    y  = x . W^T       x along k    W along k
+    dx = g . W         g along n    W along n, transposed
+    dW = g^T . x       g along m, transposed     x along m, transposed
+
+One scale per tensor, and 128x128 blocks of a weight, are the same for an operand and for its transpose: its codes are
+made once and read twice. Elsewhere an operand needs codes of its own along each side; where our Triton kernels make
+them, both copies come from one reading. What backward needs is kept as codes, so x itself need not be.
+
+The operands are those of the three kernels apart, bit for bit: this is about time.
+"""
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from loka.formats import RECIPES, OperandSpec, Pass, Recipe, Role
+from loka.kernel_registry import emulated, torch_scaled_mm
+from loka.kernel_registry.operands import Operand, quantize_both_sides, quantize_operand
+
+
+class Needs(NamedTuple):
+    """Which gradients a layer's backward pass is asked for."""
+
+    x: bool
+    weight: bool
+
+
+# An operand along its own rows, and its transpose along those; None where nobody reads it.
+Sides = tuple[Operand | None, Operand | None]
+Kept = tuple[Operand | None, Operand | None]  # of x and of the weight, turned
+
+
+class Casts(Protocol):
+    """How one library makes and multiplies quantised operands."""
+
+    def quantise(self, x: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> Operand:
+        """Quantise x [rows, k]."""
+
+    def both_sides(self, x: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> tuple[Operand, Operand]:
+        """Quantise x [rows, k] and its transpose, each along its own rows."""
+
+    def multiply(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Compute out[m, n] = sum_k a[m, k] * b[n, k]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One recipe's three products by one library, on operands that are quantised once where that serves twice."""
+
+    recipe: Recipe
+    casts: Casts
+    # Where a compiler fuses a cast with its neighbours, one that is kept for later may cost more than it saves.
+    when_traced: bool = True
+
+    def forward(self, x: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Kept]:
+        """Return y [m, n] of x [m, k] and weight [n, k] in the dtype of x, and what backward needs of both."""
+        along_k, kept_x = self._sides(x, "input", x.dtype, first=True, second=needs.weight)
+        of_weight, kept_weight = self._sides(weight, "weight", x.dtype, first=True, second=needs.x)
+        return self.casts.multiply(_made(along_k), _made(of_weight), "fprop", x.dtype), (kept_x, kept_weight)
+
+    def backward(self, grad: Tensor, kept: Kept) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of x and of the weight in the dtype of `grad`, each where its counterpart was kept."""
+        x, weight = kept
+        along_n, along_m = self._sides(grad, "grad_output", grad.dtype, first=weight is not None, second=x is not None)
+        grad_x = None if weight is None else self.casts.multiply(_made(along_n), weight, "dgrad", grad.dtype)
+        grad_weight = None if x is None else self.casts.multiply(_made(along_m), x, "wgrad", grad.dtype)
+        return grad_x, grad_weight
+
+    def _sides(self, x: Tensor, role: Role, out_dtype: torch.dtype, *, first: bool, second: bool) -> Sides:
+        spec = self.recipe.operand(role)
+        if first and second:
+            return self.casts.both_sides(x, spec, out_dtype)
+        return (
+            self.casts.quantise(x, spec, out_dtype) if first else None,
+            self.casts.quantise(x.t(), spec, out_dtype) if second else None,
+        )
+
+
+def _made(x: Operand | None) -> Operand:
+    assert x is not None  # `_sides` was asked for it
+    return x
+
+
+def _is_symmetric(spec: OperandSpec) -> bool:
+    """Whether an operand and its transpose have the same groups, and so the same codes."""
+    return spec.group_rows == spec.group_k
+
+
+def _turned(x: Operand) -> Operand:
+    return Operand(x.data.t(), x.scale.t() if x.scale.dim() == 2 else x.scale, x.spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Emulated:
+    """The definition: what operands stand for, multiplied in fp32."""
+
+    recipe: Recipe
+
+    def quantise(self, x: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> Operand:
+        """Quantise and dequantise x [rows, k]."""
+        return emulated.quantise(self.recipe, x, spec, out_dtype)
+
+    def both_sides(self, x: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> tuple[Operand, Operand]:
+        """Do the same once where the groups are symmetric, else along both sides."""
+        one = self.quantise(x, spec, out_dtype)
+        return one, _turned(one) if _is_symmetric(spec) else self.quantise(x.t(), spec, out_dtype)
+
+    def multiply(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply a [m, k] and b [n, k]."""
+        return emulated.multiply_operands(a, b, out_dtype)
+
+
+class _Codes:
+    """Operands as codes and scales, made by our Triton kernels on a GPU, which read x once for both sides."""
+
+    def quantise(self, x: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> Operand:
+        """Quantise x [rows, k]."""
+        return quantize_operand(x, spec)
+
+    def both_sides(self, x: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> tuple[Operand, Operand]:
+        """Quantise once where the groups are symmetric, else along both sides."""
+        if _is_symmetric(spec):
+            one = quantize_operand(x, spec)
+            return one, _turned(one)
+        return quantize_both_sides(x, spec)
+
+
+@dataclass(frozen=True, slots=True)
+class Torch(_Codes):
+    """`torch.nn.functional.scaled_mm`."""
+
+    halves: torch_scaled_mm.Halves
+
+    def multiply(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply a [m, k] and b [n, k]."""
+        return self.halves.multiply_operands(a, b, product, out_dtype)
+
+
+class Triton(_Codes):
+    """Our own product."""
+
+    def multiply(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply a [m, k] and b [n, k]."""
+        from loka.kernel_registry.triton.gemm import scaled_gemm
+
+        out: Tensor = scaled_gemm(a.data, b.data, a.scale, b.scale, out_dtype=out_dtype)
+        return out
+
+
+emulated_tensorwise: Final = Layer(RECIPES["tensorwise"], Emulated(RECIPES["tensorwise"]), when_traced=False)
+emulated_blockwise: Final = Layer(RECIPES["blockwise"], Emulated(RECIPES["blockwise"]), when_traced=False)
+torch_tensorwise: Final = Layer(RECIPES["tensorwise"], Torch(torch_scaled_mm.tensorwise_halves))
+triton_tensorwise: Final = Layer(RECIPES["tensorwise"], Triton())
+triton_rowwise: Final = Layer(RECIPES["rowwise"], Triton())
+triton_blockwise: Final = Layer(RECIPES["blockwise"], Triton())
+triton_mxfp8: Final = Layer(RECIPES["mxfp8"], Triton())

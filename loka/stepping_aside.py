@@ -1,0 +1,26 @@
+"""Stepping aside: while somebody looks at a model's own products, planned kernels stay out of the way.
+
+A sampled step is to show the operands and results that the model has by itself. Inside `stepping_aside()` the op that
+runs a plan therefore multiplies in the operands' own precision. It holds for the whole process and not for a thread:
+backward runs on threads of the autograd engine. Code that is being compiled does not look.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_open: list[None] = []
+
+
+@contextmanager
+def stepping_aside() -> Iterator[None]:
+    """Have planned products run in their operands' own precision inside; nests."""
+    _open.append(None)
+    try:
+        yield
+    finally:
+        _open.pop()
+
+
+def steps_aside() -> bool:
+    """Whether planned products are to run in their operands' own precision now."""
+    return bool(_open)

@@ -1,0 +1,151 @@
+"""Two processes monitor together: they sample the same steps, see the same numbers and change kernels alike."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import loka
+from loka.dispatch import plan_watch
+from loka.dispatch.convert import planned_sites
+from loka.probes.budget import Budget
+from loka.probes.database import open_database, read_run
+from tests.dispatch.made_conversion import plan_for
+from tests.dispatch.made_monitor import TENSORWISE, Model, batches
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 120
+
+
+def trained(rank, group, steps, *, db=None, grows_at=None, **options):
+    """Train data-parallel on this rank's own data, of which that of rank 1 grows; return what this rank holds."""
+    torch.manual_seed(0)
+    model = Model()
+    plan = plan_for(model, TENSORWISE)
+    loka.convert(model, plan, process_group=group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    options = {"every": 5, "overhead": 100.0, "process_group": group, **options}
+    with warnings.catch_warnings(record=True) as told, loka.monitor(model, plan, db, **options) as monitor:
+        warnings.simplefilter("always")
+        for x in batches(steps, grows_at=grows_at if rank == 1 else None, times=100.0, seed=rank):
+            optimizer.zero_grad()
+            (model(x)[1:] - x[1:, :16]).square().mean().backward()
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad, group=group)
+            optimizer.step()
+    return {
+        "kernels": planned_sites(model)["up"].as_tuple(),
+        "moves": [(event.step, event.message) for event in monitor.events if event.kind in ("demoted", "promoted")],
+        "events": [(event.kind, event.message) for event in monitor.events],
+        "sampled": monitor.progress.sampled_steps,
+        "told": [str(each.message) for each in told],
+        "weights": float(sum(parameter.sum() for parameter in model.parameters())),
+    }
+
+
+def work_growth(folder, rank, group):
+    """Outliers grow on one rank."""
+    return trained(rank, group, 100, db=folder / "run.db", grows_at=50)
+
+
+def work_budget(folder, rank, group):
+    """One rank can afford every third sample only."""
+    asked = []
+    allowed = Budget.begin_sample
+
+    def sometimes(budget, wall_s):
+        asked.append(rank == 0 or len(asked) % 3 == 0)
+        return asked[-1] and allowed(budget, wall_s)
+
+    Budget.begin_sample = sometimes
+    try:
+        return trained(rank, group, 60)
+    finally:
+        Budget.begin_sample = allowed
+
+
+def work_failure(folder, rank, group):
+    """Something in the monitor fails on one rank, half-way."""
+    read, seen = plan_watch.reading_of, []
+
+    def fails(guard, record):
+        seen.append(record)
+        if rank == 1 and len(seen) > 8:
+            raise ValueError("made to fail")
+        return read(guard, record)
+
+    plan_watch.reading_of = fails
+    try:
+        return trained(rank, group, 60, grows_at=0)
+    finally:
+        plan_watch.reading_of = read
+
+
+WORK = {name.removeprefix("work_"): work for name, work in list(globals().items()) if name.startswith("work_")}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both ranks hold after each piece of work, which two processes do one after the other."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.dispatch.test_monitor_ranks", str(folder)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=LIMIT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return folder, [json.loads(out.strip().split("\n")[-1]) for out, _ in outputs]
+
+
+def test_what_grows_on_one_rank_is_demoted_on_both_at_the_same_step(found):
+    folder, ranks = found
+    first, second = (rank["growth"] for rank in ranks)
+    assert first["kernels"] == second["kernels"] == ["", "", ""]
+    assert first["moves"] == second["moves"]
+    assert len(first["moves"]) == 2
+    assert first["moves"][0][0] <= 50 + 2 * 5
+    assert first["weights"] == second["weights"]
+    engine = open_database(folder / "run.db", create=False)
+    run = read_run(engine)
+    engine.dispose()
+    assert [[event.kind, event.message] for event in run.events] == first["events"]  # written once, by the first rank
+
+
+def test_a_step_is_monitored_where_all_ranks_can_afford_it(found):
+    first, second = (rank["budget"] for rank in found[1])
+    assert first["sampled"] == second["sampled"] == 4
+    assert [kind for kind, _ in second["events"]] == ["over_budget", "monitored"]
+
+
+def test_a_failure_on_one_rank_ends_the_monitor_on_both_and_the_training_on_none(found):
+    first, second = (rank["failure"] for rank in found[1])
+    for rank in (first, second):
+        (ended,) = [message for kind, message in rank["events"] if kind == "monitor_ended"]
+        assert ended.startswith("rank 1: Looking into step")
+        assert "made to fail" in ended
+        assert any("made to fail" in message for message in rank["told"])
+    assert first["kernels"] == second["kernels"]
+
+
+if __name__ == "__main__":
+    folder, rank = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2)
+    results = {name: work(Path(folder), int(rank), dist.group.WORLD) for name, work in WORK.items()}
+    sys.stdout.write(json.dumps(results) + "\n")
+    dist.barrier()  # a rank whose peer has left already aborts
+    dist.destroy_process_group()
