@@ -7,6 +7,7 @@ last of the dlrm-like stack, 256 -> 1, as well.
 
 import argparse
 import copy
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -123,14 +124,9 @@ def torchao(model: nn.Module, recipe: str, compiled: bool) -> nn.Module:
     """Return a copy of a model converted by torchao, emulating."""
     import torchao.float8 as peer
 
-    config = _emulating(peer.Float8LinearConfig.from_recipe_name(recipe))
+    config = dataclasses.replace(peer.Float8LinearConfig.from_recipe_name(recipe), emulate=True)
     model = peer.convert_to_float8_training(copy.deepcopy(model), config=config)
     return _as_module(torch.compile(model, fullgraph=True)) if compiled else model
-
-
-def _emulating(config: Any) -> Any:
-    object.__setattr__(config, "emulate", True)  # `from_recipe_name` offers no argument for it
-    return config
 
 
 def _as_module(model: Any) -> nn.Module:

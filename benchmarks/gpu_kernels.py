@@ -20,14 +20,13 @@ from torch import Tensor
 from benchmarks.record import write_record
 from loka.dispatch.profile import DeviceProfile
 from loka.errors import LokaError
-from loka.formats import RECIPES
+from loka.formats import DEFAULT_RECIPES, RECIPES
 from loka.kernel_registry.ceilings import ceilings_of
 from loka.kernel_registry.norm_act import norm_act
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.triton.quantize import quantize, quantize_both
 from loka.timing import measure, num_inputs
 
-QUANTISED = {"tensorwise": "input", "rowwise": "input", "blockwise": "input", "mxfp8": "input"}
 FULL = {
     "quantise": ((2048, 1024), (2048, 8192), (2048, 30800), (8192, 4096)),
     "epilogue": ((2048, 256, 768), (2048, 1024, 1024), (2048, 4096, 1024), (8192, 1024, 1024)),
@@ -55,7 +54,7 @@ def quantise_study(shapes: Any, device: torch.device, budget_s: float) -> dict[s
         pool = inputs(device, (m, k))
         calls: dict[str, Callable[[int], object]] = {}
         moved = {}
-        for recipe in QUANTISED:
+        for recipe in DEFAULT_RECIPES:
             spec = RECIPES[recipe].operand("input")
             calls[recipe] = over(pool, partial(quantize, spec=spec))
             moved[recipe] = 3 * m * k
@@ -157,11 +156,7 @@ def main() -> None:
             results |= gemm_study(DeviceProfile.load(arguments.profile))
         except LokaError as error:
             results["GEMM"] = str(error)
-    if arguments.quick:
-        for name, value in results.items():
-            print(f"{name:<80} {value}")
-    else:
-        write_record("gpu_kernels", {"budget_s": arguments.budget, "shapes": shapes}, results)
+    write_record("gpu_kernels", {"budget_s": arguments.budget, "shapes": shapes}, results)
 
 
 if __name__ == "__main__":

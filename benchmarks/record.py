@@ -16,7 +16,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_record(name: str, settings: dict[str, Any], results: dict[str, Any], *, command: str = "") -> Path:
-    """Write benchmarks/results/<date>-<name>.json and print the figures; `command`: what to say instead of argv."""
+    """Write benchmarks/results/<date>-<name>.json and print the figures; `command`: what to say instead of argv.
+
+    A smoke run (--quick) is printed alone: its figures mean nothing, and must not take a record's place.
+    """
     now = datetime.now(UTC)
     record = {
         "schema": 1,
@@ -28,10 +31,13 @@ def write_record(name: str, settings: dict[str, Any], results: dict[str, Any], *
         "settings": settings,
         "results": {key: asdict(value) if is_dataclass(value) else value for key, value in results.items()},
     }
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{now:%Y-%m-%d}-{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for key, value in results.items():
         print(f"{key:<60} {value}")
+    if "--quick" in sys.argv:
+        print("a smoke run: no record is written")
+        return path
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return path
