@@ -10,7 +10,7 @@ import torch
 from loka.dispatch.compare_values import compare_values, parse_kinds
 from loka.dispatch.draws import Source
 from loka.dispatch.layers import PRODUCTS_SHARE, LayerShape, layer_shapes, measure_layers
-from loka.dispatch.measure import Progress, measure_products, measure_shapes
+from loka.dispatch.measure import measure_products, measure_shapes
 from loka.dispatch.profile import DeviceProfile, newest
 from loka.dispatch.shapes import Shape, shapes_of
 from loka.dispatch.verify import Verification, verify
@@ -25,6 +25,7 @@ from loka.probes.database import open_database, read_learned, read_timings, writ
 from loka.probes.evidence import collect_evidence
 from loka.probes.records import Timing
 from loka.roofline import Ceilings
+from loka.timing import Progress
 from loka.workloads.suites import SuiteProduct, suite
 
 if TYPE_CHECKING:

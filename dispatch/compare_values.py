@@ -9,8 +9,7 @@ of them alike.
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -20,16 +19,12 @@ from loka.dispatch.draws import Drawn, Source, draw_operands
 from loka.dispatch.measure import runnable, timing_of
 from loka.dispatch.shapes import Shape
 from loka.errors import ArgumentError, nearest
-from loka.hardware import DeviceInfo, device_info
+from loka.hardware import device_info
 from loka.kernel_registry.registry import Registry
-from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.records import Timing
-from loka.timing import MIN_REPETITIONS, Candidate, measure
+from loka.timing import Candidate, Progress, in_turns, measure
 
 logger = logging.getLogger("loka.dispatch")
-
-# Called with shapes done, shapes in all, and the shape that is timed next.
-Progress = Callable[[int, int, str], None]
 
 KINDS: Final[tuple[str, ...]] = ("normal", "zeros", "learned")
 
@@ -65,17 +60,10 @@ def compare_values(
             "Nothing is learned of these products, so no values can be drawn from it. Give a probe database whose run "
             "has learned, or compare normal,zeros."
         )
-    deadline = time.perf_counter() + budget_s
     timings: list[Timing] = []
-    for done, shape in enumerate(shapes):
-        if on_progress is not None:
-            on_progress(done, len(shapes), str(shape.request))
-        left = deadline - time.perf_counter()
-        if left <= 0:
-            logger.warning("%d of %d shapes left untimed: %g s spent", len(shapes) - done, len(shapes), budget_s)
-            break
+    for turn in in_turns(shapes, budget_s, "shapes left untimed", lambda shape: str(shape.request), on_progress):
         with torch.no_grad():
-            timings += _compare(shape, registry, device, kinds, left / (len(shapes) - done))
+            timings += _compare(turn.item, registry, device, kinds, turn.share_s)
     return timings
 
 
@@ -84,7 +72,7 @@ def _compare(
 ) -> list[Timing]:
     """Time one shape, all kinds of values in turns."""
     request, info = shape.request, device_info(device)
-    specs = _available(request, registry, info)
+    specs = (registry.baseline(request), *registry.servable(request, info))
     contest: dict[tuple[str, str], Candidate] = {}
     copies = 0
     for kind in kinds:
@@ -101,18 +89,8 @@ def _compare(
         device=device,
         budget_s=budget_s,
         inputs=copies,
-        min_repetitions=MIN_REPETITIONS,
     )
     return [timing_of(name, request, info, measured[label], kind) for label, (name, kind) in labels.items()]
-
-
-def _available(request: GemmRequest, registry: Registry, info: DeviceInfo) -> Iterable[KernelSpec]:
-    candidates = [
-        spec
-        for spec in registry.candidates(request.op)
-        if registry.unavailable(spec, info) is None and registry.cannot(spec, request, info) is None
-    ]
-    return (registry.baseline(request), *candidates)
 
 
 def _drawn(shape: Shape, kind: str, device: torch.device) -> Drawn | None:

@@ -6,7 +6,6 @@ can be shared at most, so a kernel whose passes apart take more than twice the b
 """
 
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,16 +16,16 @@ from torch import Tensor
 
 from loka.dispatch.candidates import request_of
 from loka.dispatch.draws import Source, draw_operands, sources
-from loka.dispatch.measure import Progress, timing_of
+from loka.dispatch.measure import timing_of, tried
 from loka.dispatch.profile import TimeTable
 from loka.formats import PASSES, Pass
-from loka.hardware import DeviceInfo, device_info
-from loka.kernel_registry.layers import Layer, Needs
+from loka.hardware import device_info
+from loka.kernel_registry.layers import Needs
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.evidence import ProductEvidence, RunEvidence
 from loka.probes.records import LearnedRecord, Timing
-from loka.timing import MIN_REPETITIONS, Candidate, measure
+from loka.timing import Candidate, Progress, in_turns, measure
 
 logger = logging.getLogger("loka.dispatch")
 
@@ -82,15 +81,6 @@ def _is_layer(products: dict[Pass, ProductEvidence]) -> bool:
     return same_sizes and f.calls == d.calls == w.calls and f.m * f.n * f.k > 0
 
 
-def layer_kernels(request: GemmRequest, registry: Registry, info: DeviceInfo) -> list[KernelSpec]:
-    """Return the kernels that could run all passes of a layer here."""
-    return [
-        spec
-        for spec in registry.candidates("linear_layer")
-        if registry.unavailable(spec, info) is None and registry.cannot(spec, request, info) is None
-    ]
-
-
 def measure_layers(
     shapes: Iterable[LayerShape],
     registry: Registry,
@@ -110,22 +100,17 @@ def measure_layers(
     for shape in shapes:
         specs = [
             spec
-            for spec in layer_kernels(shape.request, registry, info)
+            for spec in registry.servable(shape.request, info, op="linear_layer")
             if table.lookup(spec.name, shape.request) is None and _may_gain(spec, shape.request, registry, table)
         ]
         if specs:
             contests.append((shape, specs))
-    deadline = time.perf_counter() + budget_s
     timings: list[Timing] = []
-    for done, (shape, specs) in enumerate(contests):
-        if on_progress is not None:
-            on_progress(done, len(contests), f"layer {shape.request}")
-        left = deadline - time.perf_counter()
-        if left <= 0:
-            logger.warning("%d of %d layers left untimed: %g s spent", len(contests) - done, len(contests), budget_s)
-            break
+    for turn in in_turns(
+        contests, budget_s, "layers left untimed", lambda each: f"layer {each[0].request}", on_progress
+    ):
         with torch.no_grad():
-            timings += _time(shape, specs, registry, device, left / (len(contests) - done))
+            timings += _time(*turn.item, registry, device, turn.share_s)
     return timings
 
 
@@ -165,31 +150,25 @@ def _time(
     forward_pairs = draw_operands(request, dtype, device, shape.forward).pairs
     gradients = [pair[0] for pair in draw_operands(backward, dtype, device, shape.backward).pairs]
     pool = [(x, weight, gradients[turn % len(gradients)]) for turn, (x, weight) in enumerate(forward_pairs)]
-    calls: dict[str, Candidate] = {}
-    start = time.perf_counter()
-    for spec in specs:
-        try:
-            layer = spec.load_layer()
-            assert layer is not None
-            call = partial(_run, layer, pool)
-            call(0)
-            call(0)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
-            logger.warning("%s left untimed on %s: %s", spec.name, request, error)
-            registry.failed(spec.name, request, info, error)
-            continue
-        calls[spec.name] = call
-    left_s = budget_s - (time.perf_counter() - start)
-    if not calls or left_s <= 0:
+    calls = tried({spec.name: partial(_loaded, spec, pool) for spec in specs}, request, registry, info)
+    if not calls:
         return []
-    measured = measure(calls, device=device, budget_s=left_s, inputs=len(pool), min_repetitions=MIN_REPETITIONS)
+    measured = measure(calls, device=device, budget_s=budget_s, inputs=len(pool))
     values = "learned" if shape.forward.learned else "normal"
     return [timing_of(name, request, info, result, values) for name, result in measured.items()]
 
 
-def _run(layer: Layer, pool: list[tuple[Tensor, Tensor, Tensor]], turn: int) -> object:
-    x, weight, grad = pool[turn]
-    _, kept = layer.forward(x, weight, Needs(x=True, weight=True))
-    return layer.backward(grad, kept)
+_Pool = list[tuple[Tensor, Tensor, Tensor]]  # x, weight and gradient, as many as leave the cache cold
+
+
+def _loaded(spec: KernelSpec, pool: _Pool) -> Candidate:
+    """Load a kernel of all passes, as a function of the copy of the operands that it reads."""
+    layer = spec.load_layer()
+    assert layer is not None  # a row of the op `linear_layer` has one
+
+    def run(turn: int) -> object:
+        x, weight, grad = pool[turn]
+        _, kept = layer.forward(x, weight, Needs(x=True, weight=True))
+        return layer.backward(grad, kept)
+
+    return run

@@ -8,9 +8,10 @@ among the known times, the whole shape is timed again.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 
@@ -24,12 +25,9 @@ from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.evidence import ProductEvidence, RunEvidence
 from loka.probes.records import LearnedRecord, Timing
-from loka.timing import MIN_REPETITIONS, Candidate, Measurement, measure
+from loka.timing import MIN_REPETITIONS, Candidate, Measurement, Progress, in_turns, measure
 
 logger = logging.getLogger("loka.dispatch")
-
-# Called with shapes done, shapes in all, and the shape that is timed next.
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +78,11 @@ def measure_shapes(  # noqa: PLR0913 - what to time, and one keyword per limit o
     device = torch.device(device)
     info = device_info(device)
     contests = _to_time(shapes, registry, info, bound, TimeTable(known))
-    deadline = time.perf_counter() + budget_s
     timings: list[Timing] = []
-    for done, contest in enumerate(contests):
-        if on_progress is not None:
-            on_progress(done, len(contests), _label(contest.shape.request))
-        left = deadline - time.perf_counter()
-        if left <= 0:
-            logger.warning("%d of %d shapes left untimed: %g s spent", len(contests) - done, len(contests), budget_s)
-            break
-        timings += _time(contest, device, registry, share_s=left / (len(contests) - done), left_s=left)
+    for turn in in_turns(
+        contests, budget_s, "shapes left untimed", lambda each: _label(each.shape.request), on_progress
+    ):
+        timings += _time(turn.item, device, registry, share_s=turn.share_s, left_s=turn.left_s)
     if on_progress is not None and contests:
         on_progress(len(contests), len(contests), "done")
     return timings
@@ -105,10 +98,8 @@ def _to_time(
             continue
         kernels = [
             spec
-            for spec in registry.candidates(shape.request.op)
-            if registry.unavailable(spec, info) is None
-            and registry.cannot(spec, shape.request, info) is None
-            and (bound is None or any(_safe(product, spec, bound) for product in shape.products))
+            for spec in registry.servable(shape.request, info)
+            if bound is None or any(_safe(product, spec, bound) for product in shape.products)
         ]
         if kernels:
             contest = _Contest(shape, (registry.baseline(shape.request), *kernels))
@@ -173,18 +164,27 @@ def runnable(
     kernels: Iterable[KernelSpec], request: GemmRequest, drawn: Drawn, registry: Registry, info: DeviceInfo
 ) -> dict[str, Candidate]:
     """Load kernels, run each once, and return those that did; the registry remembers what the others failed with."""
+    dtype: torch.dtype = getattr(torch, request.dtype)
+    loaders = {spec.name: partial(drawn.call, spec, request.product, dtype) for spec in kernels}
+    return tried(loaders, request, registry, info)
+
+
+def tried(
+    loaders: Mapping[str, Callable[[], Candidate]], request: GemmRequest, registry: Registry, info: DeviceInfo
+) -> dict[str, Candidate]:
+    """Do the same with functions that load kernels, by name."""
     found: dict[str, Candidate] = {}
-    for spec in kernels:
+    for name, load in loaders.items():
         try:
-            call = drawn.call(spec, request.product, getattr(torch, request.dtype))
+            call = load()
             call(0)
-            if drawn.pairs[0][0].is_cuda:
+            if info.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
-            logger.warning("%s left untimed on %s: %s", spec.name, _label(request), error)
-            registry.failed(spec.name, request, info, error)
+            logger.warning("%s left untimed on %s: %s", name, _label(request), error)
+            registry.failed(name, request, info, error)
             continue
-        found[spec.name] = call
+        found[name] = call
     return found
 
 

@@ -7,9 +7,9 @@ from typing import Final
 
 import torch
 
-from loka.dispatch.measure import Progress
 from loka.dispatch.profile import DeviceProfile
 from loka.hardware import DeviceInfo, current_device, device_info
+from loka.timing import Progress
 
 DEFAULT_BUDGET_S: Final[float] = 30.0
 

@@ -27,7 +27,7 @@ from loka.dispatch.decide import Decision, conclude
 from loka.dispatch.job import plan_together
 from loka.dispatch.layers import PRODUCTS_SHARE, layer_shapes, measure_layers
 from loka.dispatch.loss_budget import Spending, share_out
-from loka.dispatch.measure import Progress, measure_products
+from loka.dispatch.measure import measure_products
 from loka.dispatch.notes import plan_notes
 from loka.dispatch.options import DEFAULT_BUDGET_S, Filter, PlanOptions, device_of, profile_at
 from loka.dispatch.plan import Plan
@@ -39,6 +39,7 @@ from loka.probes.database import open_database, read_learned, read_timings, writ
 from loka.probes.evidence import RunEvidence, collect_evidence
 from loka.probes.records import Timing
 from loka.selection import select
+from loka.timing import Progress
 from loka.version import VERSION
 
 __all__ = ["DEFAULT_BOUND", "DEFAULT_BUDGET_S", "Filter", "PlanOptions", "check_loss", "decide_all", "plan"]

@@ -21,7 +21,6 @@ from sqlalchemy import Engine
 from loka.bounds import Bound, Limit, Metric
 from loka.dispatch.decide import Decision
 from loka.dispatch.loss_budget import baseline_prices
-from loka.dispatch.measure import Progress
 from loka.dispatch.options import DEFAULT_BUDGET_S, Filter, PlanOptions, device_of, profile_at
 from loka.dispatch.planner import DEFAULT_BOUND, Decided, decide_products, read_run, time_table
 from loka.dispatch.profile import DeviceProfile
@@ -30,6 +29,7 @@ from loka.kernel_registry.registry import Registry, default_registry
 from loka.numerics import decibels
 from loka.probes.evidence import RunEvidence
 from loka.probes.records import Timing
+from loka.timing import Progress
 
 POINTS: Final[int] = 20
 

@@ -9,7 +9,6 @@ With a process group, rank 0 measures, and all ranks get what it found, byte for
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -39,12 +38,9 @@ from loka.kernel_registry.triton.tuned import (
 )
 from loka.probes.distributions.gather import gather_bytes
 from loka.quantize import quantize
-from loka.timing import Candidate, Measurement, faster, measure
+from loka.timing import Candidate, Measurement, Progress, faster, in_turns, measure
 
 logger = logging.getLogger("loka.dispatch")
-
-# Called with products done, products in all, and the one that is next.
-Progress = Callable[[int, int, str], None]
 
 # A recipe for each way in which the inner loop of the kernel differs: scales over all of k, over 128, over 32 of it.
 _RECIPE_OF_GROUP: Final[dict[int, str]] = {0: "rowwise", 128: "blockwise", 32: "mxfp8"}
@@ -59,7 +55,6 @@ _PIPELINES: Final[tuple[tuple[int, int], ...]] = tuple(
 )
 _SPLITS: Final[tuple[int, ...]] = (1, 2, 4, 8, 16)
 _GROUPS_OF_ROWS: Final[tuple[int, ...]] = (1, 4, 8, 16)
-_BLOCK_K: Final[int] = 128
 # Shared memory that a program can have where the device does not say: that of compute capability 9.0.
 _SHARED_BYTES: Final[int] = 227 * 1024
 
@@ -82,6 +77,9 @@ class _Product:
 
     group_k: int
     request: GemmRequest
+
+    def __str__(self) -> str:
+        return f"{_RECIPE_OF_GROUP[self.group_k]} {self.request}"
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -118,19 +116,12 @@ def tune(
 def _tune(
     shapes: list[Shape], device: torch.device, budget_s: float, path: Path, on_progress: Progress | None
 ) -> Tuning:
-    deadline = time.perf_counter() + budget_s
     present = Provenance.here(device)
     tuning = _resumed(path, present)
     done = {launch.key for launch in tuning.launches}
     wanted = [product for product in _products(shapes, present) if product.key not in done]
-    for index, product in enumerate(wanted):
-        if on_progress is not None:
-            on_progress(index, len(wanted), f"{_RECIPE_OF_GROUP[product.group_k]} {product.request}")
-        left = deadline - time.perf_counter()
-        if left <= 0:
-            logger.warning("%d of %d products left untuned: %g s spent", len(wanted) - index, len(wanted), budget_s)
-            break
-        launch = _fastest(product, device, left / (len(wanted) - index))
+    for turn in in_turns(wanted, budget_s, "products left untuned", str, on_progress):
+        launch = _fastest(turn.item, device, turn.share_s)
         if launch is not None:
             tuning = tuning.with_launch(launch)
             tuning.save(path)
@@ -214,7 +205,7 @@ _Vary = Callable[[_Setting], list[_Setting]]
 def _rounds(product: _Product, device: torch.device) -> list[_Vary]:
     """Return what to vary, one after the other: from a setting to those that differ from it in one respect."""
     m, k = product.request.m, product.request.k
-    blocks = -(-k // _BLOCK_K)
+    blocks = -(-k // gemm.TILE_K)
 
     def vary(of: Callable[[_Setting], list[_Setting]]) -> _Vary:
         return lambda best: [each for each in of(best) if each != best and _fits(each, product, device)]
@@ -238,7 +229,7 @@ def _rounds(product: _Product, device: torch.device) -> list[_Vary]:
 def _fits(setting: _Setting, product: _Product, device: torch.device) -> bool:
     """Whether a tile's operands, as often as there are stages, fit the device's shared memory."""
     launch = setting.launch
-    one = (launch.block_m + launch.block_n) * _BLOCK_K * (3 if product.group_k == 32 else 1)  # MX: once more in bf16
+    one = (launch.block_m + launch.block_n) * gemm.TILE_K * (3 if product.group_k == 32 else 1)  # MX: once more in bf16
     return launch.num_stages * one <= _shared_bytes(device)
 
 

@@ -12,7 +12,7 @@ rows alone, and rows of no expert are zero.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -29,11 +29,9 @@ from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.kernel_registry.torch_mm import matmul
 from loka.quantize import fake_quantize
+from loka.timing import Progress
 
 logger = logging.getLogger("loka.dispatch")
-
-# Called with comparisons done, comparisons in all, and the one that is next.
-Progress = Callable[[int, int, str], None]
 
 # Rows that are compared, spread over all, the first and the last among them.
 _ROWS: Final[int] = 256
@@ -85,8 +83,8 @@ def verify(
     jobs = [
         (shape.request, spec, values)
         for shape in shapes
-        for spec in registry.candidates(shape.request.op)
-        if _is_other(spec, shape.request, registry, info)
+        for spec in registry.servable(shape.request, info)
+        if spec.library != "emulated"  # which is the definition itself
         for values in ((shape.source, Source()) if shape.source.learned else (Source(),))
     ]
     found = []
@@ -96,12 +94,6 @@ def verify(
         with torch.no_grad():
             found.append(_verify(spec, request, source, device, info))
     return found
-
-
-def _is_other(spec: KernelSpec, request: GemmRequest, registry: Registry, info: DeviceInfo) -> bool:
-    """Whether a kernel serves a product here and is not the definition itself."""
-    servable = registry.unavailable(spec, info) is None and registry.cannot(spec, request, info) is None
-    return servable and spec.library != "emulated"
 
 
 def _verify(

@@ -103,6 +103,14 @@ class Registry:
         failed = self._failed.get((spec.name, device, _nameless(request))) if self._failed else None
         return failed or spec.cannot(request)
 
+    def servable(self, request: GemmRequest, device: DeviceInfo, *, op: Op | None = None) -> tuple[KernelSpec, ...]:
+        """Return the low-precision kernels that serve a product on `device`; of another `op` where one is given."""
+        return tuple(
+            spec
+            for spec in self.candidates(op or request.op)
+            if self.unavailable(spec, device) is None and self.cannot(spec, request, device) is None
+        )
+
     def failed(self, name: str, request: GemmRequest, device: DeviceInfo, error: BaseException) -> None:
         """Remember that a kernel raised on a product of this shape, so that nothing chooses it there again."""
         reason = f"failed on this shape when it was tried: {_in_words(error)}"

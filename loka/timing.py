@@ -7,17 +7,22 @@ changes with every round. A call is timed by CUDA events on a GPU, without a CUD
 A difference inside the combined spread is not a difference: `faster` says no, both ways.
 """
 
+import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol, TypeVar
 
 import torch
 
 from loka.errors import ArgumentError
 from loka.hardware import cache_bytes
+
+logger = logging.getLogger("loka.timing")
+
+T = TypeVar("T")
 
 # A candidate is called with the index of the input set to read, 0 <= index < num_inputs.
 Candidate = Callable[[int], object]
@@ -29,6 +34,41 @@ MIN_REPETITIONS: Final[int] = 7
 # The median of this many has settled: its own standard error is a tenth of the spread.
 MAX_REPETITIONS: Final[int] = 300
 WARMUP_S: Final[float] = 0.01
+
+
+# Called with things done, things in all, and the one that is next.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn(Generic[T]):
+    """One of several things to be measured within a budget, and the seconds that it may take."""
+
+    item: T
+    share_s: float  # of what is left, if those behind it get as much
+    left_s: float
+
+
+def in_turns(
+    items: Sequence[T],
+    budget_s: float,
+    left_out: str,
+    words: Callable[[T], str],
+    on_progress: Progress | None = None,
+) -> Iterator[Turn[T]]:
+    """Yield things to be measured until `budget_s` seconds are spent, and tell of each, in `words`, before.
+
+    What there is no time left for is logged as `left_out` says, e.g. "shapes left untimed".
+    """
+    deadline = time.perf_counter() + budget_s
+    for index, item in enumerate(items):
+        if on_progress is not None:
+            on_progress(index, len(items), words(item))
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            logger.warning("%d of %d %s: %g s spent", len(items) - index, len(items), left_out, budget_s)
+            return
+        yield Turn(item, left / (len(items) - index), left)
 
 
 class Timed(Protocol):

@@ -32,9 +32,6 @@ HOMES = {
     r"perf_counter": {
         "loka/timing.py",
         "dispatch/measure.py",  # a deadline, not a measurement
-        "dispatch/tune.py",  # likewise
-        "dispatch/compare_values.py",  # likewise
-        "dispatch/layers.py",  # likewise
         "probes/capture.py",
         "probes/sampler.py",
         "probes/session.py",

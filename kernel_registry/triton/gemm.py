@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from loka.accumulation import PROMOTION
 from loka.errors import KernelError
 from loka.formats import FORMATS
 from loka.hardware import device_info
@@ -37,8 +38,8 @@ _OUT_DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, to
 _GROUP_ROWS: Final[tuple[int, ...]] = (1, 0, 128)
 _GROUP_K: Final[tuple[int, ...]] = (0, 128, 32)
 _MX_GROUP: Final[int] = 32
-# Elements that tensor cores may add up before fp32 takes over: loka.accumulation.PROMOTION, and a block's length.
-_BLOCK_K: Final[int] = 128
+# Elements that tensor cores may add up before fp32 takes over; a block's length, too.
+TILE_K: Final[int] = PROMOTION
 # TMA: base and strides in bytes are multiples of this (CUDA driver API, cuTensorMapEncodeTiled).
 _TMA_ALIGNMENT: Final[int] = 16
 _TMA_CAPABILITY: Final[tuple[int, int]] = (9, 0)
@@ -251,7 +252,7 @@ def launched(  # noqa: PLR0913 - codes and scales of two operands, and how they 
     n = b.shape[0]
     a_group, b_group, group_k = scale_groups(a, b, a_scale, b_scale, out_dtype)
     programs = program_count(a.device)
-    parts = min(splits, int(-(-k // _BLOCK_K)))
+    parts = min(splits, int(-(-k // TILE_K)))
     tma = _takes_tma(a) and _takes_tma(b)
     if tma and a.is_cuda:
         triton.set_allocator(_allocate)
@@ -281,7 +282,7 @@ def launched(  # noqa: PLR0913 - codes and scales of two operands, and how they 
         SPLITS=parts,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        BLOCK_K=_BLOCK_K,
+        BLOCK_K=TILE_K,
         GROUP_M=launch.group_m,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -351,7 +352,7 @@ def _takes_tma(x: Tensor) -> bool:
 def _splits(m: int, n: int, k: int, programs: int, launch: Launch) -> int:
     """Return into how many parts to cut k so that every program has a tile; a power of two."""
     tiles = -(-m // launch.block_m) * -(-n // launch.block_n)
-    blocks = -(-k // _BLOCK_K)
+    blocks = -(-k // TILE_K)
     splits = 1
     while splits < _MAX_SPLITS and 2 * splits * tiles <= programs and blocks >= 2 * splits * _MIN_BLOCKS_PER_SPLIT:
         splits *= 2

@@ -19,13 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from loka.accumulation import PROMOTION
 from loka.kernel_registry.triton.gemm import program_count
 from loka.kernel_registry.triton.grouped_operands import check_device, check_gemm, check_wgrad
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable
 
 # Elements of k that tensor cores may add up before fp32 takes over, and the length of a block of scales. Naming it in
 # `tl.dot` keeps Triton from folding the addition behind it into the tensor core's own sum.
-_BLOCK_K: Final[int] = 128
+_BLOCK_K: Final[int] = PROMOTION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
