@@ -14,7 +14,7 @@ from loka.kernel_registry import grouped as definition
 from loka.kernel_registry import torch_grouped
 from tests.dispatch.made_conversion import needs_a_compiler, plan_for
 from tests.dispatch.made_experts import FORMS, GROUPED, Experts, K, N, experts_plan, offsets_of
-from tests.loka.test_compiler import Backend
+from tests.loka.made_compiled import Backend
 
 COUNTS = (5, 0, 14, 2)
 ENDS = offsets_of(COUNTS)

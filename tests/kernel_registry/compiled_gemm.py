@@ -13,7 +13,7 @@ from torch._functorch.aot_autograd import aot_function
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loka.kernel_registry.triton import gemm, scaled
+from loka.kernel_registry.triton import gemm, launches, scaled
 
 TYPES = {"e4m3": "*fp8e4nv", "e5m2": "*fp8e5"}
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor", "add.f32", "add.rn.f32")
@@ -35,7 +35,7 @@ def compiled(capability, launch, group_k, formats):
         "SPLITS": 1,
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
-        "BLOCK_K": gemm._BLOCK_K,
+        "BLOCK_K": launches.TILE_K,
         "GROUP_M": launch.group_m,
     }
     types = {
@@ -59,11 +59,11 @@ def compiled(capability, launch, group_k, formats):
 
 def compilations():
     e4m3, mixed = ("e4m3", "e4m3"), ("e5m2", "e4m3")
-    large, mx = gemm.LAUNCHES[-1], gemm.MX_LAUNCHES[-1]
+    large, mx = launches.GEMM[-1].launch, launches.GEMM_MX[-1].launch
     for capability in (89, 90, 100):
         cases = [(large, 0, e4m3), (large, 128, e4m3), (mx, 32, e4m3)]
         if capability == 90:
-            cases += [(large, 0, mixed), (gemm.LAUNCHES[0], 0, e4m3)]
+            cases += [(large, 0, mixed), (launches.GEMM[0].launch, 0, e4m3)]
         for launch, group_k, formats in cases:
             made = compiled(capability, launch, group_k, formats)
             counts = {name: made.asm["ptx"].count(name) for name in INSTRUCTIONS}

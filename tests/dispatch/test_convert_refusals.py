@@ -1,0 +1,93 @@
+"""What conversion refuses, with the model untouched, and what it leaves as it is."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import loka
+from loka.dispatch.convert import convert, planned_sites
+from loka.errors import PlanError
+from tests.dispatch.made_conversion import MIXED, emulated, plan_for
+from tests.dispatch.made_converted import Mlp, state_of
+
+# --- refusals ---
+
+
+def test_a_plan_for_another_model_or_shape_is_refused() -> None:
+    wider = Mlp()
+    wider.up = nn.Linear(16, 64)
+    for other, difference in ((nn.Sequential(nn.Linear(16, 4)), "is missing"), (wider, r"up.weight is \[")):
+        model = Mlp()
+        state = state_of(model)
+        with pytest.raises(PlanError, match=difference):
+            convert(model, plan_for(other, ["up"] if other is wider else ["0"]))
+        assert state_of(model) == state
+
+
+def test_a_site_that_the_model_does_not_have_is_refused_before_anything_changes() -> None:
+    model = Mlp()
+    state = state_of(model)
+    with pytest.raises(PlanError, match="has the site 'upp'"):
+        convert(model, plan_for(model, ["down", "up", "upp"]))
+    assert state_of(model) == state
+
+
+def test_a_kernel_that_cannot_run_is_refused_before_anything_changes(caplog: pytest.LogCaptureFixture) -> None:
+    model = Mlp()
+    plan = plan_for(model, ["up", "down"])
+    last = replace(plan.decisions[-1], kernel="hopper.linear.blockwise")
+    plan = replace(plan, decisions=(*plan.decisions[:-1], last))
+    state = state_of(model)
+    with pytest.raises(PlanError, match=r"hopper.linear.blockwise on up.wgrad.*emulate=True"):
+        convert(model, plan)
+    assert state_of(model) == state
+    with caplog.at_level(logging.INFO, logger="loka.dispatch"):
+        convert(model, plan, emulate=True)
+    assert planned_sites(model)["up"].wgrad == emulated("blockwise")
+    assert "stands in" in caplog.text
+
+
+def test_a_converted_model_is_not_converted_again() -> None:
+    model = convert(model := Mlp(), plan_for(model, ["up"]))
+    state = state_of(model)
+    with pytest.raises(PlanError, match="Mlp is converted already \\(see 'up'\\)"):
+        convert(model, plan_for(model, ["down"]))
+    assert state_of(model) == state
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a part"])
+def test_a_compiled_model_is_not_converted(how: str) -> None:
+    model: nn.Module = Mlp()
+    plan = plan_for(model, ["up"])
+    if how == "wrapped":
+        target = torch.compile(model, backend="eager")
+    else:
+        target = model
+        (model if how == "in place" else model.up).compile(backend="eager")
+    state = state_of(model)
+    with pytest.raises(PlanError, match=r"is compiled.*Convert first"):
+        convert(target, plan)
+    assert state_of(model) == state
+
+
+def test_a_plan_in_which_nothing_gains_changes_nothing() -> None:
+    model = Mlp()
+    state = state_of(model)
+    convert(model, plan_for(model, {"up": {}, "down": {}}))
+    assert state_of(model) == state
+    assert planned_sites(model) == {}
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_a_converted_bf16_model_compiles_in_one_graph(recipe: str) -> None:
+    model = Mlp().bfloat16()
+    convert(model, plan_for(model, {"up": dict.fromkeys(MIXED, recipe)}))
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+def test_the_front_door_leads_here() -> None:
+    assert loka.convert is convert
