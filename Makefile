@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # run two at a time.
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 PYTHONUNBUFFERED=1
 
-.PHONY: help demo test lint unit bench truth clean
+.PHONY: help demo test lint unit bench truth docs clean
 
 help:
 	@echo "make demo   train, probe, report, plan and convert on a real click log (about a minute)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint   ruff and mypy only"
 	@echo "make bench  the side-by-side studies under benchmarks/, quickly"
 	@echo "make truth  predicted error against measured error, on real models and data (downloads 200 MB, 20 minutes)"
+	@echo "make docs   the documentation as a web site, in site/ (its code is run by make test)"
 	@echo "make clean  remove .venv and caches"
 
 # LoKA alone, at the versions of constraints.txt.
@@ -53,5 +54,9 @@ bench: $(VENV)/.installed-dev
 truth: $(VENV)/.installed-truth
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.truth
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

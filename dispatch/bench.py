@@ -1,29 +1,35 @@
-"""`loka bench`: every available kernel on the shapes of a probed run, or of a named suite, as timings and a profile."""
+"""`loka bench`: every available kernel on the shapes of a probed run, or of a named suite, as timings and a profile.
+
+Of products whose rows vary, also what a plan counts: the mean time of each kernel over the row counts of the product.
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from loka.dispatch.candidates import request_of
 from loka.dispatch.compare_values import compare_values, parse_kinds
 from loka.dispatch.draws import Source
 from loka.dispatch.layers import PRODUCTS_SHARE, LayerShape, layer_shapes, measure_layers
 from loka.dispatch.measure import measure_products, measure_shapes
-from loka.dispatch.profile import DeviceProfile, newest
-from loka.dispatch.shapes import Shape, shapes_of
+from loka.dispatch.profile import DeviceProfile, KernelTime, TimeTable, newest, time_key, varies
+from loka.dispatch.shapes import DRAWABLE, Shape, shapes_of
 from loka.dispatch.verify import Verification, verify
 from loka.environment import environment_facts
 from loka.errors import KernelError
 from loka.formats import PASSES, Pass
 from loka.hardware import current_device, device_info
 from loka.kernel_registry.ceilings import ceilings_of
-from loka.kernel_registry.registry import default_registry
+from loka.kernel_registry.registry import Registry, default_registry
 from loka.kernel_registry.spec import GemmRequest
 from loka.probes.database import open_database, read_learned, read_timings, write_timings
-from loka.probes.evidence import collect_evidence
+from loka.probes.evidence import RunEvidence, collect_evidence
 from loka.probes.records import Timing
+from loka.probes.row_counts import RowCounts
 from loka.roofline import Ceilings
 from loka.timing import Progress
 from loka.workloads.suites import SuiteProduct, suite
@@ -31,7 +37,7 @@ from loka.workloads.suites import SuiteProduct, suite
 if TYPE_CHECKING:
     from loka.kernel_registry.triton.tuned import Tuning
 
-# One of the kernels that the launches serve.
+# One of the kernels that are tuned; where it runs, all do.
 TUNED_KERNEL: Final[str] = "triton.gemm.rowwise"
 
 
@@ -69,6 +75,50 @@ def bench_database(
     finally:
         engine.dispose()
     return (*known, *measured)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowTimes:
+    """A product whose rows vary, and the mean time of each of its kernels over its row counts, the baseline first."""
+
+    request: GemmRequest  # at its median
+    sites: tuple[str, ...]
+    seen: RowCounts
+    timed: RowCounts | None  # None: those timed stand for too few of the calls
+    times: tuple[tuple[str, KernelTime], ...]
+
+
+def row_times(
+    db: str | os.PathLike[str], timings: Iterable[Timing], device: torch.device | str | None = None
+) -> tuple[RowTimes, ...]:
+    """Return the products of a database's newest run whose rows vary, with what these times come to over them."""
+    engine = open_database(db, create=False)
+    try:
+        evidence = collect_evidence(engine)
+    finally:
+        engine.dispose()
+    info = device_info(current_device() if device is None else device)
+    table = TimeTable(each for each in timings if each.device == str(info))
+    return times_over_rows(evidence, table, default_registry())
+
+
+def times_over_rows(evidence: RunEvidence, table: TimeTable, registry: Registry) -> tuple[RowTimes, ...]:
+    """Do the same from evidence and times; products of one shape and the same row counts are one."""
+    found: dict[tuple[object, ...], tuple[GemmRequest, RowCounts, list[str]]] = {}
+    for product in evidence.products:
+        request = request_of(product, evidence.info.fingerprint)
+        if request.op in DRAWABLE and request.batch and varies(request, product.rows):
+            key = (request.op, *time_key("", request), product.rows.points)
+            found.setdefault(key, (request, product.rows, []))[2].append(product.site)
+    result = []
+    for request, rows, sites in found.values():
+        baseline = registry.baseline(request).name
+        timed = table.timed(baseline, request, rows)
+        names = (baseline, *(spec.name for spec in registry.candidates(request.op)))
+        times = ((name, table.expected(name, request, timed)) for name in names)
+        known = tuple((name, time) for name, time in times if time is not None)
+        result.append(RowTimes(request=request, sites=tuple(sites), seen=rows, timed=timed, times=known))
+    return tuple(result)
 
 
 def bench_suite(
@@ -113,7 +163,7 @@ def compare_shapes(
 def tune_shapes(
     shapes: Sequence[Shape], device: torch.device | str | None, budget_s: float, on_progress: Progress | None = None
 ) -> "tuple[Path, Tuning]":
-    """Tune our GEMM for these shapes; return where the launches are kept, and all of them.
+    """Tune our kernels for these shapes; return where the launches are kept, and all of them.
 
     Raises KernelError where our kernels do not run.
     """

@@ -2,6 +2,9 @@
 
 The questions, for each candidate, in order: available here? can it serve this product? is its error known and within
 the bound? is it faster than the baseline? The first objection is the reason that is told.
+
+Where the rows of a product vary, a kernel has to serve all of the row counts that stand for its calls, and what counts
+is its mean time over those at which the baseline was timed: all kernels of a product are compared at the same ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,12 +13,13 @@ from typing import Final, Literal
 
 from loka.bounds import Bound, Limit
 from loka.dispatch.judged import Judged, LossCost, finite, judge_recipe
-from loka.dispatch.profile import KernelTime, TimeTable
+from loka.dispatch.profile import LEAST_COVERED, NO_ROWS, KernelTime, TimeAt, TimeTable, at_rows, varies
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec, Op
 from loka.probes.evidence import ProductEvidence, RecipeEvidence
 from loka.probes.loss_evidence import LossEvidence
+from loka.probes.row_counts import RowCounts
 from loka.timing import faster
 
 # Why a candidate was not chosen.
@@ -67,7 +71,10 @@ _EXPERTS_DIM: Final[int] = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One kernel considered for one product. Times in microseconds per call; None where not measured."""
+    """One kernel considered for one product. Times in microseconds per call; None where not measured.
+
+    Where the rows of the product vary, `time_us` is the mean over its row counts, and `times` what it is made of.
+    """
 
     kernel: str
     recipe: str | None
@@ -78,6 +85,7 @@ class Candidate:
     error_mean: float | None = None
     error_upper: float | None = None  # what a bound on the error was compared with
     loss: LossCost | None = None
+    times: tuple[TimeAt, ...] | None = None
 
 
 def request_of(evidence: ProductEvidence, parameters: Mapping[str, tuple[int, ...]] | None = None) -> GemmRequest:
@@ -117,6 +125,8 @@ class Case:
     baseline: str
     baseline_time: KernelTime | None
     time: KernelTime | None
+    # Row counts that it has no time at, and its baseline has one; where too few were timed, those of the baseline.
+    missing: tuple[int, ...] = ()
 
     @property
     def known_time(self) -> KernelTime:
@@ -162,6 +172,7 @@ class Considered:
     admissible: tuple[Case, ...]
     selected: bool
     limit: Limit
+    rows: RowCounts | None = NO_ROWS  # at which its kernels are compared; None: too few were timed
 
     @property
     def by_loss(self) -> bool:
@@ -181,7 +192,9 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether t
 ) -> Considered:
     """Put the questions to every candidate of a product; raise KernelError when the registry has no baseline for it."""
     baseline = registry.baseline(request)
-    baseline_time = times.of_baseline(baseline.name, request)
+    rows = times.timed(baseline.name, request, evidence.rows)
+    baseline_time = times.of_baseline(baseline.name, request, rows)
+    untimed = times.missing(baseline.name, request, evidence.rows) if rows is None else ()
     limit = bound.limit(evidence.product, evidence.site)
     specs = registry.candidates(request.op) or registry.low_precision()
     judged = {name: judge_recipe(name, evidence, limit) for name in {spec.recipe or "" for spec in specs}}
@@ -193,10 +206,11 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether t
             judged[spec.recipe or ""],
             limit,
             registry.unavailable(spec, device),
-            registry.cannot(spec, request, device),
+            unable_at(spec, request, evidence.rows, registry, device),
             baseline.name,
             baseline_time,
-            times.of_candidate(spec.name, request, baseline_time),
+            times.of_candidate(spec.name, request, baseline_time, rows),
+            times.missing(spec.name, request, rows) if rows is not None else untimed,
         )
         for spec in specs
     ]
@@ -211,7 +225,22 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether t
         admissible=tuple(case for case, found in zip(cases, objections, strict=True) if found is None),
         selected=selected,
         limit=limit,
+        rows=rows,
     )
+
+
+def unable_at(
+    spec: KernelSpec, request: GemmRequest, rows: RowCounts, registry: Registry, device: DeviceInfo
+) -> str | None:
+    """Return why a kernel cannot serve a product at one of its row counts, or None."""
+    reason = registry.cannot(spec, request, device)
+    if reason is not None or not varies(request, rows):
+        return reason
+    for each in rows.points:
+        reason = registry.cannot(spec, at_rows(request, each.rows), device)
+        if reason is not None:
+            return f"with {each.rows} rows: {reason}"
+    return None
 
 
 def fastest(cases: list[Case]) -> tuple[Case, Case]:
@@ -235,6 +264,7 @@ def rejected_candidate(case: Case, code: Code, reason: str) -> Candidate:
         error_mean=finite(error.mean) if error else None,
         error_upper=finite(error.upper_tolerance) if error else None,
         loss=case.judged.loss,
+        times=(case.time.at or None) if case.time else None,
     )
 
 
@@ -256,6 +286,14 @@ def _ask_able(case: Case) -> Objection | None:
 
 
 def _ask_timed(case: Case) -> Objection | None:
+    rows = case.evidence.rows
+    if varies(case.request, rows) and (case.time is None or case.baseline_time is None):
+        listed = ", ".join(map(str, case.missing))
+        if case.baseline_time is not None:
+            return "untimed", f"never timed with {listed} rows, as its baseline {case.baseline} was on this device"
+        rest = f"; its other row counts do not carry {LEAST_COVERED:.0%} of the calls and of the rows"
+        rest = rest if len(case.missing) < len(rows.points) else ""
+        return "untimed", f"its baseline {case.baseline} was never timed with {listed} rows on this device{rest}"
     if case.time is None:
         return "untimed", f"never timed at {_shape(case.request)} on this device"
     if case.baseline_time is None or (case.baseline_time.assumed and not case.time.assumed):
@@ -267,6 +305,7 @@ def _ask_gain(case: Case) -> Objection | None:
     time, baseline = case.known_time, case.known_baseline_time
     speedup = baseline.median_us / time.median_us
     numbers = f"{time.median_us:.4g} us against {baseline.median_us:.4g} us of {case.baseline} ({speedup:.3g}x)"
+    numbers += time.words
     if speedup <= MIN_SPEEDUP:
         return "no_gain", f"{numbers}: not more than {MIN_SPEEDUP}x the baseline's speed"
     if not time.assumed and not faster(time, baseline):
@@ -282,6 +321,11 @@ _QUESTIONS: Final[tuple[Callable[[Case], Objection | None], ...]] = (
     _ask_timed,
     _ask_gain,
 )
+
+
+def objection_to_time(case: Case) -> Objection | None:
+    """Return what speaks against the time of a candidate, whatever its error."""
+    return _ask_timed(case) or _ask_gain(case)
 
 
 def _shape(request: GemmRequest) -> str:

@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from loka.dispatch.draws import Drawn, Source, draw_operands
+from loka.dispatch.draws import Drawn, draw_operands
 from loka.dispatch.measure import runnable, timing_of
 from loka.dispatch.shapes import Shape
 from loka.errors import ArgumentError, nearest
@@ -99,7 +99,7 @@ def _drawn(shape: Shape, kind: str, device: torch.device) -> Drawn | None:
     if kind == "learned" and not source.learned:
         return None
     if kind != "learned":
-        source = Source(rms=source.rms, tokens=source.tokens)
+        source = replace(source, learned={})
     drawn = draw_operands(shape.request, getattr(torch, shape.request.dtype), device, source)
     if kind != "zeros":
         return drawn

@@ -3,22 +3,28 @@
 After every product has its own best kernel, each layer is asked once more: is there a kernel for all its passes that is
 faster than what was chosen for them one by one? It has to keep every pass within its own limit, to beat the baselines
 by as much as any kernel has to, and to beat the passes apart by more than the spread of the times. Its time is shared
-out over the passes in proportion to what they took apart, so that the times of a plan still add up.
+out over the passes in proportion to what they took apart, so that the times of a plan still add up. Where the rows of
+a layer vary, all of these are means over its row counts, the same for every pass.
+
+Layers that read one input, a family, are then asked in the same way: on one kernel they share its cast, and what they
+take together was timed together.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from loka.dispatch.candidates import MIN_SPEEDUP, Candidate, Case, Code, Considered
+from loka.dispatch.candidates import MIN_SPEEDUP, Candidate, Case, Code, Considered, unable_at
 from loka.dispatch.decide import Decision, won
+from loka.dispatch.families import family_request
 from loka.dispatch.layers import LEAST_SHARE, passes_apart_us
 from loka.dispatch.loss_budget import Ration
 from loka.dispatch.profile import KernelTime, TimeTable
 from loka.formats import PASSES, Pass
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
-from loka.kernel_registry.spec import KernelSpec
+from loka.kernel_registry.spec import GemmRequest, KernelSpec
+from loka.probes.row_counts import RowCounts
 from loka.timing import faster
 
 # Objections that come after the question whether the error is within the limit.
@@ -26,39 +32,57 @@ _PAST_ERROR: Final[tuple[Code, ...]] = ("untimed", "no_gain")
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer: the positions of its three products, what was considered and what was chosen for each."""
+class _Group:
+    """A layer or a family of them: the positions of its products, what was considered and what was chosen for each."""
 
-    at: tuple[int, int, int]
-    considered: tuple[Considered, ...]
+    at: tuple[int, ...]
+    considered: tuple[Considered, ...]  # pass by pass of the first layer, then of the next
     chosen: tuple[Decision, ...]
-    ration: Ration | None
+    rations: tuple[Ration | None, ...]
+    timed_as: GemmRequest  # what the time of all together is kept under
+    what: str  # that is decided together, in words
+
+    @property
+    def rows(self) -> RowCounts | None:
+        """The row counts of all its products."""
+        return self.considered[0].rows
 
 
-def composed(
+def composed(  # noqa: PLR0913 - what was decided, and the six things it rests on
     decisions: Sequence[Decision],
     considered: Sequence[Considered],
     rations: Mapping[int, Ration],
     registry: Registry,
     times: TimeTable,
     device: DeviceInfo,
+    families: Iterable[Sequence[str]] = (),
 ) -> tuple[Decision, ...]:
     """Return the decisions, with a kernel of all passes where that is faster than what the passes have apart.
 
-    An assumed speed-up says nothing of casts: under one, everything stays as decided.
+    `families` are the sites that read one input. An assumed speed-up says nothing of casts: under one, everything stays
+    as decided.
     """
     result = list(decisions)
     if times.assume_speedup is not None:
         return tuple(result)
-    for layer in _layers(decisions, considered, rations):
-        for at, decision in zip(layer.at, _compose(layer, registry, times, device), strict=True):
-            result[at] = decision
+    layers = {layer.timed_as.site: layer for layer in _layers(decisions, considered, rations)}
+    for layer in layers.values():
+        _put(result, layer, _compose(layer, registry, times, device))
+    for family in families:
+        members = [layers[site] for site in family if site in layers]
+        if len(members) > 1 and (group := _family(members, result)) is not None:
+            _put(result, group, _join(group, registry, times, device))
     return tuple(result)
+
+
+def _put(result: list[Decision], group: _Group, decisions: Sequence[Decision]) -> None:
+    for at, decision in zip(group.at, decisions, strict=True):
+        result[at] = decision
 
 
 def _layers(
     decisions: Sequence[Decision], considered: Sequence[Considered], rations: Mapping[int, Ration]
-) -> Iterable[_Layer]:
+) -> Iterable[_Group]:
     """Yield the linear layers of which all three products are decided on, and may leave their baseline."""
     sites: dict[str, dict[Pass, int]] = {}
     for at, each in enumerate(considered):
@@ -71,22 +95,73 @@ def _layers(
         triple = (first, second, third)
         of_passes = tuple(considered[each] for each in triple)
         if _is_layer(of_passes):
-            yield _Layer(triple, of_passes, tuple(decisions[each] for each in triple), rations.get(first))
+            yield _Group(
+                at=triple,
+                considered=of_passes,
+                chosen=tuple(decisions[each] for each in triple),
+                rations=tuple(rations.get(each) for each in triple),
+                timed_as=of_passes[0].request,
+                what="all passes of this layer together, casts shared",
+            )
 
 
 def _is_layer(passes: tuple[Considered, ...]) -> bool:
     f, d, w = (each.request for each in passes)
     calls = {each.evidence.calls for each in passes}
-    return (d.m, d.n, d.k) == (f.m, f.k, f.n) and (w.m, w.n, w.k) == (f.n, f.k, f.m) and len(calls) == 1
+    same_rows = all(each.rows == passes[0].rows for each in passes)  # None: too few were timed, which it will say
+    return (d.m, d.n, d.k) == (f.m, f.k, f.n) and (w.m, w.n, w.k) == (f.n, f.k, f.m) and len(calls) == 1 and same_rows
 
 
-def _compose(layer: _Layer, registry: Registry, times: TimeTable, device: DeviceInfo) -> tuple[Decision, ...]:
+def _family(members: Sequence[_Group], decisions: Sequence[Decision]) -> _Group | None:
+    """Return layers that read one input as a group, as they are decided by now; None where they are not timed alike."""
+    requests = [member.timed_as for member in members]
+    same = {(each.m, each.k, each.dtype) for each in requests}
+    if len(same) > 1 or any(member.rows != members[0].rows for member in members):
+        return None
+    at = tuple(position for member in members for position in member.at)
+    others = ", ".join(each.site for each in requests[1:])
+    return _Group(
+        at=at,
+        considered=tuple(each for member in members for each in member.considered),
+        chosen=tuple(decisions[position] for position in at),
+        rations=tuple(each for member in members for each in member.rations),
+        timed_as=family_request(requests),
+        what=f"{requests[0].site} and {others}, which read one input, together, its casts shared",
+    )
+
+
+def _join(group: _Group, registry: Registry, times: TimeTable, device: DeviceInfo) -> tuple[Decision, ...]:
+    """Return the decisions of a family: those of its layers, or one kernel for all of them where that is faster."""
+    apart, baseline = _chosen_total(group), _total(group, times, baselines=True)
+    if apart is None or baseline is None:
+        return group.chosen
+    offers = []
+    for spec in registry.candidates("linear_layer"):
+        time = times.expected(spec.name, group.timed_as, group.rows)
+        if time is not None and _objection(spec, group, registry, device) is None and not _slow(time, apart, baseline):
+            offers.append((time, spec))
+    if not offers:
+        return group.chosen
+    time, spec = min(offers, key=lambda offer: (offer[0].median_us, offer[1].name))
+    return _all_on(group, spec, time, apart)
+
+
+def _chosen_total(group: _Group) -> KernelTime | None:
+    """Return the time of what was chosen so far, with the spreads of the baselines; None where one is unknown."""
+    known = [each.time_us for each in group.chosen if each.time_us is not None]
+    spreads = [time.spread_us for each in group.considered if (time := each.baseline_time) is not None]
+    if len(known) < len(group.chosen):
+        return None
+    return KernelTime(median_us=sum(known), spread_us=sum(spreads), source="measured")
+
+
+def _compose(layer: _Group, registry: Registry, times: TimeTable, device: DeviceInfo) -> tuple[Decision, ...]:
     """Return the three decisions of a layer."""
     apart, baseline = _total(layer, times, baselines=False), _total(layer, times, baselines=True)
     offers: list[tuple[KernelTime, KernelSpec]] = []
     refused: list[Candidate] = []
     for spec in registry.candidates("linear_layer"):
-        time = times.lookup(spec.name, layer.considered[0].request)
+        time = times.expected(spec.name, layer.timed_as, layer.rows)
         objection = _objection(spec, layer, registry, device)
         if objection is None and time is None:
             objection = _untimed(spec, layer, registry, times)
@@ -105,25 +180,25 @@ def _compose(layer: _Layer, registry: Registry, times: TimeTable, device: Device
         for its, other in offers
         if other is not spec
     ]
-    together = (
-        f"all passes of this layer together, casts shared: {time.median_us:.4g} us against {apart.median_us:.4g} us "
-        "of the best kernels apart"
-    )
-    return _with_refused(
-        tuple(
-            _taken(spec, time, apart, each, chosen, together)
-            for each, chosen in zip(layer.considered, layer.chosen, strict=True)
-        ),
-        refused,
+    return _with_refused(_all_on(layer, spec, time, apart), refused)
+
+
+def _all_on(group: _Group, spec: KernelSpec, time: KernelTime, apart: KernelTime) -> tuple[Decision, ...]:
+    """Return the decisions of all products of a group for one kernel."""
+    together = f"{group.what}: {time.median_us:.4g} us against {apart.median_us:.4g} us of the best kernels apart"
+    return tuple(
+        _taken(spec, time, apart, each, chosen, together)
+        for each, chosen in zip(group.considered, group.chosen, strict=True)
     )
 
 
-def _total(layer: _Layer, times: TimeTable, *, baselines: bool) -> KernelTime | None:
+def _total(layer: _Group, times: TimeTable, *, baselines: bool) -> KernelTime | None:
     """Return the time of the chosen kernels, or of the baselines, of all passes; None where one was never timed."""
     found = []
     for considered, decision in zip(layer.considered, layer.chosen, strict=True):
         is_baseline = baselines or decision.recipe is None
-        time = considered.baseline_time if is_baseline else times.lookup(decision.kernel, considered.request)
+        chosen = times.expected(decision.kernel, considered.request, considered.rows)
+        time = considered.baseline_time if is_baseline else chosen
         if time is None or time.assumed:
             return None
         found.append(time)
@@ -137,19 +212,20 @@ def _total(layer: _Layer, times: TimeTable, *, baselines: bool) -> KernelTime | 
 _Objection = tuple[Code, str]
 
 
-def _objection(spec: KernelSpec, layer: _Layer, registry: Registry, device: DeviceInfo) -> _Objection | None:
+def _objection(spec: KernelSpec, layer: _Group, registry: Registry, device: DeviceInfo) -> _Objection | None:
     """Return what speaks against a kernel of all passes, apart from its time."""
     unavailable = registry.unavailable(spec, device)
     if unavailable is not None:
         return "unavailable", unavailable
     for considered in layer.considered:
-        unable = registry.cannot(spec, considered.request, device)
+        unable = unable_at(spec, considered.request, considered.evidence.rows, registry, device)
         if unable is not None:
             return "cannot", unable
         if _case(spec, considered) is None:
             return _objection_to_recipe(spec, considered)
-    if layer.considered[0].by_loss and layer.ration is not None and layer.ration.recipe != spec.recipe:
-        return "budget_spent", f"the plan's budget of loss grants its fprop {layer.ration.recipe or 'no recipe'}"
+    for considered, ration in zip(layer.considered, layer.rations, strict=True):
+        if considered.by_loss and ration is not None and ration.recipe != spec.recipe:
+            return "budget_spent", f"the plan's budget of loss grants its fprop {ration.recipe or 'no recipe'}"
     return None
 
 
@@ -167,9 +243,9 @@ def _objection_to_recipe(spec: KernelSpec, considered: Considered) -> _Objection
     return code, f"{considered.request.product}: {reason}"
 
 
-def _untimed(spec: KernelSpec, layer: _Layer, registry: Registry, times: TimeTable) -> _Objection:
+def _untimed(spec: KernelSpec, layer: _Group, registry: Registry, times: TimeTable) -> _Objection:
     """Return why all passes together were not timed."""
-    apart_us = passes_apart_us(spec, layer.considered[0].request, registry, times)
+    apart_us = passes_apart_us(spec, layer.timed_as, registry, times, layer.rows)
     baseline = _total(layer, times, baselines=True)
     if apart_us is not None and baseline is not None and apart_us * LEAST_SHARE >= baseline.median_us:
         return "no_gain", (
@@ -200,6 +276,7 @@ def _refused(spec: KernelSpec, objection: _Objection, time: KernelTime | None) -
         reason=objection[1],
         time_us=time.median_us if time else None,
         spread_us=time.spread_us if time else None,
+        times=(time.at or None) if time else None,
     )
 
 
@@ -218,8 +295,11 @@ def _taken(
     assert case is not None  # else `_objection` has refused the kernel
     assert chosen.time_us is not None  # else `apart` is unknown
     share = chosen.time_us / apart.median_us
-    own_time = KernelTime(
-        median_us=time.median_us * share, spread_us=time.spread_us * share, source=time.source, assumed=time.assumed
+    own_time = replace(
+        time,
+        median_us=time.median_us * share,
+        spread_us=time.spread_us * share,
+        at=tuple(replace(each, time_us=each.time_us * share, spread_us=each.spread_us * share) for each in time.at),
     )
     beaten = Candidate(
         kernel=chosen.kernel,
@@ -229,6 +309,7 @@ def _taken(
         time_us=chosen.time_us,
         error_upper=chosen.error_upper,
         loss=chosen.loss,
+        times=chosen.times,
     )
     rejected = [each for each in chosen.rejected if each.kernel != chosen.kernel]
     decision = won(

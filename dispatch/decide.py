@@ -24,7 +24,7 @@ from loka.dispatch.candidates import (
 )
 from loka.dispatch.judged import LossCost, error_words, finite, loss_words
 from loka.dispatch.loss_budget import Ration
-from loka.dispatch.profile import KernelTime, TimeTable
+from loka.dispatch.profile import KernelTime, TimeAt, TimeTable
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
@@ -52,7 +52,10 @@ _PROGRESS: Final[tuple[Code, ...]] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """The kernel for one (site, pass), with all it was chosen from."""
+    """The kernel for one (site, pass), with all it was chosen from.
+
+    Where the rows of the product vary, its times are means over its row counts; `times` are those of the chosen kernel.
+    """
 
     request: GemmRequest
     m_min: int
@@ -69,6 +72,9 @@ class Decision:
     rejected: tuple[Candidate, ...]
     loss: LossCost | None = None  # fprop in FP8, where a step has shown it
     gate: Gate | None = None  # which error is compared with the bound, here and of every candidate
+    times: tuple[TimeAt, ...] | None = None  # None: of one shape, or never timed
+    over: str | None = None  # which row counts the times are over, in words
+    kept_experts: tuple[int, ...] = ()  # of a layer of experts: those whose own products stay in high precision
 
     @property
     def speedup(self) -> float | None:
@@ -163,6 +169,7 @@ def _beaten_baseline(baseline: KernelSpec, winner: Case) -> Candidate:
         reason=f"the baseline: {time.median_us:.4g} us, {time.median_us / best.median_us:.3g} times {winner.spec.name}",
         time_us=time.median_us,
         spread_us=time.spread_us,
+        times=time.at or None,
     )
 
 
@@ -172,7 +179,8 @@ def won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...]) -> 
     gated = recipe.gated(winner.limit)
     why = (
         f"{baseline_time.median_us / time.median_us:.3g}x the speed of {baseline.name} "
-        f"({time.median_us:.4g} us against {baseline_time.median_us:.4g} us, {time.source}); {_within(winner)}"
+        f"({time.median_us:.4g} us against {baseline_time.median_us:.4g} us{time.words}, {time.source}); "
+        f"{_within(winner)}"
     )
     return Decision(
         request=winner.request,
@@ -190,6 +198,8 @@ def won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...]) -> 
         rejected=rejected,
         loss=winner.judged.loss,
         gate=gated.gate,
+        times=time.at or None,
+        over=time.over.words if time.at else None,
     )
 
 
@@ -212,6 +222,7 @@ def _stays(considered: Considered, why: str, rejected: list[Candidate]) -> Decis
     """Return the decision for the baseline."""
     time: KernelTime | None = considered.baseline_time
     time_us = None if time is None or time.assumed else time.median_us
+    at = time.at if time is not None else ()
     return Decision(
         request=considered.request,
         m_min=considered.evidence.m_min,
@@ -227,6 +238,8 @@ def _stays(considered: Considered, why: str, rejected: list[Candidate]) -> Decis
         horizon=None,
         rejected=_by_name(rejected),
         gate=_gate(considered),
+        times=at or None,
+        over=time.over.words if time is not None and at else None,
     )
 
 

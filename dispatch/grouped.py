@@ -6,6 +6,9 @@ Rows are sorted by expert, `offsets` says where each expert's end. Kernels are g
 "" is torch's own grouped product in the operands' precision. Everything that holds for the linear op holds here: plain
 tensors, so that `torch.compile` traces into it, kernels that are counted, and one that raises is replaced.
 
+A few experts may be kept in high precision by a plan: their rows are computed once more, which needs the offsets on the
+host. Where code is traced there are none, and such a pass stays in high precision as a whole.
+
 Models write such a product as `torch._grouped_mm`, which `torch.nn.functional.grouped_mm` calls, or as the operator
 that transformers puts in its place where torch cannot compile it. `GroupedCall` reads the arguments of all of them.
 Dynamo shows `torch._grouped_mm` to no mode: a converted model keeps it in high precision under another backend than
@@ -33,9 +36,32 @@ _BASELINES: Final[Mapping[torch.dtype, Callable[..., Tensor]]] = {
 }
 
 
-def product(name: str, a: Tensor, b: Tensor, offsets: Tensor, which: Pass) -> Tensor:
-    """Compute a product per expert, as `GroupedKernel` describes it, with the named kernel, in the dtype of `a`."""
-    return execute(name, (a, b, offsets), which, _high_precision)
+Kernels = tuple[str, str, str]  # fprop, dgrad, wgrad
+Kept = tuple[int, ...]  # experts whose products are computed in high precision
+KeptByPass = tuple[Kept, Kept, Kept]
+NONE_KEPT: Final[KeptByPass] = ((), (), ())
+
+
+def product(name: str, a: Tensor, b: Tensor, offsets: Tensor, which: Pass, kept: Kept = ()) -> Tensor:
+    """Compute a product per expert, as `GroupedKernel` describes it, with the named kernel, in the dtype of `a`.
+
+    Those of the experts in `kept` are computed in that dtype.
+    """
+    out = execute(name, (a, b, offsets), which, _high_precision)
+    return out if not kept or name == HIGH_PRECISION else _with_kept(out, (a, b, offsets), which, kept)
+
+
+def _with_kept(out: Tensor, operands: tuple[Tensor, Tensor, Tensor], which: Pass, kept: Kept) -> Tensor:
+    """Write the products of some experts over those of a kernel."""
+    a, b, offsets = operands
+    ends = offsets.tolist()
+    for expert in kept:
+        rows = slice(ends[expert - 1] if expert else 0, ends[expert])
+        if which == "wgrad":
+            torch.matmul(a[rows].t(), b[rows], out=out[expert])
+        elif rows.stop > rows.start:
+            out[rows] = a[rows] @ b[expert].t()
+    return out
 
 
 def _high_precision(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
@@ -47,12 +73,13 @@ class _Grouped(torch.autograd.Function):
     """Y[tokens, N] = X[tokens, K] . W[expert of the token, N, K]^T with one kernel per pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, *kernels: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, kernels: Kernels, kept: KeptByPass) -> Tensor:
         fprop, ctx.dgrad, ctx.wgrad = kernels
+        ctx.kept = kept
         # Each operand is kept for the other one's gradient, and only where that is wanted.
         needs_x_grad, needs_weight_grad, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight_grad else None, weight if needs_x_grad else None, offsets)
-        return product(fprop, x, weight, offsets, "fprop")
+        return product(fprop, x, weight, offsets, "fprop", kept[0])
 
     @staticmethod
     @once_differentiable
@@ -61,13 +88,21 @@ class _Grouped(torch.autograd.Function):
         grad_x = grad_weight = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = product(ctx.dgrad, grad, weight.mT, offsets, "dgrad")
+                grad_x = product(ctx.dgrad, grad, weight.mT, offsets, "dgrad", ctx.kept[1])
             if ctx.needs_input_grad[1]:
-                grad_weight = product(ctx.wgrad, grad, x, offsets, "wgrad")
-        return grad_x, grad_weight, None, None, None, None
+                grad_weight = product(ctx.wgrad, grad, x, offsets, "wgrad", ctx.kept[2])
+        return grad_x, grad_weight, None, None, None
 
 
-def grouped(x: Tensor, weight: Tensor, offsets: Tensor, fprop: str, dgrad: str, wgrad: str) -> Tensor:
+def grouped(  # noqa: PLR0913 - the product, a kernel per pass, and what they do not compute
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    fprop: str,
+    dgrad: str,
+    wgrad: str,
+    kept: KeptByPass = NONE_KEPT,
+) -> Tensor:
     """Return rows x [tokens, K], sorted by expert, times their expert's weight [experts, N, K]; [tokens, N].
 
     offsets: [experts], the end of each expert's rows; rows after the last are zero, in the result and in the gradient.
@@ -78,19 +113,22 @@ def grouped(x: Tensor, weight: Tensor, offsets: Tensor, fprop: str, dgrad: str, 
     kernels = (fprop, dgrad, wgrad)
     if not torch.compiler.is_dynamo_compiling() and steps_aside() and not isinstance(x, TRACED):
         kernels = (HIGH_PRECISION,) * 3
+    if any(kept) and (torch.compiler.is_dynamo_compiling() or isinstance(x, TRACED)):
+        fprop, dgrad, wgrad = (HIGH_PRECISION if out else name for out, name in zip(kept, kernels, strict=True))
+        kernels, kept = (fprop, dgrad, wgrad), NONE_KEPT
     device = x.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _grouped(x, weight, offsets, kernels)
-    return _grouped(x, weight, offsets, kernels)
+            return _grouped(x, weight, offsets, kernels, kept)
+    return _grouped(x, weight, offsets, kernels, kept)
 
 
-def _grouped(x: Tensor, weight: Tensor, offsets: Tensor, kernels: tuple[str, str, str]) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, offsets: Tensor, kernels: Kernels, kept: KeptByPass) -> Tensor:
     ends = offsets.to(torch.int32)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        out: Tensor = _Grouped.apply(x, weight, ends, *kernels)  # type: ignore[no-untyped-call]  # torch lacks types
+        out: Tensor = _Grouped.apply(x, weight, ends, kernels, kept)  # type: ignore[no-untyped-call]  # torch lacks types
         return out
-    return product(kernels[0], x, weight, ends, "fprop")
+    return product(kernels[0], x, weight, ends, "fprop", kept[0])
 
 
 # --- how models call it ---
@@ -134,8 +172,10 @@ class GroupedCall:
         return None if offsets is None or bias is not None or out_dtype is not None else cls(left, right, offsets)
 
 
-def grouped_matmul(left: Tensor, right: Tensor, offsets: Tensor, kernels: tuple[str, str, str]) -> Tensor:
+def grouped_matmul(
+    left: Tensor, right: Tensor, offsets: Tensor, kernels: Kernels, kept: KeptByPass = NONE_KEPT
+) -> Tensor:
     """Compute `torch._grouped_mm` with the weights of all experts on either side, and rows on the other."""
     if right.dim() == 3:
-        return grouped(left, right.mT, offsets, *kernels)
-    return grouped(right.t(), left, offsets, *kernels).t()
+        return grouped(left, right.mT, offsets, *kernels, kept)
+    return grouped(right.t(), left, offsets, *kernels, kept).t()

@@ -3,11 +3,12 @@
 A cast that two passes share is paid once, so the passes cannot be timed apart and added up. What is timed is a layer
 forward and backward; its time is kept as that of the layer's kernel on the forward product. Three casts of six are what
 can be shared at most, so a kernel whose passes apart take more than twice the baselines is not timed together.
+Where the rows of a layer vary, it is timed at each of its row counts.
 """
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -17,14 +18,15 @@ from torch import Tensor
 from loka.dispatch.candidates import request_of
 from loka.dispatch.draws import Source, draw_operands, sources
 from loka.dispatch.measure import timing_of, tried
-from loka.dispatch.profile import TimeTable
+from loka.dispatch.profile import NO_ROWS, TimeTable, at_rows, time_key, varies
 from loka.formats import PASSES, Pass
-from loka.hardware import device_info
+from loka.hardware import DeviceInfo, device_info
 from loka.kernel_registry.layers import Needs
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.evidence import ProductEvidence, RunEvidence
 from loka.probes.records import LearnedRecord, Timing
+from loka.probes.row_counts import RowCounts
 from loka.timing import Candidate, Progress, in_turns, measure
 
 logger = logging.getLogger("loka.dispatch")
@@ -42,27 +44,37 @@ class LayerShape:
     request: GemmRequest
     forward: Source
     backward: Source
+    rows: RowCounts = field(default_factory=RowCounts)
+    share: float = 1.0  # of the time that a layer whose rows do not vary gets
 
 
 def layer_shapes(evidence: RunEvidence, learned: Iterable[LearnedRecord] = ()) -> list[LayerShape]:
     """Return the distinct linear layers of which a run saw all three passes, those with most work first."""
     known = sources(learned, evidence.products)
-    found: dict[tuple[int, int, int, str], LayerShape] = {}
-    work: dict[tuple[int, int, int, str], float] = {}
+    found: dict[tuple[object, ...], LayerShape] = {}
+    work: dict[tuple[object, ...], float] = {}
     for products in layers_of(evidence):
         forward = products["fprop"]
-        request = request_of(forward, evidence.info.fingerprint)
-        key = (request.m, request.n, request.k, request.dtype)
+        shape = shape_of(products, evidence, known)
+        request = shape.request
+        points = tuple((point.rows, point.weight) for point in forward.rows.points)
+        key = (request.m, request.n, request.k, request.dtype, points)
         work[key] = work.get(key, 0.0) + forward.flops
-        found.setdefault(
-            key,
-            LayerShape(
-                request=request,
-                forward=known[forward.site, "fprop"],
-                backward=known[forward.site, "dgrad"],
-            ),
-        )
+        found.setdefault(key, shape)
     return [found[key] for key in sorted(found, key=lambda key: (-work[key], key))]
+
+
+def shape_of(
+    products: Mapping[Pass, ProductEvidence], evidence: RunEvidence, known: Mapping[tuple[str, Pass], Source]
+) -> LayerShape:
+    """Return a layer, given by its three products; `known` says where the values of all products come from."""
+    forward = products["fprop"]
+    return LayerShape(
+        request=request_of(forward, evidence.info.fingerprint),
+        forward=known[forward.site, "fprop"],
+        backward=known[forward.site, "dgrad"],
+        rows=forward.rows,
+    )
 
 
 def layers_of(evidence: RunEvidence) -> list[dict[Pass, ProductEvidence]]:
@@ -78,7 +90,8 @@ def _is_layer(products: dict[Pass, ProductEvidence]) -> bool:
     """Whether three products are Y = X W^T, dX = dY W and dW = dY^T X of one layer, each run as often as the others."""
     f, d, w = (products[each] for each in PASSES)
     same_sizes = (d.m, d.n, d.k) == (f.m, f.k, f.n) and (w.m, w.n, w.k) == (f.n, f.k, f.m)
-    return same_sizes and f.calls == d.calls == w.calls and f.m * f.n * f.k > 0
+    same_calls = f.calls == d.calls == w.calls and f.rows == d.rows == w.rows
+    return same_sizes and same_calls and f.m * f.n * f.k > 0
 
 
 def measure_layers(
@@ -95,38 +108,73 @@ def measure_layers(
     Within about `budget_s` seconds; shapes that do not fit it are left out and logged.
     """
     device = torch.device(device)
-    info, table = device_info(device), TimeTable(known)
-    contests = []
-    for shape in shapes:
-        specs = [
-            spec
-            for spec in registry.servable(shape.request, info, op="linear_layer")
-            if table.lookup(spec.name, shape.request) is None and _may_gain(spec, shape.request, registry, table)
-        ]
-        if specs:
-            contests.append((shape, specs))
+    contests = _to_time(shapes, registry, device_info(device), TimeTable(known))
     timings: list[Timing] = []
     for turn in in_turns(
-        contests, budget_s, "layers left untimed", lambda each: f"layer {each[0].request}", on_progress
+        contests,
+        budget_s,
+        "layers left untimed",
+        lambda each: f"layer {each[0].request}",
+        on_progress,
+        weight=lambda each: each[0].share,
     ):
         with torch.no_grad():
             timings += _time(*turn.item, registry, device, turn.share_s)
     return timings
 
 
-def _may_gain(spec: KernelSpec, request: GemmRequest, registry: Registry, times: TimeTable) -> bool:
+def _to_time(
+    shapes: Iterable[LayerShape], registry: Registry, info: DeviceInfo, times: TimeTable
+) -> list[tuple[LayerShape, list[KernelSpec]]]:
+    """Return the layers, at each of their row counts, of which a kernel that could gain has no time yet."""
+    contests: list[tuple[LayerShape, list[KernelSpec]]] = []
+    seen: set[tuple[object, ...]] = set()
+    for shape in shapes:
+        specs = [
+            spec
+            for spec in registry.servable(shape.request, info, op="linear_layer")
+            if _may_gain(spec, shape, registry, times)
+        ]
+        for part in _parts(shape):
+            missing = [
+                spec
+                for spec in specs
+                if registry.cannot(spec, part.request, info) is None
+                and times.lookup(spec.name, part.request) is None
+                and time_key(spec.name, part.request) not in seen
+            ]
+            if missing:
+                contests.append((part, missing))
+                seen |= {time_key(spec.name, part.request) for spec in missing}
+    return contests
+
+
+def _parts(shape: LayerShape) -> Iterator[LayerShape]:
+    """Yield a layer at each of its row counts, those with most work first."""
+    if not varies(shape.request, shape.rows):
+        yield shape
+        return
+    for point in sorted(shape.rows.points, key=lambda point: -point.weight * point.rows):
+        yield replace(shape, request=at_rows(shape.request, point.rows), rows=NO_ROWS, share=point.weight)
+
+
+def _may_gain(spec: KernelSpec, shape: LayerShape, registry: Registry, times: TimeTable) -> bool:
     """Whether half of what the passes take apart is less than what the baselines take, as far as that is known."""
-    apart = passes_apart_us(spec, request, registry, times)
-    found = [times.lookup(registry.baseline(each).name, each) for each in passes_of(request)]
+    request = shape.request
+    rows = times.timed(registry.baseline(request).name, request, shape.rows)
+    apart = passes_apart_us(spec, request, registry, times, rows)
+    found = [times.expected(registry.baseline(each).name, each, rows) for each in passes_of(request)]
     known = [time.median_us for time in found if time is not None]
     # Without either there is nothing that its time could be compared with.
     return apart is not None and len(known) == len(found) and apart * LEAST_SHARE < sum(known)
 
 
-def passes_apart_us(spec: KernelSpec, request: GemmRequest, registry: Registry, times: TimeTable) -> float | None:
-    """Return what the passes of a layer kernel take one by one; None where one was never timed."""
+def passes_apart_us(
+    spec: KernelSpec, request: GemmRequest, registry: Registry, times: TimeTable, rows: RowCounts | None = NO_ROWS
+) -> float | None:
+    """Return what the passes of a layer kernel take one by one, over its `rows`; None where one was never timed."""
     name = next((each.name for each in registry.candidates("linear") if each.implementation == spec.implementation), "")
-    found = [times.lookup(name, each) for each in passes_of(request)]
+    found = [times.expected(name, each, rows) for each in passes_of(request)]
     known = [time.median_us for time in found if time is not None]
     return sum(known) if len(known) == len(found) else None
 

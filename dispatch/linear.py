@@ -23,10 +23,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import _StopRecomputationError
 
 from loka.dispatch.executions import record, record_traced
+from loka.dispatch.shared_input import forget_input, input_sides
 from loka.dispatch.weights import Weight, weight_of
 from loka.formats import Pass
 from loka.hardware import device_info
-from loka.kernel_registry.layers import Layer, Needs
+from loka.kernel_registry.layers import Layer, Made, Needs
 from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
@@ -151,9 +152,14 @@ class _Layer(torch.autograd.Function):
     """The same with the three passes on one kernel that shares their casts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, name: str, held: Weight | None) -> Tensor:
         needs_x_grad, needs_weight_grad, *_ = ctx.needs_input_grad
-        out, kept = load_layer(name).forward(x, weight, Needs(needs_x_grad, needs_weight_grad))
+        layer, needs = load_layer(name), Needs(needs_x_grad, needs_weight_grad)
+        if _is_traced(x):
+            out, kept = layer.forward(x, weight, needs)
+        else:
+            of_weight = None if held is None else held.sides(name, layer, weight, needs, x.dtype)
+            out, kept = layer.forward(x, weight, needs, Made(input_sides(layer, x, needs), of_weight))
         ctx.save_for_backward(*(tensor for each in kept if each is not None for tensor in (each.data, each.scale)))
         ctx.specs = tuple(None if each is None else each.spec for each in kept)
         ctx.name = name
@@ -165,13 +171,15 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         kept = [None if spec is None else Operand(next(tensors), next(tensors), spec) for spec in ctx.specs]
+        if not _is_traced(grad):
+            forget_input()
         with torch.autocast(grad.device.type, enabled=False):
             gradients = load_layer(ctx.name).backward(grad, (kept[0], kept[1]))
         passes: tuple[Pass, ...] = ("dgrad", "wgrad")
         for gradient, which in zip(gradients, passes, strict=True):
             if gradient is not None:
                 _count(ctx.name, grad, which)
-        return *gradients, None
+        return *gradients, None, None
 
 
 # Loaded layers by name, likewise; None where a kernel computes one pass at a time.
@@ -195,16 +203,21 @@ def _shares_casts(kernels: tuple[str, str, str], x: Tensor, weight: Tensor) -> b
     layer = _layers[name]
     if layer is None:
         return False
-    return layer.when_traced or not (torch.compiler.is_dynamo_compiling() or isinstance(x, TRACED))
+    return layer.when_traced or not _is_traced(x)
 
 
-def _with_shared_casts(x: Tensor, weight: Tensor, name: str) -> Tensor:
+def _is_traced(x: Tensor) -> bool:
+    """Whether a graph is being made of what runs."""
+    return torch.compiler.is_dynamo_compiling() or isinstance(x, TRACED)
+
+
+def _with_shared_casts(x: Tensor, weight: Tensor, name: str, held: Weight | None) -> Tensor:
     """Compute a layer; where its kernel raises, in high precision, and from then on."""
-    if torch.compiler.is_dynamo_compiling() or isinstance(x, TRACED):
-        traced: Tensor = _Layer.apply(x, weight, name)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    if _is_traced(x):
+        traced: Tensor = _Layer.apply(x, weight, name, None)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return traced
     try:
-        out: Tensor = _Layer.apply(x, weight, name)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        out: Tensor = _Layer.apply(x, weight, name, held)  # type: ignore[no-untyped-call]  # torch does not annotate it
     except (torch.OutOfMemoryError, _StopRecomputationError):
         raise  # no fault of the kernel's: the latter is how a checkpoint ends what it computes again
     except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
@@ -285,10 +298,10 @@ def _linear(
     """Compute a layer; `source` is what the weight was before autocast."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+        kept = None if source is None else weight_of(source)
         if _shares_casts(kernels, rows, weight):
-            out = _with_shared_casts(rows, weight, kernels[0])
+            out = _with_shared_casts(rows, weight, kernels[0], kept)
         else:
-            kept = None if source is None else weight_of(source)
             out = _Product.apply(rows, weight, kernels, kept)  # type: ignore[no-untyped-call]  # torch does not annotate it
     else:  # where nothing can ask for a gradient: an autograd.Function costs more than all the rest of the dispatch
         out = product(kernels[0], rows, weight, "fprop")

@@ -1,9 +1,11 @@
 """Speed of every kernel that could serve a model's products, on the shapes the model has.
 
-A shape is timed once, whoever has it: speed, unlike error, does not depend on the site. Kernels take high-precision
-operands, laid out as training lays them out (a gradient's operands are transposed views), so amax, cast, transpose and
-padding are inside the time. All kernels of a shape are timed against each other in one session; where one is missing
-among the known times, the whole shape is timed again.
+A shape is timed once, whoever has it: speed, unlike error, does not depend on the site. A product whose rows vary is
+timed at each of the row counts that stand for its calls, in the time that one shape gets, shared by weight.
+
+Kernels take high-precision operands, laid out as training lays them out (a gradient's operands are transposed views),
+so amax, cast, transpose and padding are inside the time. All kernels of a shape are timed against each other in one
+session; where one is missing among the known times, the whole shape is timed again.
 """
 
 import logging
@@ -49,13 +51,13 @@ def measure_products(  # noqa: PLR0913 - what to time, and one keyword per limit
     learned: Iterable[LearnedRecord] = (),
     on_progress: Progress | None = None,
 ) -> list[Timing]:
-    """Time baseline and candidates on every distinct product, the largest share of the work first.
+    """Time baseline and candidates on every distinct product at each of its row counts, the most work first.
 
     With a `bound`, which a plan has, only products that dispatch can run are timed, and only kernels whose recipe is
     safe at some site of the shape. Operands are drawn from what was `learned` of the site that spends most on a shape
     (see `draws`). Else as `measure_shapes`.
     """
-    shapes = shapes_of(evidence, learned)
+    shapes = shapes_of(evidence, learned, each_row_count=True)
     return measure_shapes(
         shapes, registry, device, budget_s=budget_s, bound=bound, known=known, on_progress=on_progress
     )
@@ -71,7 +73,7 @@ def measure_shapes(  # noqa: PLR0913 - what to time, and one keyword per limit o
     known: Iterable[Timing] = (),
     on_progress: Progress | None = None,
 ) -> list[Timing]:
-    """Time baseline and candidates on every shape, in this order.
+    """Time baseline and candidates on every shape, in this order, each with its share of the budget.
 
     Only what is not `known` is timed. Shapes that do not fit what is left of `budget_s` are left out and logged.
     """
@@ -80,7 +82,12 @@ def measure_shapes(  # noqa: PLR0913 - what to time, and one keyword per limit o
     contests = _to_time(shapes, registry, info, bound, TimeTable(known))
     timings: list[Timing] = []
     for turn in in_turns(
-        contests, budget_s, "shapes left untimed", lambda each: _label(each.shape.request), on_progress
+        contests,
+        budget_s,
+        "shapes left untimed",
+        lambda each: _label(each.shape.request),
+        on_progress,
+        weight=lambda each: each.shape.share,
     ):
         timings += _time(turn.item, device, registry, share_s=turn.share_s, left_s=turn.left_s)
     if on_progress is not None and contests:

@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from torch import nn
@@ -174,4 +175,7 @@ def _problem(decision: Decision) -> str | None:
         return f"{decision.kernel} has no recipe and is not the baseline {decision.baseline}"
     if decision.time_us == 0 or decision.baseline_time_us == 0:
         return "a kernel takes no time"
+    kept = decision.kept_experts
+    if kept and (decision.recipe is None or kept[0] < 0 or any(b <= a for a, b in pairwise(kept))):
+        return "kept_experts are ascending numbers of experts, beside a kernel with a recipe"
     return None

@@ -24,16 +24,18 @@ from loka.bounds import DEFAULT_ROW_ERROR, Bound
 from loka.dispatch.candidates import Considered, consider, request_of
 from loka.dispatch.composition import composed
 from loka.dispatch.decide import Decision, conclude
+from loka.dispatch.families import family_shapes, measure_families
 from loka.dispatch.job import plan_together
+from loka.dispatch.kept_experts import keeping, without_unsafe_experts
 from loka.dispatch.layers import PRODUCTS_SHARE, layer_shapes, measure_layers
 from loka.dispatch.loss_budget import Spending, share_out
 from loka.dispatch.measure import measure_products
 from loka.dispatch.notes import plan_notes
-from loka.dispatch.options import DEFAULT_BUDGET_S, Filter, PlanOptions, device_of, profile_at
+from loka.dispatch.options import DEFAULT_BUDGET_S, Filter, PlanOptions
 from loka.dispatch.plan import Plan
 from loka.dispatch.profile import DeviceProfile, TimeTable
 from loka.errors import DatabaseError, EvidenceError
-from loka.formats import PASSES
+from loka.formats import PASSES, Pass
 from loka.kernel_registry.registry import Registry, default_registry
 from loka.probes.database import open_database, read_learned, read_timings, write_timings
 from loka.probes.evidence import RunEvidence, collect_evidence
@@ -49,7 +51,7 @@ logger = logging.getLogger("loka.dispatch")
 DEFAULT_BOUND: Final[Bound] = Bound(row_error=DEFAULT_ROW_ERROR)
 
 
-def plan(  # noqa: PLR0913 - the public keyword API; bundled into PlanOptions at once
+def plan(  # noqa: PLR0913 - the public keyword API, written out for its users; bundled into PlanOptions at once
     db: str | os.PathLike[str] | Engine,
     bound: Bound = DEFAULT_BOUND,
     *,
@@ -76,9 +78,9 @@ def plan(  # noqa: PLR0913 - the public keyword API; bundled into PlanOptions at
     Raises EvidenceError, DatabaseError, PlanError for a bad profile, ArgumentError for a filter that matches nothing.
     """
     registry = default_registry() if registry is None else registry
-    options = PlanOptions(
-        device=device_of(device),
-        profile=profile_at(device_profile),
+    options = PlanOptions.of(
+        device=device,
+        device_profile=device_profile,
         assume_speedup=assume_speedup,
         measure=measure,
         budget_s=budget_s,
@@ -147,11 +149,20 @@ def _timings(
         learned=learned,
         on_progress=options.on_progress,
     )
+    together_s = options.budget_s * (1 - PRODUCTS_SHARE) / 2
     measured += measure_layers(
         layer_shapes(evidence, learned),
         registry,
         options.device,
-        budget_s=options.budget_s * (1 - PRODUCTS_SHARE),
+        budget_s=together_s,
+        known=(*known, *measured),
+        on_progress=options.on_progress,
+    )
+    measured += measure_families(
+        family_shapes(evidence, learned),
+        registry,
+        options.device,
+        budget_s=together_s,
         known=(*known, *measured),
         on_progress=options.on_progress,
     )
@@ -226,11 +237,24 @@ def decide_products(
             )
             for product in products
         )
+        left_out = [
+            without_unsafe_experts(
+                each, evidence.experts.get((each.request.site, each.request.product)), bound.confidence
+            )
+            for each in considered
+        ]
+        considered = tuple(each for each, _ in left_out)
         spending = share_out(considered, bound) if bound.loss is not None else None
         rations = spending.rations if spending is not None else {}
-        apart = tuple(conclude(each, rations.get(position)) for position, each in enumerate(considered))
-        decisions = composed(apart, considered, rations, registry, times, info)
+        apart = tuple(
+            keeping(conclude(each, rations.get(position)), kept) for position, (each, kept) in enumerate(left_out)
+        )
+        decisions = composed(apart, considered, rations, registry, times, info, evidence.families)
     return Decided(considered=considered, decisions=decisions, spending=spending)
+
+
+def _key(considered: Considered) -> tuple[str, Pass]:
+    return considered.request.site, considered.request.product
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 A device profile is the measured times of one device as JSON, so that a plan for one machine can be made on another. A
 time answers for exactly one shape: nothing is interpolated, and a shape that was never timed is "untimed".
+
+Where the rows of a product vary, its time is the mean over the row counts that stand for its calls, each weighted with
+its share of them. Row counts that were never timed are left out where the others carry nearly all the calls and rows.
 """
 
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from loka import document
@@ -15,6 +18,7 @@ from loka.errors import ArgumentError, PlanError
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.spec import GemmRequest
 from loka.probes.records import Timing
+from loka.probes.row_counts import RowCounts
 from loka.roofline import Ceilings
 
 KIND: Final[str] = "loka-device-profile"
@@ -22,15 +26,37 @@ SCHEMA: Final[int] = 1
 
 Source = Literal["measured", "example"]
 
+# What the timed row counts of a product have to carry at least, of its calls and of its rows, to stand for all of them.
+LEAST_COVERED: Final[float] = 0.8
+# Of a product that has one shape.
+NO_ROWS: Final[RowCounts] = RowCounts()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelTime:
     """One kernel's time for one product. `assumed`: it was never measured and may only be read as a ratio."""
 
-    median_us: float
-    spread_us: float
+    median_us: float  # over several row counts the mean of their medians, by weight
+    spread_us: float  # the mean of their spreads: points timed on one machine drift together, so nothing averages out
     source: str
     assumed: bool = False
+    at: tuple["TimeAt", ...] = ()  # where it is over row counts: what it is made of
+    over: RowCounts = field(default_factory=RowCounts)
+
+    @property
+    def words(self) -> str:
+        """Say which row counts it is over, as ` over 3 row counts, 8 to 2048`; nothing where it is of one shape."""
+        return f" over {self.over.words}" if self.at else ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeAt:
+    """One kernel's time at one of the row counts that stand for a product's calls; `weight` is its share of them."""
+
+    rows: int
+    weight: float
+    time_us: float
+    spread_us: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +125,17 @@ def time_key(kernel: str, request: GemmRequest) -> _Key:
     return (kernel, request.product, request.batch, request.m, request.n, request.k, request.dtype)
 
 
+def at_rows(request: GemmRequest, rows: int) -> GemmRequest:
+    """Return the same product with other rows: m, of wgrad k."""
+    return replace(request, k=rows) if request.product == "wgrad" else replace(request, m=rows)
+
+
+def varies(request: GemmRequest, rows: RowCounts) -> bool:
+    """Whether row counts say more of a product than its own shape does."""
+    own = request.k if request.product == "wgrad" else request.m
+    return bool(rows.points) and (rows.points[0].rows, len(rows.points) + rows.left_out) != (own, 1)
+
+
 def newest(timings: Iterable[Timing]) -> tuple[Timing, ...]:
     """Return one time per kernel and shape, the newest, in an order that does not depend on theirs."""
     found: dict[_Key, Timing] = {}
@@ -138,14 +175,55 @@ class TimeTable:
         """Return the time of a kernel on exactly this shape, None where it was never timed."""
         return self._times.get(time_key(kernel, request))
 
-    def of_baseline(self, kernel: str, request: GemmRequest) -> KernelTime | None:
+    def timed(self, kernel: str, request: GemmRequest, rows: RowCounts) -> RowCounts | None:
+        """Return those of a product's row counts at which a kernel was timed; None where they stand for too few."""
+        if not varies(request, rows):
+            return rows
+        missing = self.missing(kernel, request, rows)
+        known = rows.only({each.rows for each in rows.points} - {*missing})
+        return known if known.covers(rows, LEAST_COVERED) else None
+
+    def missing(self, kernel: str, request: GemmRequest, rows: RowCounts) -> tuple[int, ...]:
+        """Return the row counts of a product at which a kernel was never timed; none where its rows do not vary."""
+        if not varies(request, rows):
+            return ()
+        return tuple(each.rows for each in rows.points if self.lookup(kernel, at_rows(request, each.rows)) is None)
+
+    def expected(self, kernel: str, request: GemmRequest, rows: RowCounts | None) -> KernelTime | None:
+        """Return the mean time of a kernel over the row counts of a product, None where it lacks the time of one.
+
+        Of a product whose rows do not vary: its time on exactly this shape.
+        """
+        if rows is None:
+            return None
+        if not varies(request, rows):
+            return self.lookup(kernel, request)
+        found = [(each, self.lookup(kernel, at_rows(request, each.rows))) for each in rows.points]
+        known = [(point, time) for point, time in found if time is not None]
+        if len(known) < len(found):
+            return None
+        total = math.fsum(point.weight for point, _ in known)
+        return KernelTime(
+            median_us=math.fsum(point.weight * time.median_us for point, time in known) / total,
+            spread_us=math.fsum(point.weight * time.spread_us for point, time in known) / total,
+            source=self.source,
+            at=tuple(
+                TimeAt(rows=point.rows, weight=point.weight, time_us=time.median_us, spread_us=time.spread_us)
+                for point, time in known
+            ),
+            over=rows,
+        )
+
+    def of_baseline(self, kernel: str, request: GemmRequest, rows: RowCounts | None = NO_ROWS) -> KernelTime | None:
         """Return a baseline's time; under an assumption, where it was never timed, one unit."""
-        time = self.lookup(kernel, request)
+        time = self.expected(kernel, request, rows)
         if time is None and self.assume_speedup is not None:
             return KernelTime(median_us=1.0, spread_us=0.0, source=self.assumption, assumed=True)
         return time
 
-    def of_candidate(self, kernel: str, request: GemmRequest, baseline: KernelTime | None) -> KernelTime | None:
+    def of_candidate(
+        self, kernel: str, request: GemmRequest, baseline: KernelTime | None, rows: RowCounts | None = NO_ROWS
+    ) -> KernelTime | None:
         """Return a candidate's time; that of an emulated kernel is the assumption where there is one."""
         if self.assume_speedup is not None and baseline is not None and kernel.startswith("emulated."):
             return KernelTime(
@@ -154,7 +232,7 @@ class TimeTable:
                 source=self.assumption,
                 assumed=True,
             )
-        return self.lookup(kernel, request)
+        return self.expected(kernel, request, rows)
 
 
 def _age(timing: Timing) -> tuple[str, str, float, float]:

@@ -34,6 +34,20 @@ class Route:
     kernels: SiteKernels
     reached: bool = False
 
+    def of(self, weight: Tensor) -> Kernels:
+        """Return the kernels of a product with this weight: one matrix of a stack may be kept in high precision."""
+        if not any(self.kernels.kept):
+            return self.kernels.as_tuple()
+        return self.kernels.of_expert(_expert_of(weight)).as_tuple()
+
+
+def _expert_of(weight: Tensor) -> int | None:
+    """Return which matrix of a stacked Parameter a view is of; None where that cannot be told."""
+    stack = weight._base
+    if stack is None or stack.dim() != 3 or not stack.stride(0):
+        return None
+    return (int(weight.storage_offset()) - int(stack.storage_offset())) // stack.stride(0)
+
 
 # What a rerouted call came to: None where it is not the planned product, or not in a form that can be rerouted.
 Outcome = tuple[Route, Any] | None
@@ -107,7 +121,7 @@ def _resolve(module: nn.Module, name: str) -> Tensor:
 def _reroute_linear(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     input, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
     route = find(weight)
-    return None if route is None else (route, linear(input, weight, bias, *route.kernels.as_tuple()))
+    return None if route is None else (route, linear(input, weight, bias, *route.of(weight)))
 
 
 def _reroute_matmul(find: Find, args: Arguments, kwargs: Options) -> Outcome:
@@ -116,11 +130,11 @@ def _reroute_matmul(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     if not isinstance(left, Tensor) or not isinstance(right, Tensor) or "out" in kwargs:
         return None
     if (route := find(right)) is not None:
-        return route, linear(left, right.mT, None, *route.kernels.as_tuple())
+        return route, linear(left, right.mT, None, *route.of(right))
     if (route := find(left)) is not None:
         if right.dim() == 1:
-            return route, linear(right, left, None, *route.kernels.as_tuple())
-        return route, linear(right.mT, left, None, *route.kernels.as_tuple()).mT
+            return route, linear(right, left, None, *route.of(left))
+        return route, linear(right.mT, left, None, *route.of(left)).mT
     return None
 
 
@@ -132,7 +146,7 @@ def _reroute_addmm(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     bias, left, right = _bind(("input", "mat1", "mat2"), args, kwargs)
     if kwargs.keys() & {"alpha", "beta", "out"} or (route := find(right)) is None:
         return None
-    return route, linear(left, right.mT, bias, *route.kernels.as_tuple())
+    return route, linear(left, right.mT, bias, *route.of(right))
 
 
 def _reroute_tensordot(find: Find, args: Arguments, kwargs: Options) -> Outcome:
@@ -140,7 +154,7 @@ def _reroute_tensordot(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     dims = 2 if dims is None else dims
     for weight, is_left in ((right, False), (left, True)):
         if (route := find(weight)) is not None:
-            return route, tensordot(left, right, dims, route.kernels.as_tuple(), weight_is_left=is_left)
+            return route, tensordot(left, right, dims, route.of(weight), weight_is_left=is_left)
     return None
 
 
@@ -151,7 +165,7 @@ def _reroute_einsum(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     left, right = operands
     for weight, is_left in ((right, False), (left, True)):
         if (route := find(weight)) is not None:
-            return route, einsum(args[0], left, right, route.kernels.as_tuple(), weight_is_left=is_left)
+            return route, einsum(args[0], left, right, route.of(weight), weight_is_left=is_left)
     return None
 
 
@@ -164,7 +178,8 @@ def _reroute_grouped(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     route = find(call.right, "grouped_linear") or find(call.left, "grouped_linear")
     if route is None:
         return None
-    return route, grouped_matmul(call.left, call.right, call.offsets, route.kernels.as_tuple())
+    kernels = route.kernels
+    return route, grouped_matmul(call.left, call.right, call.offsets, kernels.as_tuple(), kernels.kept)
 
 
 def _bind(names: tuple[str, ...], args: Arguments, kwargs: Options) -> list[Any]:

@@ -6,17 +6,18 @@ emulation: then the emulated kernel of the same recipe stands in, with the same 
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import nn
 
+from loka.dispatch.grouped import NONE_KEPT, Kept, KeptByPass
 from loka.dispatch.linear import HIGH_PRECISION, load
 from loka.dispatch.plan import Plan
 from loka.errors import PlanError, nearest
-from loka.formats import Pass
+from loka.formats import PASSES, Pass
 from loka.hardware import DeviceInfo, device_info
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import GemmRequest, Op
@@ -28,13 +29,15 @@ log: Final = logging.getLogger("loka.dispatch")
 class SiteKernels:
     """Names of the kernels of one site, in the order of `dispatch.linear`; "" is high precision.
 
-    All are of one op: a product of the site that is written as another one does not go to them.
+    All are of one op: a product of the site that is written as another one does not go to them. `kept` are, pass by
+    pass, the experts of a layer whose products stay in high precision.
     """
 
     fprop: str = HIGH_PRECISION
     dgrad: str = HIGH_PRECISION
     wgrad: str = HIGH_PRECISION
     op: Op = "linear"
+    kept: KeptByPass = NONE_KEPT
 
     @property
     def planned(self) -> bool:
@@ -43,8 +46,19 @@ class SiteKernels:
 
     def with_kernel(self, product: Pass, kernel: str) -> "SiteKernels":
         """Return the same with another kernel for one pass."""
-        kernels = {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad, product: kernel}
-        return SiteKernels(**kernels, op=self.op)
+        changed = {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad, product: kernel}
+        return replace(self, fprop=changed["fprop"], dgrad=changed["dgrad"], wgrad=changed["wgrad"])
+
+    def of_expert(self, expert: int | None) -> "SiteKernels":
+        """Return the kernels of one expert's product, where each is a product of its own; None: it is not known whose.
+
+        What may be a kept expert's is treated as one.
+        """
+        if not any(self.kept):
+            return self
+        kept = (bool(each) if expert is None else expert in each for each in self.kept)
+        fprop, dgrad, wgrad = (HIGH_PRECISION if out else name for out, name in zip(kept, self.as_tuple(), strict=True))
+        return replace(self, fprop=fprop, dgrad=dgrad, wgrad=wgrad, kept=NONE_KEPT)
 
     def as_tuple(self) -> tuple[str, str, str]:
         """Return (fprop, dgrad, wgrad)."""
@@ -65,6 +79,7 @@ def site_kernels(
     """
     here = device_info(device)
     names: dict[str, dict[str, str]] = {}
+    kept: dict[str, dict[Pass, Kept]] = {}
     ops: dict[str, Op] = {}
     for decision in plan.decisions:
         request = decision.request
@@ -78,8 +93,16 @@ def site_kernels(
         kernel = runnable(decision.kernel, decision.recipe, request, here, emulate=emulate)
         load(kernel)  # now, where it can be refused, and not in the middle of a step
         names.setdefault(request.site, {})[request.product] = kernel
+        kept.setdefault(request.site, {})[request.product] = decision.kept_experts
         _tell(request.site, request.product, kernel, decision.why)
-    return {site: SiteKernels(**kernels, op=ops[site]) for site, kernels in names.items()}
+    return {
+        site: SiteKernels(**kernels, op=ops[site], kept=_by_pass(kept.get(site, {}))) for site, kernels in names.items()
+    }
+
+
+def _by_pass(kept: Mapping[Pass, Kept]) -> KeptByPass:
+    fprop, dgrad, wgrad = (kept.get(each, ()) for each in PASSES)
+    return fprop, dgrad, wgrad
 
 
 # What was logged: a plan serves many graphs, each of which asks what it means.

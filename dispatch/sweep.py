@@ -12,24 +12,21 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Unpack
 
 import numpy as np
-import torch
 from sqlalchemy import Engine
 
 from loka.bounds import Bound, Limit, Metric
 from loka.dispatch.decide import Decision
 from loka.dispatch.loss_budget import baseline_prices
-from loka.dispatch.options import DEFAULT_BUDGET_S, Filter, PlanOptions, device_of, profile_at
+from loka.dispatch.options import PlanArguments, PlanOptions
 from loka.dispatch.planner import DEFAULT_BOUND, Decided, decide_products, read_run, time_table
-from loka.dispatch.profile import DeviceProfile
 from loka.errors import ArgumentError, EvidenceError
 from loka.kernel_registry.registry import Registry, default_registry
 from loka.numerics import decibels
 from loka.probes.evidence import RunEvidence
 from loka.probes.records import Timing
-from loka.timing import Progress
 
 POINTS: Final[int] = 20
 
@@ -100,36 +97,23 @@ class Sweep:
         return tuple(notes)
 
 
-def sweep(  # noqa: PLR0913 - the public keyword API; bundled into PlanOptions at once
+def sweep(
     db: str | os.PathLike[str] | Engine,
     bound: Bound = DEFAULT_BOUND,
     *,
     run: str | None = None,
-    device: torch.device | str | None = None,
-    device_profile: str | os.PathLike[str] | DeviceProfile | None = None,
-    assume_speedup: float | None = None,
-    measure: bool = True,
-    budget_s: float = DEFAULT_BUDGET_S,
-    on_progress: Progress | None = None,
-    filter: Filter | None = None,
     registry: Registry | None = None,
     points: int = POINTS,
+    **arguments: Unpack[PlanArguments],
 ) -> Sweep:
     """Plan a probed run under a range of bounds of the kind of `bound`, itself one of them.
 
-    Bounds per site stay as they are. Times are measured once, before the first point; arguments and errors are those of
+    Bounds per site stay as they are. Times are measured once, before the first point. The other arguments (`device`,
+    `device_profile`, `assume_speedup`, `measure`, `budget_s`, `on_progress`, `filter`) and errors are those of
     `loka.plan`.
     """
     registry = default_registry() if registry is None else registry
-    options = PlanOptions(
-        device=device_of(device),
-        profile=profile_at(device_profile),
-        assume_speedup=assume_speedup,
-        measure=measure,
-        budget_s=budget_s,
-        on_progress=on_progress,
-        filter=filter,
-    )
+    options = PlanOptions.of(**arguments)
     evidence, timings = read_run(db, _with(bound, _ANYTHING[bound.metric]), run, registry, options)
     return sweep_evidence(evidence, bound, registry, timings, options, points=points)
 

@@ -26,7 +26,7 @@ from loka.hardware import DeviceInfo, device_info
 from loka.kernel_registry.grouped import spans
 from loka.kernel_registry.norm_act import NORM_BLOCK, block_norm, norm_act
 from loka.kernel_registry.registry import Registry
-from loka.kernel_registry.spec import GemmRequest, KernelSpec
+from loka.kernel_registry.spec import BATCHED, GemmRequest, KernelSpec
 from loka.kernel_registry.torch_mm import matmul
 from loka.quantize import fake_quantize
 from loka.timing import Progress
@@ -220,7 +220,7 @@ def _through_norm_act(y: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
 
 def _result_shape(request: GemmRequest) -> tuple[int, ...]:
     """Return the shape of a result: a product per matrix of a batch, and a weight gradient per expert."""
-    batched = request.op == "bmm" or (request.op == "grouped_linear" and request.product == "wgrad")
+    batched = request.op in BATCHED or (request.op == "grouped_linear" and request.product == "wgrad")
     return (request.batch, request.m, request.n) if batched else (request.m, request.n)
 
 

@@ -8,8 +8,8 @@ An operand serves as long as the weight is what it was: the same Parameter with 
 shape, and no step of an optimiser since. The version misses an edit through `.data`; a step of any `torch.optim`
 optimiser ends what is kept whatever way it writes, and only code that autograd records reads or writes here, so that
 weights swapped in for an evaluation are never met. Nothing is kept of what is computed from a Parameter (parametrised
-weights), of what stands in for one (FSDP), or where something traces or captures. A layer on a kernel that computes all
-passes together (`*.linear_layer.*`) shares its casts by itself, per micro-batch, and is not kept either.
+weights), of what stands in for one (FSDP), or where something traces or captures. Of a layer on a kernel that computes
+all passes together (`*.linear_layer.*`) both sides of the weight are kept, as that kernel makes them.
 """
 
 import weakref
@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loka.formats import Pass
+from loka.kernel_registry.layers import Layer, Needs, Sides
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import Kernel, Prepared, PreparedKernel
 
@@ -32,8 +33,20 @@ class _Kept:
 
     made_for: tuple[Any, ...]
     values: tuple[Any, ...]
-    operand: Prepared
+    operand: "Prepared | _BothSides"
     elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class _BothSides:
+    """A weight as a kernel of all passes reads it."""
+
+    sides: Sides
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Codes and scales of either side."""
+        return tuple(tensor for side in self.sides if side is not None for tensor in (side.data, side.scale))
 
 
 class _Slot:
@@ -46,6 +59,8 @@ class _Slot:
         self.parameter = weakref.ref(parameter, lambda _: _slots.pop(key, None))
         self.kept: dict[tuple[Any, ...], _Kept] = {}
 
+
+_ALL_PASSES: Final = "all passes"
 
 # By id of the Parameter; a slot goes with it.
 _slots: Final[dict[int, _Slot]] = {}
@@ -103,19 +118,29 @@ class Weight:
         def call(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
             made_for = (name, b.dtype, out_dtype, _stream(b))
             operand = self._find(product, made_for)
-            if operand is None:
+            if not isinstance(operand, Prepared):
                 operand = halves.prepare(b.detach(), product=product, out_dtype=out_dtype)
                 self._keep(product, _Kept(made_for, self._values, operand, b.numel()))
             return halves.multiply(a, operand, product=product, out_dtype=out_dtype)
 
         return call
 
-    def _find(self, product: Pass, made_for: tuple[Any, ...]) -> Prepared | None:
+    def sides(self, name: str, layer: Layer, weight: Tensor, needs: Needs, out_dtype: torch.dtype) -> Sides:
+        """Return this weight [n, k] as a kernel of all passes reads it, from what is kept."""
+        made_for = (name, weight.dtype, out_dtype, _stream(weight))
+        found = self._find(_ALL_PASSES, made_for)
+        if not isinstance(found, _BothSides) or (needs.x and found.sides[1] is None):
+            found = _BothSides(layer.weight_sides(weight.detach(), needs, out_dtype))
+            self._keep(_ALL_PASSES, _Kept(made_for, self._values, found, weight.numel()))
+        along_k, turned = found.sides
+        return along_k, turned if needs.x else None
+
+    def _find(self, product: str, made_for: tuple[Any, ...]) -> "Prepared | _BothSides | None":
         kept = self._slot.kept.get((product, *self._view))
         same = kept is not None and kept.values == self._values and kept.made_for == made_for
         return kept.operand if kept is not None and same else None
 
-    def _keep(self, product: Pass, new: _Kept) -> None:
+    def _keep(self, product: str, new: _Kept) -> None:
         """Keep an operand; those of other values go, and overlapping views: each pass keeps one copy of the weight."""
         parameter, kept = self._slot.parameter(), self._slot.kept
         for key in [key for key, each in kept.items() if each.values != new.values]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loka.formats import PASSES, Pass
+from loka.hardware import BLACKWELL_CAPABILITY, FP8_CAPABILITY, HOPPER_CAPABILITY
 from loka.kernel_registry.spec import KernelSpec, Op
 
 _HERE: Final[str] = "loka.kernel_registry"
@@ -59,7 +60,7 @@ def _defined(module: str, op: Op, recipe: str) -> KernelSpec:
 
 def _scaled_mm(recipe: str, **facts: Any) -> KernelSpec:
     shared: dict[str, Any] = {
-        "min_capability": (8, 9),
+        "min_capability": FP8_CAPABILITY,
         "pads_to": 16,
         "source": "torch 2.13, aten/src/ATen/native/cuda/ScaledBlas.cpp and torch/_meta_registrations.py",
     }
@@ -91,7 +92,7 @@ def _triton(kernel: str, op: Op, recipe: str, function: str) -> KernelSpec:
         recipe=recipe,
         implementation=f"{_HERE}.triton.{function}",
         prepared=f"{_HERE}.triton.{function}_halves" if op == "linear" else "",
-        min_capability=(8, 9),
+        min_capability=FP8_CAPABILITY,
         module="triton",
         interpreter="TRITON_INTERPRET",
         source="FP8 tensor cores: compute capability 8.9, PTX ISA, mma with e4m3 and e5m2",
@@ -114,6 +115,7 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
     _baseline("mm.fp16", "linear", "mm_fp16", ("float16",)),
     _baseline("native.linear", "linear", "native"),
     _baseline("native.bmm", "bmm", "native"),
+    _baseline("native.many_linear", "many_linear", "one_by_one"),
     _baseline_of("torch_grouped", "grouped_mm.fp32", "grouped_linear", ("float32",)),
     _baseline_of("torch_grouped", "grouped_mm.bf16", "grouped_linear", ("bfloat16",)),
     _baseline_of("torch_grouped", "grouped_mm.fp16", "grouped_linear", ("float16",)),
@@ -131,6 +133,8 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
     _emulated("bmm", "rowwise"),
     _emulated("bmm", "blockwise"),
     _emulated("bmm", "mxfp8"),
+    _emulated("many_linear", "rowwise"),
+    _emulated("many_linear", "blockwise"),
     _defined("grouped", "grouped_linear", "tensorwise"),
     _defined("grouped", "grouped_linear", "rowwise"),
     _defined("grouped", "grouped_linear", "blockwise"),
@@ -144,8 +148,8 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
     _scaled_mm(
         "blockwise",
         device_types=("cuda",),
-        min_capability=(9, 0),
-        below_capability=(10, 0),
+        min_capability=HOPPER_CAPABILITY,
+        below_capability=BLACKWELL_CAPABILITY,
         pads_to=128,
         layout="a row-major, b column-major; scales along k column-major, those of 128x128 blocks along k by fours",
         requires=f"{_HERE}.torch_scaled_mm:lacks_block_scaling",
@@ -154,7 +158,7 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
     _scaled_mm(
         "mxfp8",
         device_types=("cuda",),
-        min_capability=(10, 0),
+        min_capability=BLACKWELL_CAPABILITY,
         pads_to=32,
         layout="a row-major, b column-major; scales E8M0 in tiles of 128 x 4",
         requires=f"{_HERE}.torch_scaled_mm:lacks_mx_scaling",
@@ -164,7 +168,7 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
         _library(
             "torchao",
             recipe,
-            min_capability=(8, 9),
+            min_capability=FP8_CAPABILITY,
             pads_to=16,
             layout=f"a row-major, b column-major{note}",
             requires=f"{_HERE}.torchao:missing",
@@ -176,7 +180,7 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
         "torchao",
         "blockwise",
         device_types=("cuda",),
-        min_capability=(9, 0),
+        min_capability=HOPPER_CAPABILITY,
         pads_to=128,
         layout="a row-major, b column-major; scales along k column-major, in memory for whole tiles of 256",
         requires=f"{_HERE}.torchao:lacks_blockwise",
@@ -189,7 +193,7 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
             recipe,
             passes=passes,
             device_types=("cuda",),
-            min_capability=(9, 0),
+            min_capability=HOPPER_CAPABILITY,
             pads_to=16,
             layout="both row-major; bf16 output",
             requires=f"{_HERE}.fbgemm:missing",
@@ -203,8 +207,8 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
         "blockwise",
         passes=("fprop", "dgrad"),
         device_types=("cuda",),
-        min_capability=(9, 0),
-        below_capability=(10, 0),
+        min_capability=HOPPER_CAPABILITY,
+        below_capability=BLACKWELL_CAPABILITY,
         pads_to=128,
         layout="both row-major; scales [k / 128, rows] and [k / 128, n / 128]; bf16 output",
         requires=f"{_HERE}.fbgemm:missing",
@@ -215,8 +219,8 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
         "deepgemm",
         "blockwise",
         device_types=("cuda",),
-        min_capability=(9, 0),
-        below_capability=(10, 0),
+        min_capability=HOPPER_CAPABILITY,
+        below_capability=BLACKWELL_CAPABILITY,
         pads_to=128,
         layout="both row-major; scales along k TMA-aligned, of weights [n / 128, k / 128]; bf16 output, of wgrad fp32",
         requires=f"{_HERE}.deepgemm:missing",
@@ -227,7 +231,7 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
         "transformer_engine",
         "tensorwise",
         device_types=("cuda",),
-        min_capability=(8, 9),
+        min_capability=FP8_CAPABILITY,
         pads_to=16,
         layout="both row-major, as uint8 in a Float8Tensor",
         requires=f"{_HERE}.transformer_engine:missing",
@@ -247,6 +251,8 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
     _layer(_triton("gemm", "linear", "mxfp8", "scaled:mxfp8"), "triton"),
     _triton("small", "bmm", "rowwise", "small:rowwise"),
     _triton("small", "bmm", "blockwise", "small:blockwise"),
+    _triton("many_linear", "many_linear", "rowwise", "many_linear:rowwise"),
+    _triton("many_linear", "many_linear", "blockwise", "many_linear:blockwise"),
     _triton("grouped", "grouped_linear", "rowwise", "grouped_linear:rowwise"),
     _triton("grouped", "grouped_linear", "blockwise", "grouped_linear:blockwise"),
     replace(_triton("linear_norm_act", "linear_norm_act", "tensorwise", "norm_act:tensorwise"), passes=("fprop",)),
@@ -258,8 +264,8 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
         recipe="rowwise",
         implementation=f"{_HERE}.torch_grouped:rowwise",
         device_types=("cuda",),
-        min_capability=(9, 0),
-        below_capability=(10, 0),
+        min_capability=HOPPER_CAPABILITY,
+        below_capability=BLACKWELL_CAPABILITY,
         pads_to=16,
         layout="a row-major, b column-major, strides of 16 bytes; scales [rows], of a weight gradient [experts * rows]",
         source="torch 2.13, aten/src/ATen/native/cuda/GroupedBlas.cpp and torch/_meta_registrations.py",
@@ -271,8 +277,8 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
         implementation=f"{_HERE}.deepgemm_grouped:blockwise",
         passes=("fprop", "dgrad"),
         device_types=("cuda",),
-        min_capability=(9, 0),
-        below_capability=(10, 0),
+        min_capability=HOPPER_CAPABILITY,
+        below_capability=BLACKWELL_CAPABILITY,
         pads_to=128,
         layout="every expert begins at a whole tile of rows; scales fp32, along k for rows, per 128x128 for weights",
         requires=f"{_HERE}.deepgemm:missing",

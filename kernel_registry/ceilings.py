@@ -2,23 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import Final
 
 import torch
 
 from loka.formats import RECIPES
-from loka.hardware import device_info
+from loka.hardware import FP8_CAPABILITY, has_capability
 from loka.quantize import quantize
 from loka.roofline import Ceilings, measure_ceilings
-
-# FP8 tensor cores: compute capability 8.9, as torch._scaled_mm checks.
-_CAPABILITY: Final[tuple[int, int]] = (8, 9)
 
 
 @functools.cache
 def ceilings_of(device: torch.device) -> Ceilings:
     """Measure a device, once per process: some seconds."""
-    has_fp8 = device.type == "cuda" and (device_info(device).capability or (0, 0)) >= _CAPABILITY
+    has_fp8 = has_capability(device, FP8_CAPABILITY)
     return measure_ceilings(device, fp8_product=_fp8_product(device) if has_fp8 else None)
 
 

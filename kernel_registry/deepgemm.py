@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from loka.errors import KernelError
-from loka.formats import RECIPES, Pass
+from loka.formats import BLOCK, RECIPES, Pass
 from loka.kernel_registry.opaque import opaque
 from loka.kernel_registry.operands import column_major, is_empty, pad, quantize_operands, unpad, zeros
 
-BLOCK: Final[int] = 128
 # 16 bytes of fp32: what TMA wants a column to start at.
 SCALE_COLUMN: Final[int] = 4
 

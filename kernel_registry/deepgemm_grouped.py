@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loka.errors import KernelError
-from loka.formats import PASS_OPERANDS, RECIPES, Pass
+from loka.formats import BLOCK, PASS_OPERANDS, RECIPES, Pass
 from loka.kernel_registry.grouped import result_shape
-from loka.kernel_registry.grouped_tokens import BLOCK, quantize_experts, spread
+from loka.kernel_registry.grouped_tokens import quantize_experts, spread
 from loka.kernel_registry.opaque import opaque_grouped
 from loka.kernel_registry.operands import quantize_operand
 from loka.kernel_registry.torch_grouped import append_zeros

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from loka.errors import KernelError
-from loka.formats import RECIPES, Pass
+from loka.formats import BLOCK, RECIPES, Pass
 from loka.kernel_registry.opaque import opaque
 from loka.kernel_registry.operands import Operand, column_major, is_empty, pad, quantize_operands, unpad, zeros
 
 ALIGNMENT: Final[int] = 16
-BLOCK: Final[int] = 128
 # Rows of the activation whose scales a column holds: so that every column starts at a multiple of 16 bytes.
 _SCALE_COLUMN: Final[int] = 4
 

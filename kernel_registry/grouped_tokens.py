@@ -5,18 +5,14 @@ not known, but how many rows of scales, or of a buffer, suffice whatever the rou
 """
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loka.accumulation import PROMOTION
-from loka.formats import OperandSpec
+from loka.formats import BLOCK, OperandSpec
 from loka.kernel_registry.operands import quantize_operand
 from loka.quantize import cast, finite_amax, quantize, scale_from_amax
-
-BLOCK: Final[int] = PROMOTION  # one block of scales is what tensor cores may add up before fp32 takes over
 
 
 def token_groups(tokens: int, experts: int, *, blockwise: bool) -> int:

@@ -34,6 +34,16 @@ Sides = tuple[Operand | None, Operand | None]
 Kept = tuple[Operand | None, Operand | None]  # of x and of the weight, turned
 
 
+class Made(NamedTuple):
+    """Sides that were made before, for another layer or an earlier batch."""
+
+    x: Sides | None = None
+    weight: Sides | None = None
+
+
+NOTHING_MADE: Final = Made()
+
+
 class Casts(Protocol):
     """How one library makes and multiplies quantised operands."""
 
@@ -56,10 +66,21 @@ class Layer:
     # Where a compiler fuses a cast with its neighbours, one that is kept for later may cost more than it saves.
     when_traced: bool = True
 
-    def forward(self, x: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Kept]:
-        """Return y [m, n] of x [m, k] and weight [n, k] in the dtype of x, and what backward needs of both."""
-        along_k, kept_x = self._sides(x, "input", x.dtype, first=True, second=needs.weight)
-        of_weight, kept_weight = self._sides(weight, "weight", x.dtype, first=True, second=needs.x)
+    def input_sides(self, x: Tensor, needs: Needs) -> Sides:
+        """Quantise x [m, k] along k, and along m where the gradient of the weight is wanted."""
+        return self._sides(x, "input", x.dtype, first=True, second=needs.weight)
+
+    def weight_sides(self, weight: Tensor, needs: Needs, out_dtype: torch.dtype) -> Sides:
+        """Quantise a weight [n, k] along k, and along n where the gradient of x is wanted."""
+        return self._sides(weight, "weight", out_dtype, first=True, second=needs.x)
+
+    def forward(self, x: Tensor, weight: Tensor, needs: Needs, made: Made = NOTHING_MADE) -> tuple[Tensor, Kept]:
+        """Return y [m, n] of x [m, k] and weight [n, k] in the dtype of x, and what backward needs of both.
+
+        `made`: the sides of either that are there already.
+        """
+        along_k, kept_x = self.input_sides(x, needs) if made.x is None else made.x
+        of_weight, kept_weight = self.weight_sides(weight, needs, x.dtype) if made.weight is None else made.weight
         return self.casts.multiply(_made(along_k), _made(of_weight), "fprop", x.dtype), (kept_x, kept_weight)
 
     def backward(self, grad: Tensor, kept: Kept) -> tuple[Tensor | None, Tensor | None]:

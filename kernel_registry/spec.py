@@ -9,7 +9,9 @@ there; None means it can. A kernel's implementation is a lazy "module:function" 
     product             "fprop", "dgrad" or "wgrad"; names the roles of a and b (formats.PASS_OPERANDS)
     out_dtype           dtype of the result, out[m, n] = sum_k a[m, k] * b[n, k]
 
-Kernels of the op `bmm` take a [batch, m, k] and b [batch, n, k]; those of `grouped_linear` follow `GroupedKernel`.
+Kernels of the ops `bmm` and `many_linear` take a [batch, m, k] and b [batch, n, k], and return [batch, m, n]: of the
+one, a batch as it lies in memory; of the other, one matrix per layer, each a tensor of its own where a model has it, so
+that a kernel which needs them in one place has to put them there. Those of `grouped_linear` follow `GroupedKernel`.
 """
 
 import importlib
@@ -34,7 +36,11 @@ _TRUE: Final[tuple[str, ...]] = ("1", "true", "yes", "on", "y")
 
 # "linear_norm_act" is a linear layer, BlockNorm and HardSwish in one; "linear_layer" all passes of a linear layer, with
 # the casts that they share. "other" is any product that has no name here; only `torch.native.other` serves it.
-Op = Literal["linear", "bmm", "grouped_linear", "linear_norm_act", "linear_layer", "convolution", "other"]
+Op = Literal[
+    "linear", "bmm", "many_linear", "grouped_linear", "linear_norm_act", "linear_layer", "convolution", "other"
+]
+# The ops of which `batch` products of one size are one call.
+BATCHED: Final[tuple[Op, ...]] = ("bmm", "many_linear")
 
 
 class Kernel(Protocol):

@@ -32,6 +32,15 @@ def mm_fp16(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> T
     return matmul(a.half(), b.half()).to(out_dtype)
 
 
+def one_by_one(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply a[i] [m, k] and b[i] [n, k] of every layer in the dtype they have, a call each; no gradient."""
+    out = a.new_empty((len(a), a.shape[1], b.shape[1]))
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        for x, weight, y in zip(a, b, out, strict=True):
+            torch.mm(x, weight.mT, out=y)
+    return out.to(out_dtype)
+
+
 def native(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [.., m, k] and b [.., n, k] in the dtype they have: the product behind an op that stays as written."""
     return matmul(a, b).to(out_dtype)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loka.formats import PASS_OPERANDS, RECIPES, Pass
+from loka.formats import BLOCK, PASS_OPERANDS, RECIPES, Pass
 from loka.kernel_registry.opaque import opaque
 from loka.kernel_registry.operands import (
     Operand,
@@ -44,7 +44,6 @@ from loka.kernel_registry.spec import Prepared
 ALIGNMENT: Final[dict[str, int]] = {"cuda": 16}
 # Where the product is spelled `torch._scaled_mm`.
 _PRIVATE: Final[tuple[str, ...]] = ("cpu",)
-BLOCK: Final[int] = 128
 MX_ALIGNMENT: Final[int] = 32
 # Columns of scales start at multiples of 16 bytes.
 _SCALE_COLUMN: Final[int] = 4

@@ -20,12 +20,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loka.formats import RECIPES, Pass
+from loka.formats import BLOCK, RECIPES, Pass
 from loka.kernel_registry.opaque import opaque
 from loka.kernel_registry.operands import column_major, is_empty, pad, quantize_operands, unpad, zeros
 from loka.kernel_registry.torch_scaled_mm import aligned, row_scaled_dtype
 
-BLOCK: Final[int] = 128
 # The largest tile that the kernels' tuner tries (BLOCK_SIZE_M and BLOCK_SIZE_N).
 TILE: Final[int] = 256
 # The kernels of a prototype change without notice: those of older versions have other names and arguments.

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from loka.dispatch.monitor import monitor
     from loka.dispatch.plan import Plan
     from loka.dispatch.planner import plan
+    from loka.dispatch.transformers_experts import register_experts
     from loka.errors import LokaError, LokaWarning
+    from loka.probes.routing import trace_routing
     from loka.probes.session import probe
+    from loka.reports.advise import advise
 
 __all__ = [
     "Bound",
@@ -35,6 +38,7 @@ __all__ = [
     "LokaWarning",
     "Plan",
     "__version__",
+    "advise",
     "convert",
     "freeze",
     "kernel_executions",
@@ -42,7 +46,9 @@ __all__ = [
     "monitor",
     "plan",
     "probe",
+    "register_experts",
     "revert",
+    "trace_routing",
 ]
 
 _HOMES: Final[dict[str, str]] = {
@@ -50,13 +56,16 @@ _HOMES: Final[dict[str, str]] = {
     "LokaError": "loka.errors",
     "LokaWarning": "loka.errors",
     "Plan": "loka.dispatch.plan",
+    "advise": "loka.reports.advise",
     "convert": "loka.dispatch.convert",
     "freeze": "loka.dispatch.freeze",
     "kernel_executions": "loka.dispatch.executions",
     "monitor": "loka.dispatch.monitor",
     "plan": "loka.dispatch.planner",
     "probe": "loka.probes.session",
+    "register_experts": "loka.dispatch.transformers_experts",
     "revert": "loka.dispatch.convert",
+    "trace_routing": "loka.probes.routing",
 }
 
 logging.getLogger("loka").addHandler(logging.NullHandler())

@@ -92,7 +92,9 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, emulate: bool = False) -> tuple[s
     plan, or when several modules in the graph fit it.
     """
     parameters = _planned_parameters(gm.graph, plan)
-    routes = site_kernels(plan, _device(parameters), emulate=emulate, changed=changed_kernels(plan))
+    planned = site_kernels(plan, _device(parameters), emulate=emulate, changed=changed_kernels(plan))
+    # Which rows are a kept expert's is not known while a graph is made: such a pass stays in high precision.
+    routes = {site: kernels.of_expert(None) for site, kernels in planned.items()}
     found = []
     for node in list(gm.graph.nodes):
         current: fx.Node | None = node

@@ -102,14 +102,17 @@ class OperandSpec:
         return self.group_rows is None and self.group_k is None
 
 
+# Elements along k that share a scale under `blockwise`, and rows of a weight; and the group of MX.
+BLOCK: Final[int] = 128
+MX_GROUP: Final[int] = 32
 # (group_rows, group_k); a weight block is square so that its transpose, which dgrad reads, has the same scales.
 _GROUPS: Final[dict[Scaling, tuple[int | None, int | None]]] = {
     "tensorwise": (None, None),
     "rowwise": (1, None),
-    "blockwise": (1, 128),
-    "mxfp8": (1, 32),
+    "blockwise": (1, BLOCK),
+    "mxfp8": (1, MX_GROUP),
 }
-_WEIGHT_GROUPS: Final[dict[Scaling, tuple[int | None, int | None]]] = {**_GROUPS, "blockwise": (128, 128)}
+_WEIGHT_GROUPS: Final[dict[Scaling, tuple[int | None, int | None]]] = {**_GROUPS, "blockwise": (BLOCK, BLOCK)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,27 @@ from typing import Final
 
 import torch
 
+# Compute capabilities from which on a device has what is named. Sources: PTX ISA (`mma` and `cvt.rn.satfinite` with
+# e4m3 and e5m2: 8.9; `cvt` of both from fp32 without a way through fp16, and `cp.async.bulk.tensor`: 9.0; `tcgen05.mma`
+# with one E8M0 scale per 32 elements: 10.0), and what torch._scaled_mm checks.
+FP8_CAPABILITY: Final[tuple[int, int]] = (8, 9)  # Ada: tensor cores that multiply FP8
+HOPPER_CAPABILITY: Final[tuple[int, int]] = (9, 0)  # TMA, wgmma, and the cast from fp32 to FP8 in one instruction
+BLACKWELL_CAPABILITY: Final[tuple[int, int]] = (10, 0)  # MX scales in hardware
+# Shared memory that one program can have, in KiB. Source: CUDA C++ Programming Guide, technical specifications per
+# compute capability, "Maximum amount of shared memory per thread block".
+_SHARED_KIB: Final[dict[tuple[int, int], int]] = {
+    (8, 0): 163,
+    (8, 6): 99,
+    (8, 7): 163,
+    (8, 9): 99,
+    (9, 0): 227,
+    (10, 0): 227,
+    (10, 3): 227,
+    (11, 0): 227,
+    (12, 0): 99,
+    (12, 1): 99,
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceInfo:
@@ -30,6 +51,17 @@ def device_info(device: torch.device | str = "cpu") -> DeviceInfo:
         capability = torch.cuda.get_device_capability(device) if torch.version.hip is None else None
         return DeviceInfo(type="cuda", name=torch.cuda.get_device_name(device), capability=capability)
     return DeviceInfo(type=device.type, name=_cpu_name())
+
+
+def has_capability(device: torch.device | str, least: tuple[int, int]) -> bool:
+    """Whether a device has this CUDA compute capability or a later one; not a CPU, and not ROCm."""
+    return (device_info(device).capability or (0, 0)) >= least
+
+
+def shared_bytes(info: DeviceInfo) -> int:
+    """Return the shared memory that one program can have; where that is not known, what every device with FP8 has."""
+    least = min(_SHARED_KIB.values())
+    return 1024 * (_SHARED_KIB.get(info.capability, least) if info.capability else least)
 
 
 def current_device() -> torch.device:

@@ -45,7 +45,7 @@ class Turn(Generic[T]):
     """One of several things to be measured within a budget, and the seconds that it may take."""
 
     item: T
-    share_s: float  # of what is left, if those behind it get as much
+    share_s: float  # its part of what is left, if those behind it get theirs
     left_s: float
 
 
@@ -55,11 +55,14 @@ def in_turns(
     left_out: str,
     words: Callable[[T], str],
     on_progress: Progress | None = None,
+    weight: Callable[[T], float] = lambda _: 1.0,
 ) -> Iterator[Turn[T]]:
     """Yield things to be measured until `budget_s` seconds are spent, and tell of each, in `words`, before.
 
-    What there is no time left for is logged as `left_out` says, e.g. "shapes left untimed".
+    Each gets its part of the time by its `weight`, which is positive. What there is no time left for is logged as
+    `left_out` says, e.g. "shapes left untimed".
     """
+    weights = [weight(item) for item in items]
     deadline = time.perf_counter() + budget_s
     for index, item in enumerate(items):
         if on_progress is not None:
@@ -68,7 +71,7 @@ def in_turns(
         if left <= 0:
             logger.warning("%d of %d %s: %g s spent", len(items) - index, len(items), left_out, budget_s)
             return
-        yield Turn(item, left / (len(items) - index), left)
+        yield Turn(item, left * weights[index] / math.fsum(weights[index:]), left)
 
 
 class Timed(Protocol):

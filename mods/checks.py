@@ -67,7 +67,7 @@ def gather(model: nn.Module, mod: Mod, filter_fn: FilterFn | None) -> list[Claim
             f"{listing(claim.name for claim in claims)}. Widen filter_fn or leave {mod.name} out. Nothing was changed."
         )
     for claim in allowed:
-        refusal = claim.refusal or _irreplaceable(claim)
+        refusal = claim.refusal or irreplaceable(claim)
         if refusal:
             raise ModError(f"{mod.name} cannot rewrite {claim.name!r}: {refusal} Nothing was changed.")
     names: dict[int, list[str]] = {}
@@ -81,7 +81,7 @@ def gather(model: nn.Module, mod: Mod, filter_fn: FilterFn | None) -> list[Claim
     return [group[0] for group in groups.values()]
 
 
-def _irreplaceable(claim: Claim) -> str:
+def irreplaceable(claim: Claim) -> str:
     """Return why this module or slot cannot be replaced at all, in words, or an empty string."""
     module = claim.module
     if not claim.fqn and not claim.slot:

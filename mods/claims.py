@@ -29,6 +29,9 @@ CARRIED_HOOKS: Final[tuple[str, ...]] = (
     "_is_full_backward_hook",
 )
 
+# The slot of a claim on the methods of a module: it gets another class, and stays the module it is.
+CLASS_SLOT: Final[str] = "__class__"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
@@ -49,8 +52,9 @@ class Claim:
 
     @property
     def name(self) -> str:
-        """Name of what is replaced: the FQN of the module, parameter or attribute."""
-        return ".".join(part for part in (self.fqn, self.slot) if part)
+        """Name of what is replaced: the FQN of the module, parameter, attribute or `forward`."""
+        slot = "forward" if self.slot == CLASS_SLOT else self.slot
+        return ".".join(part for part in (self.fqn, slot) if part)
 
     @property
     def before(self) -> object:
@@ -65,6 +69,8 @@ class Mod(ABC):
 
     # "equivalent" keeps the function of the model, "architectural" needs training.
     kind: ClassVar[Literal["equivalent", "architectural"]]
+    # Whether it looks for what the other mods of the same `apply` put in.
+    last: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -6,7 +6,8 @@ would crash. Each such module has a switch that sends it the ordinary way, throu
 wherever something below is rewritten, so that the change is recorded and undone with the rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from torch import nn
@@ -22,6 +23,24 @@ _SWITCHES: Final[tuple[tuple[type[nn.Module], str, object], ...]] = (
 )
 
 
+@contextmanager
+def through_children(model: nn.Module) -> Iterator[None]:
+    """Send every such module the ordinary way, for as long as the scope lasts: its children are then called."""
+    turned = [
+        (module, attribute, getattr(module, attribute), value)
+        for module in model.modules()
+        for kind, attribute, value in _SWITCHES
+        if isinstance(module, kind) and getattr(module, attribute, None)
+    ]
+    for module, attribute, _, value in turned:
+        setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        for module, attribute, before, _ in turned:
+            setattr(module, attribute, before)
+
+
 def side_claims(model: nn.Module, claims: Sequence[Claim]) -> list[Claim]:
     """Return the switches to turn for these claims. Raises ModError where a module has none."""
     by_module = {id(claim.module): claim for claim in reversed(claims)}
@@ -34,7 +53,7 @@ def side_claims(model: nn.Module, claims: Sequence[Claim]) -> list[Claim]:
             if not isinstance(module, kind) or not getattr(module, attribute, None) or id(module) in switches:
                 continue
             cause = next((by_module[id(inner)] for inner in module.modules() if id(inner) in by_module), None)
-            if cause is not None and cause.module is not module:
+            if cause is not None and (cause.module is not module or cause.slot):
                 switches[id(module)] = Claim(
                     mod=cause.mod,
                     fqn=fqn,

@@ -1,70 +1,41 @@
-"""Calls of functions that a module replacement cannot reach, found in the bytecode of the model's classes.
+"""Functions that a method uses, read from its bytecode: the quick look before its source is read.
 
-`self.act(x)` calls a module that can be replaced; `F.silu(x)` in a `forward` cannot. Finding the latter lets a mod say
-what it leaves untouched. A name is followed from the function's globals to the object, so `self.silu(x)` is not taken
-for a call of `F.silu`.
+A name is followed from the function's globals to the object, so `self.silu(x)` is not taken for a call of `F.silu`.
 """
 
 import dis
-import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 
-from torch import nn
-
-from loka.mods.claims import walk
+from loka.mods.sources import codes_in
 
 
-def callers(model: nn.Module, functions: Collection[object]) -> tuple[str, ...]:
-    """Return e.g. `'mlp' (class MLP)` for each module whose own code, or a plain attribute of it, uses a function."""
-    verdicts: dict[type, bool] = {}
-    found: list[str] = []
-    for fqn, module in walk(model):
-        kind = type(module)
-        if kind not in verdicts:
-            verdicts[kind] = any(_uses(method, functions) for method in _methods(kind))
-        held = any(value is function for value in vars(module).values() for function in functions)
-        if verdicts[kind] or held:
-            found.append(f"{fqn!r} (class {kind.__name__})" if fqn else f"the model (class {kind.__name__})")
-    return tuple(dict.fromkeys(found))
+def attribute_of(module: ModuleType, name: str) -> object:
+    """Return what a Python module has under a name, None where that is nothing or cannot be had."""
+    try:
+        return getattr(module, name, None)
+    except Exception:  # noqa: BLE001 - a lazy module may import what is not installed, and that may raise anything
+        return None
 
 
-def _methods(kind: type) -> Iterator[FunctionType]:
-    """Yield the methods of the user's classes; torch's own modules call functions by definition."""
-    for base in kind.__mro__:
-        if base is nn.Module or base.__module__.startswith("torch.nn."):
-            return
-        for name, member in vars(base).items():
-            method = inspect.unwrap(getattr(member, "__func__", member))
-            if isinstance(method, FunctionType) and not name.startswith("__"):
-                yield method
-
-
-def _uses(method: FunctionType, functions: Collection[object]) -> bool:
-    return any(
-        value is function
-        for code in _codes(method.__code__)
-        for value in _loaded(code, method.__globals__)
-        for function in functions
-    )
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of a function and of the lambdas and functions inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+def loaded(method: FunctionType) -> Iterator[object]:
+    """Yield each object that a method reaches from a global or a closure, through attributes of Python modules."""
+    for cell in method.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    for code in codes_in(method.__code__):
+        yield from _loaded(code, method.__globals__)
 
 
 def _loaded(code: CodeType, names: dict[str, object]) -> Iterator[object]:
-    """Yield each object that the code reaches from a global through attributes of Python modules."""
     value: object = None
     for instruction in dis.get_instructions(code):
         if instruction.opname == "LOAD_GLOBAL":
             value = names.get(instruction.argval)
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, ModuleType):
-            value = getattr(value, instruction.argval, None)
+            value = attribute_of(value, instruction.argval)
         else:
             value = None
         if value is not None:

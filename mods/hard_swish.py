@@ -6,15 +6,14 @@ The sigmoid of Swish stretches outliers and squeezes small entries, both of whic
 same shape within 0.15 and fuses into a GEMM epilogue.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from loka.mods.activations import ActivationMod
+from loka.mods.calls import Pattern
+from loka.mods.patterns import SwishCalls, is_swish
 
 # Names that Swish goes by in classes of users and libraries.
 _NAMES: Final[frozenset[str]] = frozenset({"swish", "silu", "siluactivation", "memoryefficientswish"})
@@ -22,17 +21,24 @@ _NAMES: Final[frozenset[str]] = frozenset({"swish", "silu", "siluactivation", "m
 
 @dataclass(frozen=True, slots=True)
 class HardSwish(ActivationMod):
-    """Replace nn.SiLU, and parameter-free modules of classes named Swish or SiLU, by nn.Hardswish.
+    """Replace Swish by HardSwish, wherever it is: in modules, in attributes that hold the function, in calls.
 
-    `only`: patterns (see `loka.selection`) of the modules to replace, all by default. A Swish with a learned slope is
-    left alone, and so are calls of F.silu: where no module is found, the error names them.
+    Modules are nn.SiLU and parameter-free ones of classes named Swish or SiLU. Calls are `F.silu(x)`, a function of
+    yours that computes Swish, `x * torch.sigmoid(x)` in its usual spellings, and SwishNorm, which is
+    `x * torch.sigmoid(norm(x))`: its gate becomes hard and keeps its norm, for BlockNorm to replace. The module that
+    makes such a call gets a class made from its own (see `loka.mods.calls`) and stays the same object. A Swish with a
+    learned slope and a sigmoid that gates something else are left alone; calls in functions that are not methods are
+    not followed.
+
+    `only`: patterns (see `loka.selection`) of the modules to replace it in, all by default.
 
     Checkpoints: activations have no keys, so every old checkpoint loads; the model has to be trained further.
     """
 
     looks_for: ClassVar[str] = "nn.SiLU or Swish"
-    functions: ClassVar[Collection[object]] = (F.silu, torch._C._nn.silu)
+    pattern: ClassVar[Pattern] = SwishCalls()
     replacement: ClassVar[type[nn.Module]] = nn.Hardswish
+    stand_ins: ClassVar[tuple[str, ...]] = ("hard_swish", "hard_sigmoid")
 
     def takes(self, module: nn.Module) -> bool:
         """Return whether the module is a Swish without state."""
@@ -40,6 +46,14 @@ class HardSwish(ActivationMod):
             return type(module).forward is nn.SiLU.forward
         state = (*module.parameters(), *module.buffers(), *module.children())
         return type(module).__name__.lower() in _NAMES and len(state) == 0
+
+    def takes_function(self, value: object) -> bool:
+        """Return whether a function is F.silu, or one of the user's that computes the same."""
+        return is_swish(value)
+
+    def done(self, module: nn.Module) -> bool:
+        """Return False: nothing that computes HardSwish calls a sigmoid."""
+        return False
 
     def build(self, module: nn.Module) -> nn.Module:
         """Return an nn.Hardswish, in place where the module was."""

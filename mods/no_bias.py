@@ -7,25 +7,25 @@ prediction layer, where the bias carries the base rate.
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
 
 from torch import Tensor, nn
 
 from loka.errors import LokaWarning
 from loka.mods.claims import Claim, Mod, listing, walk
+from loka.mods.fused_linear import FusedLinearNormAct
+from loka.mods.heads import CONVOLUTIONS, TRANSPOSED, Heads, find_heads
 from loka.numerics import MIN_COLUMNS
 from loka.selection import Selection, select
 
 _BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS: Final = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Modules whose own forward takes None for the bias, and the name of that bias. The extra key and value tokens of
 # attention, bias_k and bias_v, are not added to anything and stay.
 _SLOTS: Final[Mapping[type[nn.Module], str]] = {
     nn.MultiheadAttention: "in_proj_bias",
-    **dict.fromkeys((nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED), "bias"),
+    **dict.fromkeys((nn.Linear, nn.Bilinear, FusedLinearNormAct, *CONVOLUTIONS, *TRANSPOSED), "bias"),
     **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS), "bias"),
 }
 
@@ -35,9 +35,11 @@ class NoBias(Mod):
     """Remove the bias of linears, convolutions, norms and attention projections, except in prediction heads.
 
     `keep`: patterns (see `loka.selection`) of modules that keep theirs; a pattern that names a container keeps all
-    inside it, `[]` keeps nothing. By default the heads are found: every nn.Linear with fewer than 8 outputs or, where
-    there is none, the last nn.Linear. The reason in each replacement says what was kept. A bias in a module of another
-    kind (an nn.LSTM, your own) stays, with a LokaWarning that names it; name it in `keep` if that is intended.
+    inside it, `[]` keeps nothing. By default the heads are found: the layers whose output reaches the output of the
+    model without another product, in a symbolic trace of the model or, if `example` is given (the arguments of its
+    forward as a tuple or a dict), in a run on that. Where the model cannot be traced, they are guessed from sizes. The
+    reason in each replacement says what was kept, and how it was found. A bias in a module of another kind (an nn.LSTM,
+    your own) stays, with a LokaWarning that names it; name it in `keep` if that is intended.
 
     Weights stay the same objects. Checkpoints: the removed `...bias` and `...in_proj_bias` keys are gone from the
     state_dict. An old checkpoint loads before `apply`, or after it with `load_state_dict(..., strict=False)`. Either
@@ -45,6 +47,7 @@ class NoBias(Mod):
     """
 
     keep: str | Sequence[str] | None = None
+    example: object = field(default=None, repr=False, compare=False)
 
     kind: ClassVar[Literal["equivalent", "architectural"]] = "architectural"
 
@@ -56,18 +59,20 @@ class NoBias(Mod):
         """Claim each bias that is there and not kept. Raises ArgumentError if a `keep` pattern matches nothing."""
         known = list(_known(model))
         unknown = _unknown(model)
-        heads = _heads(model) if self.keep is None else {}
+        heads = find_heads(model, self.example) if self.keep is None else Heads()
         names = [_join(fqn, slot) for fqn, _, slot in known] + list(unknown)
         kept = set(select(self.keep or (), names, what="module with a bias", inside=True))
-        stays = [*heads.values()] or [name for name in names if name in kept]
-        which = f"{listing(stays) or 'none'}{', found as prediction heads' if heads else ''}"
+        stays = [*heads.layers.values()] or [name for name in names if name in kept]
+        which = f"{listing(stays) or 'none'}{f', {heads.how}' if heads.how else ''}"
         _warn_of(
             name
             for name, parameter in unknown.items()
-            if name not in kept and not (self.keep is None and parameter.numel() < MIN_COLUMNS)
+            if name not in kept
+            and id(parameter) not in heads.parameters
+            and not (self.keep is None and parameter.numel() < MIN_COLUMNS)
         )
         for fqn, module, slot in known:
-            if getattr(module, slot) is None or id(module) in heads or _join(fqn, slot) in kept:
+            if getattr(module, slot) is None or id(module) in heads.layers or _join(fqn, slot) in kept:
                 continue
             yield Claim(
                 mod=self.name,
@@ -110,13 +115,6 @@ def _unknown(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _heads(model: nn.Module) -> dict[int, str]:
-    """Return the prediction heads, id -> FQN: few outputs, or last."""
-    linears = [(fqn, module) for fqn, module in walk(model) if isinstance(module, nn.Linear)]
-    heads = [(fqn, module) for fqn, module in linears if module.out_features < MIN_COLUMNS] or linears[-1:]
-    return {id(module): fqn for fqn, module in heads}
-
-
 def _refusal(module: nn.Module, slot: str) -> str:
     if not isinstance(module._parameters.get(slot), Tensor):
         return "its bias is not a plain parameter (parametrized or pruned). Remove that first, or name it in `keep`."
@@ -135,7 +133,7 @@ def _warn_of(names: Iterable[str]) -> None:
             f"NoBias leaves {listing(left)}: a bias in a module of a kind it does not know. Remove it where the model "
             "is built, or name it in `keep` if it is meant to stay.",
             LokaWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

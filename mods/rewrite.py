@@ -9,68 +9,48 @@ for bit as it was, and `Applied.undo` puts the very same modules and parameters 
 Apply mods before wrapping (DDP, FSDP, torch.compile), before `loka.probe` and `loka.convert`, and before the optimizer
 is made: it would go on holding parameters that left the model. Keys of `state_dict` change only where a replaced module
 or a removed parameter had some; the docstring of each mod says which, and how an old checkpoint is loaded.
+
+Equivalent mods keep what the model computes. They are carried out after the architectural ones, on real `inputs`, and
+only what leaves the output as it was stays (see `verify`); the rest is in `Applied.refused`, with the reason.
+
+    applied = loka.mods.apply(model, [FuseParallelLinears(), Hadamard()], inputs=[batch, another])
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loka.errors import ArgumentError, ModError
+from loka.mods.calls import merged
 from loka.mods.checks import check_built, gather, refuse_unready, without_conflicts
-from loka.mods.claims import CARRIED_HOOKS, Claim, FilterFn, Mod
+from loka.mods.claims import Claim, FilterFn, Mod
+from loka.mods.edits import Edit, Replacement, edits_of, in_words, inherit, take_back, write
+from loka.mods.equivalent import Batch, EquivalentMod, Refusal
 from loka.mods.fast_paths import side_claims
+from loka.mods.verify import checked_trial, keep_equivalent
 
 logger = logging.getLogger("loka.mods")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replacement:
-    """What was replaced where, in words."""
-
-    fqn: str
-    mod: str
-    before: str
-    after: str
-    reason: str
-
-    def __str__(self) -> str:
-        """Return one line."""
-        return f"{self.fqn}: {self.before} -> {self.after} ({self.mod}: {self.reason})"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Edit:
-    """One write: `key` of the dict `store` of `owner` ("" is the instance dict), and what was there before."""
-
-    owner: nn.Module
-    store: str
-    key: str
-    before: object
-    after: object
-
-    def current(self) -> object:
-        """Return what is there now."""
-        return self._table().get(self.key)
-
-    def put(self, value: object) -> None:
-        """Write; the key exists, so the order of keys, and with it of `state_dict`, stays."""
-        self._table()[self.key] = value
-
-    def _table(self) -> dict[str, object]:
-        table = vars(self.owner)
-        return table[self.store] if self.store else table
-
-
 class Applied:
-    """Mods in force on one model. Also a context manager: leaving the `with` block undoes them."""
+    """Mods in force on one model. Also a context manager: leaving the `with` block undoes them.
 
-    def __init__(self, model: nn.Module, replacements: tuple[Replacement, ...], edits: tuple[Edit, ...]) -> None:
+    `refused`: places that equivalent mods left as they were, and why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replacements: tuple[Replacement, ...],
+        edits: tuple[Edit, ...],
+        refused: tuple[Refusal, ...] = (),
+    ) -> None:
         self.replacements = replacements
+        self.refused = refused
         self._edits = edits
         self._home = _home(model)
         self._placed = self._placement()
@@ -86,7 +66,8 @@ class Applied:
         They follow the model to the device, dtype and train/eval mode it has by now. Raises ModError, having changed
         nothing, where a replacement has been replaced in turn.
         """
-        changed = [edit.key for edit in self._edits if edit.current() is not edit.after]
+        latest = {edit.place: edit for edit in self._edits}  # a later mod may have written where an earlier one did
+        changed = [edit.key for edit in latest.values() if edit.current() is not edit.after]
         if changed:
             raise ModError(
                 f"The mods cannot be undone: {len(changed)} of {len(self._edits)} replaced slots were changed since "
@@ -140,42 +121,83 @@ class Applied:
         return "\n".join(str(replacement) for replacement in self.replacements)
 
 
-def apply(model: nn.Module, mods: Sequence[Mod], filter_fn: FilterFn | None = None) -> Applied:
+def apply(
+    model: nn.Module,
+    mods: Sequence[Mod],
+    filter_fn: FilterFn | None = None,
+    *,
+    inputs: Iterable[Batch] | None = None,
+    tolerance: float = 1e-4,
+) -> Applied:
     """Rewrite `model` in place by all of `mods`, or leave it as it was and raise.
 
     `filter_fn(module, fqn) -> bool` keeps a mod away from a module, for a parameter from the module that holds it.
-    Returns what was replaced, with `undo()`. Raises ModError where a mod finds nothing to do, two mods want the same
-    place, a shared module or parameter would be rewritten under some of its names only, or the model is compiled,
-    wrapped or converted; ArgumentError for wrong arguments.
+    `inputs`: batches that the model is run on, which equivalent mods need: each a tensor, a tuple of arguments or a
+    dict of keyword arguments. An equivalent mod stays where it moves no tensor that the model returns by more than
+    `tolerance`, relative to its norm, by rows and as a whole; all that stays is within it together.
+
+    Returns what was replaced, and what equivalent mods refused, with `undo()`. Raises ModError where a mod finds
+    nothing to do, two mods want the same place, a shared module or parameter would be rewritten under some of its names
+    only, or the model is compiled, wrapped or converted; ArgumentError for wrong arguments.
     """
     mods = _checked_mods(model, mods)
+    architectural = [mod for mod in mods if not isinstance(mod, EquivalentMod)]
+    first, last = ([mod for mod in architectural if mod.last is late] for late in (False, True))
+    equivalent = [mod for mod in mods if isinstance(mod, EquivalentMod)]
+    if equivalent and inputs is None:
+        raise ArgumentError(
+            f"{equivalent[0].name} keeps what the model computes, which is verified on real input. Give "
+            "inputs=[batch, ...], each a tensor, a tuple of arguments or a dict of keyword arguments of the model."
+        )
+    trial = checked_trial(inputs, tolerance) if equivalent else None
     refuse_unready(model)
+    done: list[tuple[tuple[Replacement, ...], tuple[Edit, ...]]] = []
+    refused: tuple[Refusal, ...] = ()
+    try:
+        done += [_rewrite(model, first, filter_fn)] if first else []
+        if trial is not None:
+            outcome = keep_equivalent(model, equivalent, filter_fn, trial)
+            done.append((tuple(outcome.replacements), tuple(outcome.edits)))
+            refused = tuple(outcome.refused)
+        done += [_rewrite(model, last, filter_fn)] if last else []
+    except BaseException:  # an interrupt, too, must not leave half a rewrite behind
+        for _, edits in reversed(done):
+            take_back(edits)
+        raise
+    replacements = tuple(each for part, _ in done for each in part)
+    return Applied(model, replacements, tuple(each for _, part in done for each in part), refused)
+
+
+def _rewrite(
+    model: nn.Module, mods: Sequence[Mod], filter_fn: FilterFn | None
+) -> tuple[tuple[Replacement, ...], tuple[Edit, ...]]:
+    """Carry out architectural mods, all or nothing."""
     claims: list[Claim] = []
     for mod in mods:
         claims += gather(model, mod, filter_fn)
-    claims, satisfied = without_conflicts(claims)
+    claims, satisfied = without_conflicts(merged(claims))
     claims += side_claims(model, claims)
     built = [(claim, claim.build() if claim.build is not None else None) for claim in claims]
     check_built(model, built, satisfied)
-    edits = _edits(model, built)
+    edits = edits_of(model, built)
     notes = {id(whole): f"; {removal.name!r} goes with it, as {removal.mod} asks" for removal, whole in satisfied}
     replacements = tuple(
         Replacement(
             fqn=claim.name,
             mod=claim.mod,
-            before=_words(claim.before),
-            after=_words(after),
+            before=in_words(claim.before),
+            after=in_words(after),
             reason=claim.reason + notes.get(id(claim), ""),
         )
         for claim, after in built
     )
     for claim, after in built:
         if isinstance(claim.before, nn.Module) and isinstance(after, nn.Module):
-            _inherit(claim.before, after)
-    _write(edits)
+            inherit(claim.before, after)
+    write(edits)
     for replacement in replacements:
         logger.info("%s", replacement)
-    return Applied(model, replacements, tuple(edits))
+    return replacements, tuple(edits)
 
 
 def _checked_mods(model: nn.Module, mods: Sequence[Mod]) -> tuple[Mod, ...]:
@@ -192,51 +214,6 @@ def _checked_mods(model: nn.Module, mods: Sequence[Mod]) -> tuple[Mod, ...]:
     if not given:
         raise ArgumentError("No mod was given, so there is nothing to apply. Give e.g. [loka.mods.NoBias()].")
     return given
-
-
-def _edits(model: nn.Module, built: Sequence[tuple[Claim, object]]) -> list[Edit]:
-    """Return every write: one for a slot, one per registration for a module."""
-    homes: dict[int, list[tuple[nn.Module, str]]] = {}
-    for owner in model.modules():
-        for key, child in owner._modules.items():
-            homes.setdefault(id(child), []).append((owner, key))
-    edits = []
-    for claim, after in built:
-        if claim.slot:
-            store = "_parameters" if claim.slot in claim.module._parameters else ""
-            places = [(claim.module, claim.slot)]
-        else:
-            store, places = "_modules", homes[id(claim.module)]
-        edits += [Edit(owner=owner, store=store, key=key, before=claim.before, after=after) for owner, key in places]
-    return edits
-
-
-def _inherit(before: nn.Module, after: nn.Module) -> None:
-    """Give the replacement the mode and hooks of what it replaces; a wrapper leaves both to the module inside it."""
-    inner = set(before.modules())
-    for module in after.modules():
-        if module not in inner:
-            module.training = before.training
-    if before not in after.modules():
-        vars(after).update({name: vars(before)[name] for name in CARRIED_HOOKS})
-
-
-def _write(edits: Sequence[Edit]) -> None:
-    written: list[Edit] = []
-    try:
-        for edit in edits:
-            written.append(edit)
-            edit.put(edit.after)
-    except BaseException:  # an interrupt, too, must not leave half a rewrite behind
-        for edit in reversed(written):
-            edit.put(edit.before)
-        raise
-
-
-def _words(value: object) -> str:
-    if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
-        return f"{type(value).__name__}{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return "none" if value is None else " ".join(repr(value).split())
 
 
 def _home(model: nn.Module) -> tuple[nn.Module, str] | None:

@@ -14,7 +14,7 @@ How a product finds its site and pass:
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from loka.formats import Pass
 from loka.probes.convolution import convolution_gemm, convolution_gradients
+from loka.probes.dynamics import DynamicsMeter
 from loka.probes.products import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
@@ -37,8 +38,10 @@ from loka.probes.products import (
     factors_of,
     gemm,
     owed_gradients,
+    per_expert,
 )
 from loka.probes.sites import OUTSIDE, SiteKey, SiteMap, is_plain
+from loka.probes.slices import Slice
 from loka.probes.storage import Place
 
 # What a dispatch mode costs per aten op; charged to the probe.
@@ -57,6 +60,13 @@ class Sighting:
     parameter: str
     gemm: Gemm
     node: int  # number of the autograd node of the forward product
+    slice: Slice | None = None  # where the weight is one of a stack, as the experts of a layer are kept
+    reads: tuple[Place, int] | None = None  # of a forward product: where its input lies, and its version
+
+    @property
+    def expert(self) -> int | None:
+        """The expert whose product it is, where each is one of its own."""
+        return None if self.slice is None else self.slice.expert
 
 
 class Observer(Protocol):
@@ -89,6 +99,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         self._nodes: dict[int, list[Forward]] = {}
         self._seen: dict[int, set[tuple[int, Factor]]] = {}  # by number: gradients of its products that were seen
         self._recomputed: dict[int, int] = {}  # by number of a checkpoint's node: products it has computed again
+        self.dynamics: DynamicsMeter | None = None  # looks at modules too, where it is wanted
 
     @contextmanager
     def building_graph(self, create_graph: bool) -> Iterator[None]:
@@ -103,6 +114,22 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
     def builds_graph(self) -> bool:
         """Whether the product just seen ran in grad mode, so that its gradient may come by."""
         return self._grad_enabled
+
+    def entered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module's forward begins."""
+        self._watch(module, lambda meter: meter.entered(module, args))
+
+    def left(self, module: nn.Module, output: Any) -> None:
+        """A module's forward ended."""
+        self._watch(module, lambda meter: meter.left(module, output))
+
+    def _watch(self, module: nn.Module, at: Callable[[DynamicsMeter], None]) -> None:
+        """Show the meter a module that it watches, unless a checkpoint only runs it again."""
+        meter = self.dynamics
+        if meter is not None and id(module) in meter.watched and torch._C._current_autograd_node() is None:
+            before = self.probe_s
+            self._look(lambda: at(meter))
+            meter.spent_s += self.probe_s - before
 
     def forget_gradients(self) -> None:
         """Expect every gradient once more: the graph is run backward again."""
@@ -137,7 +164,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             return result
         if packet in COPIES:
             result = func(*args, **kwargs)
-            self._look(lambda: self.sites.alias(result, args[0]))
+            self._look(lambda: self._copied(result, args[0]))
             return result
         if packet in FUSED:
             self._look(lambda: self._hidden(packet))
@@ -178,6 +205,11 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         elif packet is not CONVOLUTION:
             self._backward(node, factors)
 
+    def _copied(self, copy: Tensor, original: Tensor) -> None:
+        self.sites.alias(copy, original)
+        if self.dynamics is not None:
+            self.dynamics.copied(copy, original)
+
     def _hidden(self, packet: Any) -> None:
         key, module = self.sites.nameless()
         if self.sites.admits(module, key.owner):
@@ -194,15 +226,21 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             if factors.op == "convolution":
                 found = convolution_gemm(args)
             else:
-                found = gemm(factors, a_is_p=not forward.weight_is_p)
-            self.observer.saw(Sighting(forward.key, "fprop", forward.parameter, found, _next_number()))
+                found = _by_expert(gemm(factors, a_is_p=not forward.weight_is_p), forward, factors, "fprop")
+            node = _next_number()
+            x, place = (factors.q, forward.q) if forward.weight_is_p else (factors.p, forward.p)
+            # The version of the tensor itself: a view made in here has one of its own, and inference keeps none.
+            reads = None if x.is_inference() else (place, x._version)
+            self.observer.saw(Sighting(forward.key, "fprop", forward.parameter, found, node, forward.slice, reads))
 
     def _identify(self, factors: Factors) -> Forward | None:
         """Find the site of a forward product: that of its weight operand, else that of the running module."""
         owner = self.sites.find(factors.q)
         weight_is_p = owner is None and (owner := self.sites.find(factors.p)) is not None
+        stacked = None
         if owner is not None:
             key, module, parameter = SiteKey(owner.site), owner.module, owner.parameter
+            stacked = owner.slice_of(factors.p if weight_is_p else factors.q)
         elif self.sites.inside_module or self._grad_enabled:
             key, module = self.sites.nameless()
             parameter = ""
@@ -210,7 +248,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             return None  # an optimiser's own arithmetic, in a step scope that encloses it
         admitted = self.sites.admits(module, key.owner if key.owner != OUTSIDE else "")
         p, q = Place.of(factors.p, keep=True), Place.of(factors.q, keep=True)
-        return Forward(key, parameter, p, q, weight_is_p, admitted)
+        return Forward(key, parameter, p, q, weight_is_p, admitted, stacked)
 
     def _remember(self, forward: Forward) -> None:
         number = _next_number()
@@ -225,7 +263,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             original = originals[position]
             if (original.p.shape, original.q.shape) == (p.shape, q.shape):
                 self._recomputed[number] = position + 1
-                self._remember(Forward(original.key, original.parameter, p, q, original.weight_is_p, original.admitted))
+                self._remember(replace(original, p=p, q=q))
                 return
         forward = self._identify(factors)
         if forward is not None:
@@ -256,8 +294,9 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
                 seen.clear()  # the graph may be run backward again
             if forward.admitted:
                 # The rows of a gradient's product are those of the other factor: grad_output's.
-                found = gemm(factors, a_is_p=not saved_first)
-                self.observer.saw(Sighting(forward.key, forward.pass_of(factor), forward.parameter, found, number))
+                product = forward.pass_of(factor)
+                found = _by_expert(gemm(factors, a_is_p=not saved_first), forward, factors, product)
+                self.observer.saw(Sighting(forward.key, product, forward.parameter, found, number, forward.slice))
             return
         if not candidates and not _multiplies_for_others(node):
             self.observer.lost()
@@ -273,6 +312,16 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             for product, gradient in convolution_gradients(args):
                 number = node._sequence_nr()
                 self.observer.saw(Sighting(forward.key, product, forward.parameter, gradient, number))
+
+
+def _by_expert(found: Gemm, forward: Forward, factors: Factors, product: Pass) -> Gemm:
+    """Tell the experts of a batch of products apart, where their weights are a stack."""
+    stacked = forward.slice
+    if stacked is None or stacked.expert is not None or factors.p.dim() != 3 or factors.q.dim() != 3:
+        return found
+    # Tokens are rows of the layer's input, zero where they are not an expert's; their gradients need not be.
+    rows = {"fprop": found.a, "dgrad": None, "wgrad": found.b.mT}[product]
+    return per_expert(found, stacked.experts, rows)
 
 
 def _next_number() -> int:

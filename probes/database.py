@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import URL, Connection, Engine, create_engine, func, insert, inspect, make_url, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, func, insert, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from loka.errors import DatabaseError, EvidenceError, nearest
@@ -95,8 +95,8 @@ def place(engine: Engine) -> str:
 def open_database(db: str | os.PathLike[str], *, create: bool) -> Engine:
     """Open a probe database; with `create`, for writing, and made if it does not exist.
 
-    A file that cannot be written is still opened without `create`. Nothing that was there is changed. Raises
-    DatabaseError.
+    A file that cannot be written is still opened without `create`. Nothing that was there is changed; a database of
+    an older schema gets the tables it lacks when it is opened for writing. Raises DatabaseError.
     """
     url = resolve_url(db)
     if _is_file(url):
@@ -210,11 +210,21 @@ def _check_schema(connection: Connection, create: bool) -> None:
             f"{place(engine)} is not a LoKA probe database, and was left as it was. Name a probe database, or "
             "a place that is empty."
         )
-    if int(known["schema"]) != schema.SCHEMA_VERSION:
+    version = int(known["schema"])
+    if not schema.OLDEST_VERSION <= version <= schema.SCHEMA_VERSION:
         raise DatabaseError(
-            f"{place(engine)} has schema {known['schema']}, this LoKA reads schema {schema.SCHEMA_VERSION}. "
-            "Read it with the LoKA that wrote it, or probe again into a new file."
+            f"{place(engine)} has schema {version}, this LoKA reads schema {schema.OLDEST_VERSION} to "
+            f"{schema.SCHEMA_VERSION}. Read it with the LoKA that wrote it, or probe again into a new file."
         )
+    if create and version < schema.SCHEMA_VERSION:
+        schema.metadata.create_all(connection)  # adds the tables that it lacks, and touches no other
+        here = schema.meta.c.key == "schema"
+        connection.execute(update(schema.meta).where(here).values(value=str(schema.SCHEMA_VERSION)))
+
+
+def has_dynamics(connection: Connection) -> bool:
+    """Whether the database has the tables of training dynamics: one of schema 2 that is only read has not."""
+    return {schema.parts.name, schema.dynamics.name} <= set(inspect(connection).get_table_names())
 
 
 def list_runs(engine: Engine) -> tuple[StoredRun, ...]:
@@ -295,6 +305,7 @@ def _steps(engine: Engine, run: int) -> Iterator[StepRecord]:
         found = connection.execute(
             select(steps).where(steps.c.run == run).order_by(steps.c.step, steps.c.rank, steps.c.number)
         )
+        dynamic = has_dynamics(connection)
         for row in found.mappings().all():
             yield StepRecord(
                 step=row["step"],
@@ -302,6 +313,7 @@ def _steps(engine: Engine, run: int) -> Iterator[StepRecord]:
                 products=rows.step_products(connection, row["number"], static, names),
                 loss=rows.number(row["loss"]),
                 labels=row["labels"],
+                dynamics=rows.step_dynamics(connection, row["number"]) if dynamic else (),
             )
 
 

@@ -7,7 +7,8 @@ the evidence a horizon, after which it is no longer valid; `drift` says how fast
 
 Two errors have intervals: the gated one, and the relative error of the whole tensor, which a bound on the
 signal-to-noise ratio is about; a product is judged by one of them, so the family is one of products. What they say
-about a bound is in `verdicts`. The ranks of a distributed run make one sample per step.
+about a bound is in `verdicts`. The ranks of a distributed run make one sample per step. How many rows the calls of a
+product have is a distribution (`row_counts`), and a product is known by its median.
 """
 
 import os
@@ -34,7 +35,9 @@ from loka.probes.intervals import (
     window_mean,
 )
 from loka.probes.loss_evidence import LossEvidence, RunLoss, loss_evidence
+from loka.probes.predictions import read_experts, read_families
 from loka.probes.records import OperandRecord
+from loka.probes.row_counts import RowCounts, median_rows, row_counts
 from loka.probes.rows import operand_record
 from loka.probes.schema import METRICS
 from loka.probes.series import OPERAND_VALUES, SHAPE, RunSeries, Shares, load_series, load_shares, over_ranks
@@ -94,7 +97,15 @@ def collect_evidence(engine: Engine, run_id: str | None = None, *, confidence: f
         family=errors.gated.interval.family,
         products=_products(series, errors, loss, _operands(series, newest_operands, shares)),
         mean_loss=loss.mean,
+        experts=read_experts(engine, run.info.id),
+        families=read_families(engine, run.info.id, steps=_forward_steps(series)),
     )
+
+
+def _forward_steps(series: RunSeries) -> dict[str, int]:
+    """Return how many samples each site has of its forward product, over all ranks."""
+    count = np.bincount(series.row, minlength=len(series.rows)).tolist()
+    return {site: count[row] for row, (site, product) in enumerate(series.rows) if product == "fprop"}
 
 
 _ROW_ERROR, _ROW_P99, _RELATIVE, _SQNR, _MERE, _BIAS = (
@@ -208,25 +219,24 @@ def _products(
     flops = np.bincount(series.row, weights=2.0 * batch * m * n * k * calls, minlength=num_rows) / series.num_steps
     mean_calls = np.bincount(series.row, weights=calls, minlength=num_rows) / series.num_steps
     share = flops / (flops.sum() or 1.0)
-    count = np.bincount(series.row, minlength=num_rows)
-    end = np.cumsum(count)
-    sorted_m = m[np.lexsort((m, series.row))]
-    median_m, min_m, max_m = sorted_m[end - count + (count - 1) // 2], sorted_m[end - count], sorted_m[end - 1]
+    end = np.cumsum(np.bincount(series.row, minlength=num_rows))
+    seen = _extents(series)
     result = []
     for row, (site, product) in enumerate(series.rows):
         newest = end[row] - 1
         static = series.static[int(series.product[newest])]
+        extent = seen[row]
         result.append(
             ProductEvidence(
                 site=site,
                 product=product,
                 op=static["op"],
                 batch=int(batch[newest]),
-                m=int(median_m[row]),
-                m_min=int(min_m[row]),
-                m_max=int(max_m[row]),
+                m=extent.m,
+                m_min=extent.m_min,
+                m_max=extent.m_max,
                 n=int(n[newest]),
-                k=int(k[newest]),
+                k=int(k[newest]) if extent.k is None else extent.k,
                 calls=float(mean_calls[row]),
                 dtype=static["dtype"],
                 parameter=static["parameter"],
@@ -235,9 +245,57 @@ def _products(
                 operands=operands[row],
                 recipes=_recipes(series, errors, loss, row, static["unmeasured"]),
                 unmeasured=static["unmeasured"],
+                rows=extent.rows,
             )
         )
     return tuple(result)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Extent:
+    """How large the calls of one product were."""
+
+    m: int
+    m_min: int
+    m_max: int
+    k: int | None  # of wgrad, whose rows it is
+    rows: RowCounts
+
+
+def _extents(series: RunSeries) -> list[_Extent]:
+    """Return per row how large its calls were; where the calls of one step differed, from what was counted of them."""
+    by_m = _calls_by(series, _M)
+    by_k = _calls_by(series, _K)
+    result = []
+    for row, (site, product) in enumerate(series.rows):
+        is_wgrad = product == "wgrad"
+        sampled = by_k[row] if is_wgrad else by_m[row]
+        # A sample holds the mean of calls that differed. It may be newer than the counts.
+        counted = series.mixed.get((site, product), sampled)
+        median = median_rows(counted)
+        m = by_m[row] if is_wgrad else {**by_m[row], **counted}
+        result.append(
+            _Extent(
+                m=median_rows(by_m[row]) if is_wgrad else median,
+                m_min=min(m),
+                m_max=max(m),
+                k=median if is_wgrad else None,
+                rows=row_counts(counted, median),
+            )
+        )
+    return result
+
+
+def _calls_by(series: RunSeries, column: int) -> list[dict[int, int]]:
+    """Return per row its calls, over all steps and ranks, by one of their extents."""
+    value, calls = series.shape[:, column], series.shape[:, _CALLS]
+    key, inverse = np.unique(np.stack([series.row, value], axis=1), axis=0, return_inverse=True)
+    total = np.zeros(len(key), dtype=np.int64)
+    np.add.at(total, inverse.reshape(-1), calls)
+    result: list[dict[int, int]] = [{} for _ in series.rows]
+    for (row, extent), count in zip(key.tolist(), total.tolist(), strict=True):
+        result[row][extent] = count
+    return result
 
 
 def _recipes(

@@ -1,23 +1,31 @@
 """What a run learns of its operands while it is sampled, within a limit of memory, to be kept in the database.
 
 Of every product: energy histograms and alignment, from which the error of recipes that were not measured follows in
-closed form. Of every activation and gradient: its distribution, from which operands of any number of rows are drawn for
-kernels that did not exist when it was probed. Raw tensors are not kept.
+closed form; and of every input which rows, of every weight which columns stand out. Of every activation and gradient:
+its distribution, from which operands of any number of rows are drawn for kernels that did not exist when it was probed.
+Of products whose calls differ in rows within a step: how many calls had how many. Raw tensors are not kept.
 """
 
 import math
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
+from torch import Tensor
+
 from loka.errors import ArgumentError
 from loka.formats import PASS_OPERANDS, Pass
 from loka.probes.distributions.closed_form import ProductStatistics
+from loka.probes.distributions.extremes import Extremes
 from loka.probes.distributions.gather import packed, unpacked
 from loka.probes.distributions.learned import OperandDistribution
+from loka.probes.experts import ExpertStatistics
 from loka.probes.measure import Sampled
 from loka.probes.records import LearnedRecord
+from loka.probes.row_counts import CallRows
+from loka.probes.shared_inputs import SharedInput
 
 # One in so many measurements of a product is learned from too: distributions move slower than they cost.
 LEARN_EVERY: Final[int] = 4
@@ -36,6 +44,12 @@ _WIDE_RANK: Final[int] = 8
 _FIRST_WRITTEN: Final[int] = 4
 
 STATISTICS: Final[str] = "statistics"
+EXTREMES: Final[str] = "extremes"
+ROWS: Final[str] = "rows"
+EXPERTS: Final[str] = "experts"
+SHARED_INPUT: Final[str] = "shared_input"
+# Kinds whose quantiles can bring their rows along, for an exact merge of ranks.
+_WITH_ROWS: Final[frozenset[str]] = frozenset({"input", "grad_output"})
 
 
 class Learned(Protocol):
@@ -51,8 +65,12 @@ class Learned(Protocol):
 # Kinds of LearnedRecord -> how they are read back.
 READERS: Final[dict[str, Callable[[Mapping[str, Any]], Learned]]] = {
     STATISTICS: ProductStatistics.from_arrays,
+    EXTREMES: Extremes.from_arrays,
+    ROWS: CallRows.from_arrays,
     "input": OperandDistribution.from_arrays,
     "grad_output": OperandDistribution.from_arrays,
+    EXPERTS: ExpertStatistics.from_arrays,
+    SHARED_INPUT: SharedInput.from_arrays,
 }
 
 
@@ -64,6 +82,13 @@ class _Entry:
 
 
 @dataclass(slots=True)
+class _Calls:
+    state: CallRows = field(default_factory=CallRows)
+    samples: int = 0
+    step: int = 0
+
+
+@dataclass(slots=True)
 class Learner:
     """Accumulates by (site, pass, kind). `left_out` counts the operands for which there was no memory."""
 
@@ -72,6 +97,7 @@ class Learner:
     left_out: set[tuple[Any, str]] = field(default_factory=set)
     _entries: dict[tuple[Any, Pass, str], _Entry] = field(default_factory=dict)
     _bytes: dict[tuple[Any, Pass, str], int] = field(default_factory=dict)
+    _calls: defaultdict[tuple[Any, Pass], _Calls] = field(default_factory=lambda: defaultdict(_Calls))
     _write_at: int = _FIRST_WRITTEN
     _parts: int = 0
 
@@ -91,6 +117,25 @@ class Learner:
             seed = (self.rank << 32) + self._parts
             rank = _WIDE_RANK if sampled.a.shape[1] > _WIDE else _RANK
             self._add(site, product, role, OperandDistribution.of(sampled.a, seed=seed, rank=rank), step)
+
+    def learn_extremes(self, site: Any, x: Tensor, weight: Tensor, step: int) -> None:
+        """Learn from all rows [M, K] of the input of a forward product, and its weight [N, K]."""
+        self._add(site, "fprop", EXTREMES, Extremes.of(x, weight), step)
+
+    def learn_experts(self, site: Any, product: Pass, experts: ExpertStatistics, step: int) -> None:
+        """Learn what a step has shown of the experts of one product."""
+        self._add(site, product, EXPERTS, experts, step)
+
+    def learn_shared(self, site: Any, first: str, step: int) -> None:
+        """Learn that a forward product has read what another site's read before it."""
+        self._add(site, "fprop", SHARED_INPUT, SharedInput({first: 1}), step)
+
+    def count(self, site: Any, product: Pass, calls: Mapping[int, int], step: int) -> None:
+        """Count the calls of a product in one step, by their rows."""
+        known = self._calls[site, product]
+        known.state.saw(calls)
+        known.samples += 1
+        known.step = step
 
     def _add(self, site: Any, product: Pass, kind: str, state: Any, step: int) -> None:
         key = (site, product, kind)
@@ -128,8 +173,18 @@ class Learner:
                 kind=kind,
                 samples=entry.samples,
                 step=entry.step,
-                data=packed(entry.state.arrays(**rows_too if kind != STATISTICS else {})),
+                data=packed(entry.state.arrays(**rows_too if kind in _WITH_ROWS else {})),
             )
+        for (site, product), known in self._calls.items():
+            if known.state.mixed:  # else the samples tell as much
+                yield LearnedRecord(
+                    site=names[site],
+                    product=product,
+                    kind=ROWS,
+                    samples=known.samples,
+                    step=known.step,
+                    data=packed(known.state.arrays()),
+                )
 
 
 def restore(record: LearnedRecord) -> Any:

@@ -89,6 +89,7 @@ class Measurement:
     errors: Mapping[str, ProductError]
     operands: tuple[OperandRecord, ...]
     alignment: float = math.nan  # mean over rows of A^-1/2; see `loka.probes.distributions.alignment`
+    by_expert: Mapping[int, Sequence[ProductError]] = field(default_factory=dict)  # in the order of the recipes
     # Tensors, where they were asked for and can be had: not to be kept beyond the step.
     deviations: "Deviations | None" = None
     sampled: "Sampled | None" = None
@@ -158,6 +159,7 @@ def measure(
         return Measurement(errors={}, operands=tuple(map(_unread, roles, tensors)))
     counts = (_Counts(), _Counts(step=max(gemm.n // ROWS, 1)))
     errors: Mapping[str, ProductError] = {}
+    by_expert: Mapping[int, Sequence[ProductError]] = {}
     alignment, deviations, sampled = math.nan, None, None
     with exact_arithmetic():
         statistics = [_statistics(tensor) for tensor in tensors]
@@ -169,8 +171,9 @@ def measure(
             known = [entry.amax if entire else None for entry, entire in zip(statistics, whole, strict=True)]
             _multiply(part, result, _specs(recipes, roles), counts, known)
         if results:
-            found = product_errors(*_together(results))
-            errors = {recipe.name: error for recipe, error in zip(recipes, found, strict=True)}
+            compared = product_errors(*_together(results))
+            errors = {recipe.name: error for recipe, error in zip(recipes, compared, strict=True)}
+            by_expert = _by_expert(parts, results)
             alignment = _mean_alignment(results)
             if keep_sampled and is_plain_product(gemm):
                 a, y = results[0].a[0], results[0].reference
@@ -180,7 +183,8 @@ def measure(
                 values = results[0].candidates.sub_(results[0].reference)
                 deviations = Deviations(values=values, index=parts[0].index, extent=gemm.m, block=block)
     operands = tuple(entry.record(role, count) for role, entry, count in zip(roles, statistics, counts, strict=True))
-    return Measurement(errors=errors, operands=operands, alignment=alignment, deviations=deviations, sampled=sampled)
+    found = Measurement(errors=errors, operands=operands, alignment=alignment, by_expert=by_expert)
+    return replace(found, deviations=deviations, sampled=sampled)
 
 
 def rows_of(gemm: Gemm) -> int:
@@ -274,6 +278,15 @@ def _together(results: Sequence[_Result]) -> tuple[Tensor, Tensor]:
     if len(results) == 1:
         return results[0].candidates, results[0].reference
     return torch.cat([one.candidates for one in results], dim=1), torch.cat([one.reference for one in results])
+
+
+def _by_expert(parts: Sequence[Part], results: Sequence[_Result]) -> dict[int, Sequence[ProductError]]:
+    """Return the errors of each part that is an expert's, one per recipe."""
+    return {
+        part.expert: product_errors(result.candidates, result.reference)
+        for part, result in zip(parts, results, strict=True)
+        if part.expert is not None
+    }
 
 
 def _mean_alignment(results: Sequence["_Result"]) -> float:

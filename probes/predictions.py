@@ -1,4 +1,6 @@
-"""What the closed form says of recipes, measured or not, from what a run has learned of its products.
+"""What a run has learned of its products, read back: predictions, experts, products that read one input.
+
+The closed form says what recipes do, measured or not.
 
 A prediction has no interval: it never makes a recipe `safe`. It tells whether a recipe is worth measuring, and beside a
 measured error it is a second road to the same number. Where a few rows make the mean, there is none.
@@ -15,8 +17,10 @@ from loka.errors import ArgumentError
 from loka.formats import RECIPES, Pass
 from loka.numerics import gate_for
 from loka.probes.database import read_learned
-from loka.probes.learning import STATISTICS, restore
+from loka.probes.experts import ExpertStatistics
+from loka.probes.learning import EXPERTS, SHARED_INPUT, STATISTICS, restore
 from loka.probes.records import LearnedRecord
+from loka.probes.shared_inputs import families
 
 logger = logging.getLogger("loka.probes")
 
@@ -50,3 +54,32 @@ def predicted(records: Iterable[LearnedRecord]) -> dict[tuple[str, Pass], dict[s
         }
         result[record.site, record.product] = {name: error for name, error in errors.items() if math.isfinite(error)}
     return result
+
+
+def read_experts(
+    engine: Engine, run_id: str | None = None, *, site: str | None = None
+) -> dict[tuple[str, Pass], ExpertStatistics]:
+    """Return (site, pass) -> what a run has learned of the experts there; empty where there are none."""
+    result = {}
+    for record in read_learned(engine, run_id, kind=EXPERTS, site=site):
+        try:
+            result[record.site, record.product] = restore(record)
+        except ArgumentError as error:
+            logger.warning("nothing to tell of the experts of %s %s: %s", record.site, record.product, error)
+    return result
+
+
+def read_families(
+    engine: Engine, run_id: str | None = None, *, steps: Mapping[str, int]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the sites whose forward products read one input in nearly every sampled step, the first reader first.
+
+    `steps` are the sampled steps of each site.
+    """
+    shared = {}
+    for record in read_learned(engine, run_id, kind=SHARED_INPUT):
+        try:
+            shared[record.site] = restore(record)
+        except ArgumentError as error:
+            logger.warning("what %s shares its input with is not known: %s", record.site, error)
+    return tuple(families(shared, steps))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loka.formats import Pass
 from loka.probes.sites import SiteKey
+from loka.probes.slices import Slice
 from loka.probes.storage import Place
 
 aten = torch.ops.aten
@@ -69,6 +70,7 @@ class Part:
     a_full: Tensor
     b: Tensor
     index: Tensor | None = None  # [r], which rows of a plain product were drawn; None: all of them, in order
+    expert: int | None = None  # which matrix of a stack b is of; None: there is no stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,16 @@ class Draw:
 
 
 Parts = Callable[[Draw], list[Part]]
+Tokens = Callable[[], list[int]]
 
 
 def no_parts(draw: Draw) -> list[Part]:
     """Draw nothing: the parts of a product that cannot be measured."""
+    return []
+
+
+def no_tokens() -> list[int]:
+    """Return the rows per expert of a product without experts."""
     return []
 
 
@@ -93,7 +101,8 @@ class Gemm:
     """A product in canonical form; `a` and `b` are what the operands' statistics are taken of.
 
     `parts(draw)` draws some output rows; columns and the reduction are never sampled, since a few columns often carry a
-    row's norm. Empty `unmeasured` means that `parts` can be called.
+    row's norm. Empty `unmeasured` means that `parts` can be called. `tokens()` are the rows that each expert's matrix
+    meets, or the length of its reduction; it waits for the device.
     """
 
     op: str
@@ -105,6 +114,7 @@ class Gemm:
     b: Tensor
     parts: Parts = no_parts
     unmeasured: str = ""
+    tokens: Tokens = no_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,7 @@ class Forward:
     q: Place
     weight_is_p: bool
     admitted: bool
+    slice: Slice | None = None
 
     def shared(self, first: Place, second: Place) -> int:
         """How many of its factors a product of these two has too."""
@@ -257,6 +268,18 @@ def _unusual(factors: Factors) -> str:
 _MAX_GROUPS: Final[int] = 4
 
 
+def _own_rows(a: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """Draw rows of a that are not zero."""
+    own = a.ne(0).any(-1).nonzero().flatten().cpu()
+    chosen = stratified(len(own), wanted, generator)
+    return own if chosen is None else own[chosen]
+
+
+def _chosen_groups(groups: int, generator: torch.Generator) -> list[int]:
+    """Draw the groups to measure, each as likely as any other: of few groups, strata would hold one or two."""
+    return sorted(torch.randperm(groups, generator=generator)[:_MAX_GROUPS].tolist())
+
+
 def _grouped_gemm(factors: Factors, a: Tensor, b: Tensor, reason: str) -> Gemm:
     """Canonical form of `_grouped_mm`: rows against one matrix per group, or groups along the reduction.
 
@@ -277,8 +300,7 @@ def _grouped_gemm(factors: Factors, a: Tensor, b: Tensor, reason: str) -> Gemm:
         ends = [int(end) for end in offsets.tolist()]
         starts = [0, *ends[:-1]]
         spans = [span for span in zip(range(len(ends)), starts, ends, strict=True) if span[2] > span[1]]
-        chosen = stratified(len(spans), _MAX_GROUPS, draw.generator)
-        spans = spans if chosen is None else [spans[i] for i in chosen.tolist()]
+        spans = [spans[i] for i in _chosen_groups(len(spans), draw.generator)]
         result = []
         for group, begin, end in spans:
             if along_reduction:
@@ -286,7 +308,36 @@ def _grouped_gemm(factors: Factors, a: Tensor, b: Tensor, reason: str) -> Gemm:
             else:
                 part_a, part_b = a[begin:end], b[group]
             sampled = _take(part_a, 0, stratified(part_a.shape[0], max(1, draw.rows // len(spans)), draw.generator))
-            result.append(Part(sampled.unsqueeze(0), part_a.unsqueeze(0), part_b.unsqueeze(0)))
+            result.append(Part(sampled.unsqueeze(0), part_a.unsqueeze(0), part_b.unsqueeze(0), expert=group))
         return result
 
-    return Gemm(factors.op, *shape, a, b, parts)
+    def tokens() -> list[int]:
+        ends = [int(end) for end in offsets.tolist()]
+        return [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    return Gemm(factors.op, *shape, a, b, parts, tokens=tokens)
+
+
+def per_expert(found: Gemm, experts: int, rows: Tensor | None) -> Gemm:
+    """Return a batch of products, one per matrix of a stack, with each slice as an expert's product.
+
+    `rows` [experts, tokens, ...] is the layer's input, None where it is no factor: tokens that are not an expert's are
+    zero in its slice, as in models that send every token through every expert. They take no part in an error.
+    """
+    a, b = found.a, found.b
+    if a.dim() != 3 or a.shape[0] != experts or b.shape[0] != experts or found.unmeasured:
+        return found
+
+    def parts(draw: Draw) -> list[Part]:
+        slices = _chosen_groups(experts, draw.generator)
+        result = []
+        for expert in slices:
+            a_full = a[expert : expert + 1]
+            index = _own_rows(a_full[0], -(-draw.rows // len(slices)), draw.generator)
+            result.append(Part(_take(a_full, 1, index), a_full, b[expert : expert + 1], index, expert))
+        return result
+
+    def tokens() -> list[int]:
+        return [] if rows is None else [int(count) for count in rows.ne(0).any(-1).sum(-1).tolist()]
+
+    return replace(found, parts=parts, tokens=tokens)

@@ -20,6 +20,7 @@ MONITOR_EVENTS: Final[frozenset[str]] = frozenset(
 )
 
 RunStatus = Literal["running", "complete", "failed", "detached", "incomplete"]
+DynamicsKind = Literal["bias", "norm", "activation"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +122,25 @@ class ProductRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DynamicsRecord:
+    """One bias, norm or Swish in one sampled step. Means are over sampled rows; NaN: not of this kind, or no number."""
+
+    name: str  # FQN of the parameter or of the module
+    kind: DynamicsKind
+    module: str  # class of the module; of a bias, that of the module which holds it
+    parameters: tuple[str, ...] = ()  # that the module itself has, e.g. ("weight", "bias")
+    feeds: tuple[str, ...] = ()  # sites whose forward product reads its output
+    norm: float = math.nan  # bias: L2 norm at the end of the step
+    amax: float = math.nan  # bias: largest |b|
+    cancellation: float = math.nan  # norm: |mean| / rms of its input: what subtracting the mean takes away
+    crest: float = math.nan  # norm, activation: amax / rms of its input
+    stretched: float = math.nan  # activation: share of its input below -3, where Swish is all exponential
+    output_crest: float = math.nan  # activation: amax / rms of Swish of that input
+    underflow: float = math.nan  # activation: share of the non-zero of it that a row-wise e4m3 cast turns into zero
+    hard_underflow: float = math.nan  # the same of HardSwish of that input
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
     """Everything seen in one sampled step."""
 
@@ -129,6 +149,7 @@ class StepRecord:
     rank: int = 0  # of the process that saw it
     loss: float = math.nan  # mean per item; NaN where no backward began at one number
     labels: str = ""  # what the curvature in `impacts` rests on: "closed", "sampled" or "empirical"; "": none was taken
+    dynamics: tuple[DynamicsRecord, ...] = ()  # empty on steps that left them out, for the budget
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

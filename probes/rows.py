@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Table, select
 from loka.formats import Role
 from loka.numerics import ProductError
 from loka.probes.records import (
+    DynamicsRecord,
     Environment,
     Event,
     LossImpact,
@@ -25,7 +26,20 @@ from loka.probes.records import (
     StepRecord,
     Timing,
 )
-from loka.probes.schema import ABSENT, COUNTS, IMPACTS, METRICS, errors, impacts, operand_recipes, operands, samples
+from loka.probes.schema import (
+    ABSENT,
+    COUNTS,
+    DYNAMICS,
+    IMPACTS,
+    METRICS,
+    dynamics,
+    errors,
+    impacts,
+    operand_recipes,
+    operands,
+    parts,
+    samples,
+)
 
 # A row as it comes back, by column name.
 Row = Mapping[Any, Any]
@@ -38,6 +52,10 @@ _PROGRESS_FIELDS: Final = (
 )
 # What makes one row of `products`.
 STATIC_FIELDS: Final = ("site", "product", "op", "dtype", "parameter", "unmeasured")
+# What makes one row of `parts`.
+PART_FIELDS: Final = ("name", "kind", "module", "parameters", "feeds")
+# By the table that gives such a row its key.
+KEY_FIELDS: Final[Mapping[str, tuple[str, ...]]] = {"products": STATIC_FIELDS, "parts": PART_FIELDS}
 _SAMPLE_FIELDS: Final = ("batch", "m", "n", "k", "calls", "alignment")
 _OPERAND_FIELDS: Final = ("role", "amax", "rms", "zeros", "nan", "inf", "elements")
 _TIMING_FIELDS: Final = (
@@ -106,6 +124,38 @@ def timing(row: Row) -> Timing:
 def static_key(product: ProductRecord) -> tuple[str, ...]:
     """Return the values of STATIC_FIELDS: products that agree in them share a row of `products`."""
     return (product.site, product.product, product.op, product.dtype, product.parameter, product.unmeasured)
+
+
+def part_key(part: DynamicsRecord) -> tuple[str, ...]:
+    """Return the values of PART_FIELDS: records that agree in them share a row of `parts`."""
+    return (part.name, part.kind, part.module, json.dumps(part.parameters), json.dumps(part.feeds))
+
+
+def dynamics_rows(key: int, step: StepRecord, part_keys: Mapping[tuple[str, ...], int]) -> list[dict[str, Any]]:
+    """Return the rows of `dynamics` that hold a step; `key` is steps.number."""
+    return [
+        {"step": key, "position": position, "part": part_keys[part_key(part)], **_take(part, DYNAMICS)}
+        for position, part in enumerate(step.dynamics)
+    ]
+
+
+def dynamics_record(row: Row) -> DynamicsRecord:
+    """Return the part in this row of `dynamics` joined with `parts`."""
+    values: dict[str, Any] = {name: number(row[name]) for name in DYNAMICS}
+    return DynamicsRecord(**part_names(row), **values)
+
+
+def part_names(row: Row) -> dict[str, Any]:
+    """Return what a row of `parts` says of a DynamicsRecord."""
+    listed = {name: tuple(json.loads(row[name])) for name in ("parameters", "feeds")}
+    return {**{name: row[name] for name in PART_FIELDS}, **listed}
+
+
+def step_dynamics(connection: Connection, key: int) -> tuple[DynamicsRecord, ...]:
+    """Return the dynamics of the step whose steps.number is `key`."""
+    columns = (*(parts.c[name] for name in PART_FIELDS), *(dynamics.c[name] for name in DYNAMICS))
+    query = select(*columns).join_from(dynamics, parts).where(dynamics.c.step == key).order_by(dynamics.c.position)
+    return tuple(dynamics_record(row) for row in connection.execute(query).mappings())
 
 
 def recipe_names(step: StepRecord) -> set[str]:

@@ -4,6 +4,7 @@ import logging
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -15,19 +16,30 @@ from torch.utils._python_dispatch import _disable_current_modes
 from loka.formats import Pass, Recipe
 from loka.probes.budget import Budget
 from loka.probes.capture import Capture, Sighting
+from loka.probes.dynamics import SHARE, DynamicsMeter, watched_modules
+from loka.probes.experts import ExpertStatistics
 from loka.probes.impact import ImpactMeter, Turns, block_of
 from loka.probes.learning import LEARN_EVERY, Learner
 from loka.probes.losses import LossHook, apply_hook, items_of
 from loka.probes.measure import Measurement, is_plain_product, measure, rows_of
 from loka.probes.products import Draw
-from loka.probes.records import LossImpact, ProductRecord, StepRecord
+from loka.probes.records import DynamicsRecord, LossImpact, ProductRecord, StepRecord
 from loka.probes.settled import Settled
+from loka.probes.shared_inputs import Inputs
 from loka.probes.sites import SiteKey, SiteMap
 from loka.probes.watch import Watch
 
 log: Final = logging.getLogger("loka.probe")
 
 JobKey = tuple[SiteKey, Pass]
+
+
+@dataclass(slots=True)
+class _Experts:
+    """Rows that each expert of a layer met, and the one that was measured, where each is a product of its own."""
+
+    tokens: list[int]
+    measured: int | None = None
 
 
 @dataclass(slots=True)
@@ -39,9 +51,23 @@ class _Seen:
     unmeasured: str
     dtype: str
     shape: tuple[int, int, int]  # batch, n, k of the first call
+    reduced: int = 0  # k of all calls
     rows: int = 0  # m of all calls
     calls: int = 0
+    by_rows: Counter[int] = field(default_factory=Counter)  # calls by m, of wgrad by k
     measurement: Measurement | None = None
+    experts: _Experts | None = None
+
+    def count(self, sighting: Sighting) -> None:
+        """Count a call, by its rows and its expert."""
+        gemm = sighting.gemm
+        rows = gemm.k if sighting.product == "wgrad" else gemm.m
+        self.calls += 1
+        self.rows += gemm.m
+        self.reduced += gemm.k
+        self.by_rows[rows] += 1
+        if self.experts is not None and sighting.expert is not None:
+            self.experts.tokens[sighting.expert] += rows
 
 
 @dataclass(slots=True)
@@ -54,6 +80,8 @@ class Memory:
     turns: Turns = field(default_factory=Turns)
     learner: Learner = field(default_factory=lambda: Learner.within(0))
     names: dict[SiteKey, str] = field(default_factory=dict)
+    dynamics_s: float = 0.0  # spent on dynamics so far
+    reads_biases: bool = True
 
 
 @dataclass(slots=True)
@@ -73,10 +101,13 @@ class Sampler:
     meter: ImpactMeter = field(init=False)
     takes_impact: bool = False  # whether this step weighs its errors by what the loss feels
     _seen: dict[JobKey, _Seen] = field(default_factory=dict)
+    _inputs: Inputs = field(default_factory=Inputs)
 
     def __post_init__(self) -> None:
         self.capture = Capture(self.sites, self)
         self.meter = ImpactMeter(self.recipes, self.memory.turns)
+        if self.watch is None and self.memory.dynamics_s <= SHARE * self.budget.spent_s:
+            self.capture.dynamics = DynamicsMeter(watched_modules(self.sites.model), self.memory.reads_biases)
 
     def saw(self, sighting: Sighting) -> None:
         """Count one product; measure it when it is its turn. Of several calls, each sample takes another."""
@@ -88,6 +119,8 @@ class Sampler:
                 return
         key = (sighting.key, sighting.product)
         gemm = sighting.gemm
+        if self.capture.dynamics is not None and sighting.product == "fprop":
+            self.capture.dynamics.consumed(sighting.key, gemm.a)
         recipes = self.recipes if self.watch is None else self.watch.recipes(sighting.key.owner, sighting.product)
         if not recipes:
             return
@@ -96,14 +129,29 @@ class Sampler:
             dtype = str(gemm.a.dtype).removeprefix("torch.")
             shape = (gemm.batch, gemm.n, gemm.k)
             seen = self._seen[key] = _Seen(gemm.op, sighting.parameter, gemm.unmeasured, dtype, shape)
+            if sighting.expert is not None and sighting.slice is not None:
+                seen.experts = _Experts([0] * sighting.slice.experts)
+            self._note_input(sighting)
         turn = _turn(self.budget.samples_of(key), self.memory.calls.get(key, 1))
         if seen.measurement is None and seen.calls >= turn and self.budget.allows(key, self.capture.own_s):
             self._wait_for(gemm.a)
             started = time.perf_counter()
             seen.measurement = self._measure(sighting, recipes)
+            if sighting.expert is None:
+                tokens = gemm.tokens()
+                seen.experts = _Experts(tokens) if tokens else None
+            elif seen.experts is not None:
+                seen.experts.measured = sighting.expert
             self.budget.measured(key, time.perf_counter() - started)
-        seen.calls += 1
-        seen.rows += gemm.m
+        seen.count(sighting)
+
+    def _note_input(self, sighting: Sighting) -> None:
+        """Take note of a layer that reads what another one has read before it in this step."""
+        if sighting.reads is None or not sighting.parameter or self.watch is not None:
+            return
+        first = self._inputs.read(sighting.key.owner, sighting.reads)
+        if first is not None:
+            self.memory.learner.learn_shared(sighting.key, first, self.step)
 
     def _measure(self, sighting: Sighting, recipes: Sequence[Recipe]) -> Measurement:
         gemm = sighting.gemm
@@ -126,6 +174,8 @@ class Sampler:
         found = measure(gemm, sighting.product, recipes, draw, keep_deviations=meets_gradient, keep_sampled=learns)
         if found.sampled is not None:
             self.memory.learner.learn(sighting.key, sighting.product, found.sampled, self.step)
+            if sighting.product == "fprop":
+                self.memory.learner.learn_extremes(sighting.key, gemm.a[0], gemm.b[0], self.step)
         if found.deviations is not None:
             self.meter.keep(sighting, found.deviations)
         return found.without_tensors()
@@ -203,18 +253,47 @@ class Sampler:
             if entry.measurement is not None and entry.measurement.errors and self.watch is None:
                 far = self.memory.settled.saw(key, entry.measurement.errors, entry.shape[1])
                 self.budget.settle(key, settled=far)
+            if self.watch is None:
+                self.memory.learner.count(*key, entry.by_rows, self.step)
+            self._learn_experts(key, entry)
         names = self.sites.finish_names(key for key, _ in seen)
         self.memory.names.update(names)
         self.memory.calls.update({key: entry.calls for key, entry in seen.items()})
         with _disable_current_modes():  # the next step may have begun under a mode of the user's
             impacts = self.meter.finish()
+            dynamics = self._dynamics(names)
         of = {(site, "fprop"): found for site, found in impacts.items()}
         return StepRecord(
             step=self.step,
             products=tuple(_record(names[key[0]], key[1], entry, of.get(key, {})) for key, entry in seen.items()),
             loss=self.meter.mean_loss,
             labels=self.meter.labels if impacts else "",
+            dynamics=dynamics,
         )
+
+    def _dynamics(self, names: Mapping[SiteKey, str]) -> tuple[DynamicsRecord, ...]:
+        """Return what the step has shown of modules; the biases are those after the step."""
+        meter = self.capture.dynamics
+        if meter is None:
+            return ()
+        started = time.perf_counter()
+        with torch.no_grad():
+            found = meter.finish(self.sites.model, names)
+        self.memory.dynamics_s += meter.spent_s + time.perf_counter() - started
+        return found
+
+    def _learn_experts(self, key: JobKey, seen: _Seen) -> None:
+        """Keep what the step has shown of a layer's experts, once it has shown all of them."""
+        found, experts = seen.measurement, seen.experts
+        if experts is None and key[1] == "dgrad" and (forward := self._seen.get((key[0], "fprop"))) is not None:
+            experts = forward.experts  # of a batch of products: which tokens are whose only the input tells
+        if found is None or experts is None or self.watch is not None or not found.errors:
+            return
+        errors = found.by_expert
+        if experts.measured is not None:
+            errors = {experts.measured: list(found.errors.values())}
+        statistics = ExpertStatistics.of(experts.tokens, errors, tuple(found.errors))
+        self.memory.learner.learn_experts(*key, statistics, self.step)
 
     def let_go(self) -> None:
         """Undo the cycle with the capture, so that the model can be freed without the garbage collector."""
@@ -223,6 +302,8 @@ class Sampler:
 
 def _record(site: str, product: Pass, seen: _Seen, impacts: Mapping[str, LossImpact]) -> ProductRecord:
     batch, n, k = seen.shape
+    if product == "wgrad":  # sums over the rows of the calls, which may differ as m does of the other passes
+        k = round(seen.reduced / seen.calls)
     measurement = seen.measurement
     return ProductRecord(
         site=site,

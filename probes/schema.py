@@ -1,9 +1,9 @@
 """The tables of a probe database.
 
-Portable SQL, schema 2. Keys are integers and everything a sampled step holds is clustered by that step, so a run is
+Portable SQL, schema 3. Keys are integers and everything a sampled step holds is clustered by that step, so a run is
 read back by a few range scans. Names are stored once per run (`products`) or once per database (`recipes`).
 
-    meta             application = "loka", schema = "2"
+    meta             application = "loka", schema = "3"
     runs             one row per run: what was known at its start, its running totals, the process that writes it
     products         one row per distinct (site, pass, op, dtype, parameter, unmeasured) of a run
     steps            one row per sampled step and rank
@@ -12,9 +12,13 @@ read back by a few range scans. Names are stored once per run (`products`) or on
     operand_recipes  underflow and saturation shares of an operand per recipe
     errors           the errors of a sample per recipe
     impacts          what a sample's errors do to the loss, per recipe, on the steps that took it
+    parts            one row per distinct bias, norm and Swish of a run, and which sites it feeds
+    dynamics         one row per part of a step: sizes of biases, statistics of inputs
     distributions    what was learned of a product's operands so far, as .npz of plain arrays; rewritten as it grows
     events           what happened to the run
     timings          measured kernel times, of no particular run
+
+Schema 2 had neither `parts` nor `dynamics`. It is read as a run without them, and gets them when it is next written.
 
 Floats: infinities are kept. SQLite stores NaN as NULL, so NULL is read back as NaN in every float column.
 """
@@ -36,7 +40,9 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION: Final[int] = 2
+SCHEMA_VERSION: Final[int] = 3
+# The oldest schema that is read: it lacks tables, and has none that differs.
+OLDEST_VERSION: Final[int] = 2
 APPLICATION: Final[str] = "loka"
 # "LoKA" in the header of an SQLite file: says whose it is without reading a table.
 APPLICATION_ID: Final[int] = 0x4C6F4B41
@@ -171,6 +177,30 @@ impacts = Table(
     _key_of("recipe", "recipes.number", primary=True),
     *(_real(name) for name in IMPACTS),
     ForeignKeyConstraint(["step", "position"], ["samples.step", "samples.position"]),
+    sqlite_with_rowid=False,
+)
+
+# The float fields of DynamicsRecord.
+DYNAMICS: Final[tuple[str, ...]] = (
+    *("norm", "amax", "cancellation", "crest", "stretched", "output_crest", "underflow", "hard_underflow"),
+)
+
+parts = Table(
+    "parts",
+    metadata,
+    _own_key(),
+    _key_of("run", "runs.number"),
+    *(_text(name) for name in ("name", "kind", "module", "parameters", "feeds")),
+    Index("parts_by_run", "run"),
+)
+
+dynamics = Table(
+    "dynamics",
+    metadata,
+    _key_of("step", "steps.number", primary=True),
+    _place("position"),
+    _key_of("part", "parts.number"),
+    *(_real(name) for name in DYNAMICS),
     sqlite_with_rowid=False,
 )
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from loka.probes.capture import Capture
-from loka.probes.sites import SiteMap
 from loka.stepping_aside import stepping_aside
 
 
@@ -22,7 +21,7 @@ def capture_scope(capture: Capture) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled, and importing it would take seconds
             scope.enter_context(torch.compiler.set_stance("force_eager"))
             scope.enter_context(_without_hook_warnings(capture.sites.model))
-        scope.enter_context(_module_stack(capture.sites))
+        scope.enter_context(_module_stack(capture))
         scope.enter_context(_separate_attention())
         scope.enter_context(stepping_aside())
         scope.enter_context(capture)
@@ -30,17 +29,19 @@ def capture_scope(capture: Capture) -> Iterator[None]:
 
 
 @contextmanager
-def _module_stack(sites: SiteMap) -> Iterator[None]:
+def _module_stack(capture: Capture) -> Iterator[None]:
     """Watch which module runs; global hooks, removed with the scope, so that no module is touched."""
-    thread = threading.get_ident()
+    thread, sites = threading.get_ident(), capture.sites
 
     def enter(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == thread:
             sites.enter(module)
+            capture.entered(module, args)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
             sites.leave(module)
+            capture.left(module, output)
 
     handles = (
         nn.modules.module.register_module_forward_pre_hook(enter),

@@ -5,6 +5,7 @@ and step, so the last sample of a row is its newest. In a distributed run every 
 `over_ranks` makes one entry of what the ranks measured.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Select, Table, case, select
 
+from loka.errors import ArgumentError
 from loka.formats import PASSES, ROLES, Pass
 from loka.probes.intervals import Floats, Ints
+from loka.probes.learning import ROWS, restore
+from loka.probes.records import LearnedRecord
 from loka.probes.rows import Row, number
 from loka.probes.schema import (
     COUNTS,
     IMPACTS,
     METRICS,
+    distributions,
     errors,
     impacts,
     operand_recipes,
@@ -31,6 +36,8 @@ from loka.probes.schema import (
     samples,
     steps,
 )
+
+logger = logging.getLogger("loka.probes")
 
 OPERAND_VALUES: Final = ("amax", "rms", "zeros", "nan", "inf", "elements")
 SHAPE: Final = ("batch", "m", "n", "k", "calls")
@@ -75,6 +82,8 @@ class RunSeries:
     operand_slot: Ints  # [O]
     operand_role: Ints  # [O], index into ROLES
     operand_values: Floats  # [O, 6], in the order of OPERAND_VALUES
+    # Calls by their rows, of products whose calls differed within a step: the shape of a sample is then their mean.
+    mixed: Mapping[tuple[str, Pass], Mapping[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +117,6 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
     values = [operands.c[name] for name in ("step", "position", "slot", *OPERAND_VALUES)]
     inputs = _numbers(connection, _of_run(select(*values, role), operands, run))
     of_step = _numbers(connection, _steps_query(run))
-    at = np.searchsorted(of_step[:, 0], table[:, 1])
     return RunSeries(
         rows=rows,
         recipes=known,
@@ -119,7 +127,7 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
         loss=of_step[:, 3],
         labels=of_step[:, 4].astype(np.int64),
         row=row,
-        at=at,
+        at=np.searchsorted(of_step[:, 0], table[:, 1]),
         step=table[:, 0],
         place=table[:, 1:3],
         product=table[:, 3],
@@ -135,7 +143,21 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
         operand_slot=inputs[:, 2].astype(np.int64),
         operand_role=inputs[:, -1].astype(np.int64),
         operand_values=inputs[:, 3:-1],
+        mixed=_mixed(connection, run),
     )
+
+
+def _mixed(connection: Connection, run: int) -> dict[tuple[str, Pass], Mapping[int, int]]:
+    table = distributions.c
+    query = select(*(table[name] for name in ("site", "product", "kind", "samples", "step", "data")))
+    found = connection.execute(query.where(table.run == run, table.kind == ROWS)).mappings()
+    result: dict[tuple[str, Pass], Mapping[int, int]] = {}
+    for record in (LearnedRecord(**row) for row in found):
+        try:
+            result[record.site, record.product] = restore(record).calls
+        except ArgumentError as error:
+            logger.warning("%s %s is known by the mean rows of its steps: %s", record.site, record.product, error)
+    return result
 
 
 def load_shares(connection: Connection, place: Ints) -> Shares:

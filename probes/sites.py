@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from loka.naming import clean_fqn
+from loka.probes.slices import Slice
 from loka.probes.storage import hold, inner_tensors, storage_key
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -30,6 +31,24 @@ class Owner:
     parameter: str
     site: str
     module: nn.Module
+
+    def slice_of(self, weight: Tensor) -> Slice | None:
+        """Say which matrix of a stacked parameter a weight is, or that it is the whole stack; None without a stack.
+
+        None as well for a cast of a single matrix, which lies in memory of its own.
+        """
+        stack = getattr(self.module, self.parameter.rpartition(".")[2], None)
+        if not isinstance(stack, Tensor) or type(stack) not in (Tensor, nn.Parameter):
+            return None
+        if stack.dim() != 3 or not stack.numel():
+            return None
+        experts = stack.shape[0]
+        if weight.dim() == 3:
+            return Slice(None, experts) if weight.shape[0] == experts else None
+        if storage_key(weight) != storage_key(stack) or weight.numel() > stack[0].numel() or not stack.stride(0):
+            return None
+        expert = (int(weight.storage_offset()) - int(stack.storage_offset())) // stack.stride(0)
+        return Slice(expert, experts) if 0 <= expert < experts else None
 
 
 @dataclass(frozen=True, slots=True)

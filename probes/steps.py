@@ -18,7 +18,7 @@ from loka.probes.rhythm import Rhythm
 from loka.probes.sampler import Memory, Sampler
 from loka.probes.settings import Settings
 from loka.probes.sites import SiteMap, fingerprint
-from loka.probes.team import Writer
+from loka.probes.team import Outbox, Writer
 from loka.probes.weights import WeightWatch
 
 log: Final = logging.getLogger("loka.probe")
@@ -58,6 +58,7 @@ class Steps:
         """Begin the run."""
         self._writer = writer
         self._memory.learner.rank = writer.rank or 0
+        self._memory.reads_biases = not isinstance(writer, Outbox)
         self._started_at = time.perf_counter()
 
     def stop(self) -> None:

@@ -23,6 +23,7 @@ from loka.errors import ArgumentError
 from loka.numerics import ProductError
 from loka.probes.learning import merged
 from loka.probes.records import (
+    DynamicsRecord,
     Event,
     LearnedRecord,
     LossImpact,
@@ -253,7 +254,12 @@ class TeamWriter:
 
 def step_from(values: Mapping[str, Any]) -> StepRecord:
     """Return the step that `dataclasses.asdict` and JSON have taken apart."""
-    return StepRecord(**{**values, "products": tuple(map(_product_from, values["products"]))})
+    found = {"products": tuple(map(_product_from, values["products"]))}
+    return StepRecord(**{**values, **found, "dynamics": tuple(map(_dynamics_from, values["dynamics"]))})
+
+
+def _dynamics_from(values: Mapping[str, Any]) -> DynamicsRecord:
+    return DynamicsRecord(**{**values, **{name: tuple(values[name]) for name in ("parameters", "feeds")}})
 
 
 def _product_from(values: Mapping[str, Any]) -> ProductRecord:

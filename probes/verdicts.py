@@ -11,15 +11,17 @@ by their `LossEvidence`, backward products by the default bound on the error and
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from loka.bounds import Limit
 from loka.formats import Pass, Role
 from loka.numerics import Gate, decibels
 from loka.probes.drift import Drift
+from loka.probes.experts import ExpertStatistics
 from loka.probes.loss_evidence import LossEvidence
 from loka.probes.records import Event, OperandRecord, RunInfo, RunProgress
+from loka.probes.row_counts import RowCounts
 
 Verdict = Literal["safe", "unsafe", "undecided"]
 
@@ -120,11 +122,11 @@ class ProductEvidence:
     product: Pass
     op: str  # aten name, e.g. "addmm"
     batch: int
-    m: int  # median over sampled steps
+    m: int  # median over the calls of sampled steps
     m_min: int
     m_max: int
     n: int
-    k: int
+    k: int  # of wgrad the median, its rows
     calls: float  # per step
     dtype: str
     parameter: str
@@ -133,6 +135,7 @@ class ProductEvidence:
     operands: Mapping[Role, OperandRecord]  # of the newest measured step; nan and inf summed over steps
     recipes: tuple[RecipeEvidence, ...]
     unmeasured: str = ""
+    rows: RowCounts = field(default_factory=RowCounts)  # the distribution of m, of wgrad of k, over the calls
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +149,8 @@ class RunEvidence:
     family: int  # rows that share the confidence
     products: tuple[ProductEvidence, ...]
     mean_loss: float = math.nan  # per item, over the steps that are evidence, in the loss' own unit
+    experts: Mapping[tuple[str, Pass], ExpertStatistics] = field(default_factory=dict)  # by (site, pass)
+    families: tuple[tuple[str, ...], ...] = ()  # sites whose forward products read one input
 
     @property
     def has_loss(self) -> bool:

@@ -94,6 +94,7 @@ class RunWriter:
         self._failure: str | None = None
         self._products: dict[tuple[str, ...], int] = {}
         self._recipes: dict[str, int] = {}
+        self._parts: dict[tuple[str, ...], int] = {}
         self._thread = threading.Thread(target=self._work, name="loka-probe-writer", daemon=True)
         self._thread.start()
 
@@ -217,6 +218,7 @@ class RunWriter:
                 # Keys learned in a transaction that was rolled back are keys of nothing.
                 self._products.clear()
                 self._recipes.clear()
+                self._parts.clear()
                 if not is_busy(error) or time.monotonic() > give_up:
                     raise
         self._written += entry.step is not None
@@ -229,6 +231,8 @@ class RunWriter:
             key = _key_of(new)
             for table, found in rows.step_rows(key, entry.step, self._products, self._recipes):
                 _insert_many(connection, table, found)
+            if found := rows.dynamics_rows(key, entry.step, self._parts):
+                _insert_many(connection, schema.dynamics, found)
         for record in entry.learned:
             self._replace(connection, record)
         if entry.event is not None:
@@ -247,17 +251,9 @@ class RunWriter:
 
     def _learn(self, connection: Connection, step: StepRecord) -> None:
         """Make sure that every name in the step has its key."""
-        products, recipes = schema.products, schema.recipes
-        keys = dict.fromkeys(rows.static_key(product) for product in step.products)
-        unknown = [key for key in keys if key not in self._products]
-        if unknown:
-            connection.execute(
-                insert(products),
-                [{"run": self._run, **dict(zip(rows.STATIC_FIELDS, key, strict=True))} for key in unknown],
-            )
-            columns = [products.c[name] for name in rows.STATIC_FIELDS]
-            known = connection.execute(select(products.c.number, *columns).where(products.c.run == self._run))
-            self._products.update((tuple(row[1:]), row[0]) for row in known)
+        recipes = schema.recipes
+        self._learn_keys(connection, schema.products, self._products, map(rows.static_key, step.products))
+        self._learn_keys(connection, schema.parts, self._parts, map(rows.part_key, step.dynamics))
         names = rows.recipe_names(step)
         if not names <= self._recipes.keys():
             take_turns(connection)
@@ -266,6 +262,20 @@ class RunWriter:
             if missing:
                 connection.execute(insert(recipes), [{"name": name} for name in missing])
             self._recipes.update((name, number) for name, number in connection.execute(named))
+
+    def _learn_keys(
+        self, connection: Connection, table: Table, known: dict[tuple[str, ...], int], wanted: Iterable[tuple[str, ...]]
+    ) -> None:
+        """Make sure that each of these has its row in a table of the run's names, and its key in `known`."""
+        unknown = [key for key in dict.fromkeys(wanted) if key not in known]
+        if unknown:
+            fields = rows.KEY_FIELDS[table.name]
+            connection.execute(
+                insert(table), [{"run": self._run, **dict(zip(fields, key, strict=True))} for key in unknown]
+            )
+            columns = [table.c[name] for name in fields]
+            found = connection.execute(select(table.c.number, *columns).where(table.c.run == self._run))
+            known.update((tuple(row[1:]), row[0]) for row in found)
 
 
 def _start_run(engine: Engine, info: RunInfo, where: str) -> int:

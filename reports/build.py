@@ -11,6 +11,8 @@ from loka.hardware import current_device
 from loka.kernel_registry.registry import default_registry
 from loka.probes.database import open_database, read_timings
 from loka.probes.evidence import collect_evidence
+from loka.probes.trajectories import read_trajectories
+from loka.reports.dynamics import dynamics_section
 from loka.reports.record import build_report
 from loka.reports.words import Report
 
@@ -32,6 +34,7 @@ def report_of(
         evidence = collect_evidence(engine, run, confidence=bound.confidence)
         options = PlanOptions(device=current_device() if device is None else torch.device(device), measure=False)
         timings = read_timings(engine, str(options.info))
+        dynamics = read_trajectories(engine, evidence.info.id)
     finally:
         engine.dispose()
     check_loss(evidence, bound)
@@ -39,4 +42,5 @@ def report_of(
     if evidence.products:
         made = decide_all(evidence, bound, default_registry(), timings, options)
         decisions = {(each.request.site, each.request.product): each for each in made.decisions}
-    return build_report(evidence, bound, decisions)
+    report = build_report(evidence, bound, decisions)
+    return {**report, "dynamics": dynamics_section(dynamics)}

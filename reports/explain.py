@@ -16,6 +16,7 @@ from loka.dispatch.candidates import Candidate
 from loka.dispatch.decide import Decision
 from loka.dispatch.judged import LossCost
 from loka.dispatch.plan import Plan
+from loka.dispatch.profile import TimeAt
 from loka.errors import EvidenceError, nearest
 from loka.formats import Pass
 from loka.reports.words import small
@@ -39,14 +40,18 @@ Predictions = Mapping[tuple[str, Pass], Mapping[str, float]]
 
 
 def explain_text(
-    decisions: Sequence[Decision], predictions: Predictions | None = None, bound: Bound | None = None
+    decisions: Sequence[Decision],
+    predictions: Predictions | None = None,
+    bound: Bound | None = None,
+    dynamics: Sequence[str] = (),
 ) -> Group:
     """Render each decision: what was chosen, every candidate in a table, and why each of them lost.
 
-    `bound`: what the plan was made under; says which bound judged the site.
+    `bound`: what the plan was made under; says which bound judged the site. `dynamics`: lines on the training around
+    the site (`reports.dynamics.dynamics_lines`), which end it.
     """
-    predictions = predictions or {}
-    return Group(*(part for decision in decisions for part in _decision(decision, predictions, bound)))
+    parts = [part for decision in decisions for part in _decision(decision, predictions or {}, bound)]
+    return Group(*parts, *(Text(line) for line in dynamics))
 
 
 def _limit(decision: Decision, bound: Bound | None) -> Limit | None:
@@ -73,7 +78,30 @@ def _decision(decision: Decision, predictions: Predictions, bound: Bound | None)
     listed = ", ".join(f"{recipe} {_number(error)}" for recipe, error in expected.items())
     closed_form = [Text(f"row error in closed form, without measuring: {listed}")] if listed else []
     held = [Text(words)] if (words := _held(_limit(decision, bound))) else []
-    return [heading, *held, why, _table(decision), *reasons, *closed_form, Text(f"times: {decision.time_source}\n")]
+    by_rows: list[RenderableType] = [Text(_over(decision)), _by_rows(decision)] if decision.times else []
+    source = Text(f"times: {decision.time_source}\n")
+    return [heading, *held, why, _table(decision), *reasons, *by_rows, *closed_form, source]
+
+
+def _over(decision: Decision) -> str:
+    """Return which row counts the times are over, and how many of the calls each stands for."""
+    shares = (
+        f"{each.rows} for {f'{each.weight:.0%}' if each.weight >= 0.005 else '<1%'}" for each in decision.times or ()
+    )
+    return f"times are means over {decision.over}; of the calls, {', '.join(shares)}"
+
+
+def _by_rows(decision: Decision) -> Table:
+    """Return the times at each row count, the chosen kernel first."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("us, by rows", no_wrap=True)
+    for each in decision.times or ():
+        table.add_column(str(each.rows), justify="right", no_wrap=True)
+    others = ((each.kernel, each.times) for each in decision.rejected)
+    for kernel, times in ((decision.kernel, decision.times), *others):
+        if times:
+            table.add_row(escape(kernel), *(_number(each.time_us) for each in times))
+    return table
 
 
 def _table(decision: Decision) -> Table:
@@ -133,6 +161,8 @@ def _plain(decision: Decision, predictions: Predictions, bound: Bound | None) ->
         "horizon": decision.horizon,
         "loss": _loss(decision.loss),
         "closed_form": dict(predictions.get((request.site, request.product), {})),
+        **({"over": decision.over} if decision.over is not None else {}),
+        **_times(decision.times),
         "rejected": [_candidate(candidate) for candidate in decision.rejected],
     }
 
@@ -148,7 +178,13 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "error_mean": candidate.error_mean,
         "error_upper": candidate.error_upper,
         "loss": _loss(candidate.loss),
+        **_times(candidate.times),
     }
+
+
+def _times(times: tuple[TimeAt, ...] | None) -> dict[str, Any]:
+    """Return the time at each row count; nothing for a product of one shape."""
+    return {} if times is None else {"times": [asdict(each) for each in times]}
 
 
 def _loss(loss: LossCost | None) -> dict[str, float | None] | None:

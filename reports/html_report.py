@@ -21,6 +21,7 @@ from typing import Any, Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from loka.reports.dynamics import dynamics_view
 from loka.reports.words import (
     ORDER,
     VERDICTS,
@@ -53,7 +54,8 @@ _DIGITS: Final[str] = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 def render(report: Report) -> str:
     """Return the report as a self-contained HTML page."""
-    style, script = (inline(name) for name in ("report.css", "report.js"))
+    dynamics = dynamics_view(report)
+    style, script = inline("report.css") + (inline("plot.css") if dynamics else ""), inline("report.js")
     position = {id(row): index for index, row in enumerate(report["sites"])}
     loss = loss_columns(report)
     own, decided = has_own_bounds(report), any(row["kernels"] for row in report["sites"])
@@ -66,6 +68,7 @@ def render(report: Report) -> str:
             facts=run_facts(report),
             notes=notes(report),
             events=events(report),
+            dynamics=dynamics,
             order=ORDER,
             verdicts=VERDICTS,
             shares=_shares(report),

@@ -49,13 +49,13 @@ _MARK: Final[dict[str, str]] = {"safe": "safe", "unsafe": "**unsafe**", "undecid
 
 def render(report: Report) -> str:
     """Return the report as Markdown."""
-    blocks = ["# FP8 safety report", _text(report["summary"]["headline"])]
-    blocks.append("\n".join(f"- {label}: {_text(value)}" for label, value in run_facts(report)))
+    blocks = ["# FP8 safety report", text(report["summary"]["headline"])]
+    blocks.append("\n".join(f"- {label}: {text(value)}" for label, value in run_facts(report)))
     if report["sites"]:
         blocks += [_table(report), _legend(report)]
     for title, lines in (("Notes", notes(report)), ("Events", events(report))):
         if lines:
-            blocks += [f"## {title}", "\n".join(f"- {_text(line)}" for line in lines)]
+            blocks += [f"## {title}", "\n".join(f"- {text(line)}" for line in lines)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -75,41 +75,42 @@ def _table(report: Report) -> str:
     loss = tuple(loss_columns(report))
     own = (("bound", "--:"),) if has_own_bounds(report) else ()
     header = (*_HEADER, *((name, "--:") for name in loss), *own, *(_DECIDED if decided else ()))
-    lines = [_line([name for name, _ in header]), _line([rule for _, rule in header])]
-    return "\n".join([*lines, *(_line(_cells(row, decided=decided, loss=loss, own=bool(own))) for row in rows)])
+    lines = [line([name for name, _ in header]), line([rule for _, rule in header])]
+    return "\n".join([*lines, *(line(_cells(row, decided=decided, loss=loss, own=bool(own))) for row in rows)])
 
 
 def _cells(row: Row, *, decided: bool, loss: tuple[str, ...], own: bool) -> list[str]:
     recipe, kernel = best_recipe(row), chosen_kernel(row)
     cells = [
         _MARK[row["verdict"]],
-        _code(site_name(row)),
+        code(site_name(row)),
         row["pass"],
         shape(row),
         percent(row["flop_share"]),
-        _code(plain(row["best"])) if row["best"] else "-",
+        code(plain(row["best"])) if row["best"] else "-",
         error(recipe, "mean"),
         upper(recipe),
         *(loss_share(recipe, name) for name in loss),
-        *([_code(bound_of(row))] if own else []),
+        *([code(bound_of(row))] if own else []),
     ]
     if decided and kernel:
-        cells += [_code(plain(kernel["kernel"])), number(kernel["time_us"]), speedup(kernel["speedup"])]
+        cells += [code(plain(kernel["kernel"])), number(kernel["time_us"]), speedup(kernel["speedup"])]
     return cells + ["-"] * (len(_DECIDED) if decided and not kernel else 0)
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
+    """Return a line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _code(name: str) -> str:
+def code(name: str) -> str:
     """Return a name as a code span that stays inside its cell."""
     if "`" in name or "\\" in name:
         return f"<code>{re.sub(r'[^0-9A-Za-z_. ]', _entity, name)}</code>"
     return f"`{name.replace('|', chr(92) + '|')}`"
 
 
-def _text(words: str) -> str:
+def text(words: str) -> str:
     """Return words that mean nothing to Markdown, HTML or GitHub (links, mentions, references)."""
     return re.sub(r"[\\`*\[\]|@#&]|<(?=[A-Za-z/!?])", _entity, plain(words)).replace("://", ":&#47;/")
 

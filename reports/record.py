@@ -22,7 +22,9 @@ from loka.dispatch.judged import no_loss
 from loka.errors import ArgumentError
 from loka.probes.drift import Drift
 from loka.probes.evidence import LossEvidence, ProductEvidence, RecipeEvidence, RunEvidence
+from loka.probes.expert_layers import parts_of
 from loka.probes.records import OperandRecord
+from loka.reports.experts import experts_of
 from loka.reports.summary import summarise
 from loka.reports.words import Report
 
@@ -40,6 +42,9 @@ def build_report(
     evidence: RunEvidence, bound: Bound, decisions: Mapping[tuple[str, str], Decision] = _NO_DECISIONS
 ) -> Report:
     """Judge a run against a bound; `decisions` by (site, pass) add the kernels and what they gain.
+
+    `part` of a row says which part it plays in a layer of experts: `router`, `shared`, `expert`, or null; `experts`, of
+    such a layer, tells its experts apart.
 
     `sites` holds one entry per (site, pass), in the order of the evidence. `row_error` of a recipe is the error that
     is compared with the bound, whose metric `gate` names. Times are in microseconds per call. `bound.confidence` is
@@ -66,7 +71,15 @@ def build_report(
             for each in bound.per_site
         ],
     }
-    rows = [_product(product, bound, decisions.get((product.site, product.product))) for product in evidence.products]
+    parts = parts_of(evidence.info.fingerprint)
+    rows = [
+        {
+            **_product(product, bound, decisions.get((product.site, product.product))),
+            "part": parts.get(product.parameter),
+            **_experts(product, bound, evidence),
+        }
+        for product in evidence.products
+    ]
     return {
         "schema": SCHEMA,
         "run": _run(evidence),
@@ -75,6 +88,14 @@ def build_report(
         "sites": rows,
         "events": [{"step": event.step, "kind": event.kind, "message": event.message} for event in evidence.events],
     }
+
+
+def _experts(product: ProductEvidence, bound: Bound, evidence: RunEvidence) -> dict[str, Any]:
+    """Return what is known of the experts of a product, nothing where it has none."""
+    found = evidence.experts.get((product.site, product.product))
+    if found is None:
+        return {}
+    return {"experts": experts_of(found, bound.limit(product.product, product.site), evidence.confidence)}
 
 
 def _run(evidence: RunEvidence) -> dict[str, Any]:

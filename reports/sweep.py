@@ -5,9 +5,8 @@ the page by its hash and nothing else.
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Final
 
 from rich.console import Group
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loka.dispatch.sweep import Sweep, SweepPoint
+from loka.reports.axes import Axis
 from loka.reports.html_report import html_environment, inline, source_hash
 from loka.reports.words import number, percent, plain, small, speedup
 
@@ -23,8 +23,6 @@ SCHEMA: Final[int] = 1
 # The plot, in units of its own.
 _WIDTH, _HEIGHT = 720.0, 320.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 16.0, 16.0, 48.0
-_TICKS: Final[tuple[float, ...]] = (1.0, 2.0, 5.0)
-_FEWEST_TICKS: Final[int] = 3
 
 
 def sweep_json(sweep: Sweep) -> str:
@@ -95,7 +93,7 @@ def _legend(sweep: Sweep) -> str:
 
 def render_html(sweep: Sweep) -> str:
     """Return the sweep as a self-contained HTML page: the plot, and the table as its numbers."""
-    style = inline("report.css") + inline("sweep.css")
+    style = inline("report.css") + inline("plot.css") + inline("sweep.css")
     columns = _columns(sweep)
     return (
         html_environment()
@@ -115,41 +113,6 @@ def render_html(sweep: Sweep) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """One axis: from values to places, and where its ticks are."""
-
-    low: float
-    high: float
-    begin: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, at = (math.log10(each) if self.log else each for each in (self.low, self.high, value))
-        return round(self.begin + (at - low) / ((high - low) or 1.0) * (self.end - self.begin), 2)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """Return (place, label) of round values along the axis."""
-        values = self._decades() if self.log else []
-        if len(values) < _FEWEST_TICKS:
-            values = self._even()
-        return [(self(value), f"{value:.4g}") for value in values]
-
-    def _decades(self) -> list[float]:
-        """Return 1, 2 and 5 of every decade, over a wide range 1 alone."""
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        wide = self.high > 1000 * self.low
-        values = [float(f"{tick}e{decade}") for decade in decades for tick in (_TICKS[:1] if wide else _TICKS)]
-        return [value for value in values if self.low <= value <= self.high]
-
-    def _even(self) -> list[float]:
-        raw = (self.high - self.low) / 5 or 1.0
-        decade = 10.0 ** math.floor(math.log10(raw))
-        step = next((tick * decade for tick in _TICKS if tick * decade >= raw), 10 * decade)
-        return [step * at for at in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-
-
 def _plot(sweep: Sweep) -> dict[str, Any] | None:
     """Return places of points, line and ticks: error of the FP8 products across, speed of a step's GEMMs up."""
     shown = [(error, point) for point in sweep.points if point.products and (error := _error(sweep, point))]
@@ -157,8 +120,8 @@ def _plot(sweep: Sweep) -> dict[str, Any] | None:
         return None
     errors, speeds = [error for error, _ in shown], [point.speedup for _, point in shown]
     low, high = min(errors), max(errors)
-    across = _Axis(low / 1.15, high * 1.15, _LEFT, _WIDTH - _RIGHT, log=True)
-    up = _Axis(min(1.0, *speeds), 1.0 + 1.08 * (max(speeds) - 1.0) or 1.01, _HEIGHT - _BOTTOM, _TOP)
+    across = Axis(low / 1.15, high * 1.15, _LEFT, _WIDTH - _RIGHT, log=True)
+    up = Axis(min(1.0, *speeds), 1.0 + 1.08 * (max(speeds) - 1.0) or 1.01, _HEIGHT - _BOTTOM, _TOP)
     dots = [
         {"x": across(error), "y": up(point.speedup), "best": point.best, "asked": point.asked, "words": _words(point)}
         for error, point in shown

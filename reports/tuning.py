@@ -1,4 +1,4 @@
-"""`loka bench --tune` as a table: the launch of each product, and what it gains over the untuned one."""
+"""`loka bench --tune` as a table: the launch of each kernel and product, and what it gains over the untuned one."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -8,9 +8,25 @@ from rich.table import Table
 from rich.text import Text
 
 from loka import document
-from loka.kernel_registry.triton.tuned import Tuning
+from loka.kernel_registry.triton.tuned import TunedLaunch, Tuning
 
-_SCALES: Final[dict[int, str]] = {0: "tensorwise, rowwise", 128: "blockwise", 32: "mxfp8"}
+# What a column is called, and whether it is text.
+_COLUMNS: Final[tuple[tuple[str, bool], ...]] = (
+    ("kernel", True),
+    ("scales", True),
+    ("m x k x n", False),
+    ("tile", False),
+    ("warps", False),
+    ("stages", False),
+    ("splits", False),
+    ("median us", False),
+    ("gain", False),
+)
+# Recipes that a kernel runs alike stand for one another (`launches`).
+_SCALES: Final[dict[tuple[str, str], str]] = {
+    ("gemm", "rowwise"): "tensorwise, rowwise",
+    ("epilogue", "rowwise"): "tensorwise, rowwise",
+}
 
 
 def tuning_rows(tuning: Tuning) -> list[dict[str, Any]]:
@@ -21,13 +37,27 @@ def tuning_rows(tuning: Tuning) -> list[dict[str, Any]]:
 def tuning_table(tuning: Tuning, path: Path) -> RenderableType:
     """Render the launches that were measured, and say where they are kept."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("rows up to", "k x n", "scales", "tile", "warps", "stages", "splits", "median us", "gain"):
-        table.add_column(name, justify="left" if name == "scales" else "right", no_wrap=True)
+    for name, is_text in _COLUMNS:
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for each in tuning.launches:
-        table.add_row(
-            *(str(each.m), f"{each.k}x{each.n}", _SCALES[each.group_k], f"{each.block_m}x{each.block_n}"),
-            *(str(each.num_warps), str(each.num_stages), str(each.splits), f"{each.median_us:.1f}"),
-            f"{each.default_us / each.median_us:.2f}x" if each.median_us else "",
-        )
-    kept = f"{len(tuning.launches)} launches in {path}, used on {tuning.provenance.device} with these versions."
+        table.add_row(*_cells(each))
+    kept = (
+        f"{len(tuning.launches)} launches in {path}, used on {tuning.provenance.device} with these versions, for up to "
+        "so many rows."
+    )
     return Group(table, Text(kept, style="dim"))
+
+
+def _cells(each: TunedLaunch) -> tuple[str, ...]:
+    scales = _SCALES.get((each.kernel, each.recipe), each.recipe)
+    batch = f"{each.batch}x" if each.batch > 1 else ""
+    launch = each.launch
+    return (
+        " ".join(part for part in (each.kernel, each.product if each.kernel == "small" else "", each.variant) if part),
+        scales,
+        f"{batch}{each.m}x{each.k}" + (f"x{each.n}" if each.kernel != "quantize" else ""),
+        f"{launch.block_m}x{launch.block_n}",
+        *(str(launch.num_warps), str(launch.num_stages), str(launch.splits)),
+        f"{each.median_us:.1f}",
+        f"{each.default_us / each.median_us:.2f}x" if each.median_us else "",
+    )

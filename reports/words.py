@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from loka.bounds import DEFAULT_ROW_ERROR, Limit
 from loka.probes.records import MONITOR_EVENTS
+from loka.reports.experts import expert_notes
 
 # A report as plain data: `loka.reports.record.build_report` documents its keys.
 Report = dict[str, Any]
@@ -247,6 +248,7 @@ def notes(report: Report) -> list[str]:
     if report["summary"].get("drifting"):
         lines.append(DRIFTS)
     lines += _about_loss(report)
+    lines += map(plain, expert_notes(report))
     horizons = [recipe["horizon"] for row in report["sites"] for recipe in row["recipes"] if recipe["horizon"]]
     if horizons:
         lines.append(f"weights were training: the evidence holds for {min(horizons):,} steps beyond the last sample")

@@ -17,7 +17,7 @@ ALLOWED = {
     "probes": {"kernel_registry"},
     "mods": {"kernel_registry"},
     "dispatch": {"kernel_registry", "probes"},
-    "reports": {"kernel_registry", "probes", "dispatch"},
+    "reports": {"kernel_registry", "probes", "dispatch", "mods"},  # advice predicts with the mods' own transforms
     "top": {"kernel_registry", "probes", "mods", "dispatch", "reports", "top"},
 }
 

@@ -21,7 +21,7 @@ from loka.dispatch.convert import planned_sites, unreached
 from loka.dispatch.executions import kernel_executions, reset_kernel_executions
 from loka.dispatch.plan import Plan
 from loka.formats import PASSES
-from tests.loka.test_compiler import Backend
+from tests.loka.made_compiled import Backend
 
 pytestmark = pytest.mark.third_party("transformers")
 
@@ -192,6 +192,24 @@ def test_a_plan_of_another_implementation_leaves_the_experts_and_names_them(tmp_
     experts = "model.layers.0.mlp.experts"
     assert unreached(converted) == (f"{experts}.down_proj", f"{experts}.gate_up_proj")
     assert not of_experts(kernel_executions())
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GPT-OSS"])
+def test_the_registered_implementation_is_reached_by_a_plan_whatever_the_model_ran_before(
+    family: str, tmp_path: Path
+) -> None:
+    name, more, _ = FAMILIES[family]
+    model: Any = made(name, more)
+    batch = batches(1)[0]
+    grouped = model(input_ids=batch).logits
+    model.set_experts_implementation("batched_mm")
+    model.set_experts_implementation(loka.register_experts())
+    assert loka.register_experts() == "loka" == model.config._experts_implementation
+    assert torch.equal(model(input_ids=batch).logits, grouped)
+    converted = loka.convert(copy.deepcopy(model), planned(model, tmp_path))
+    train(converted, 2)
+    assert unreached(converted) == ()
+    assert sum(of_experts(kernel_executions()).values()) == 2 * len(PASSES) * 2
 
 
 def test_experts_in_one_batched_product_stay_as_written_with_the_reason(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ The backward keeps y alone, in 16 bits (2 bytes per element; fp32 where `out` is
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -29,7 +28,10 @@ from loka.kernel_registry.triton.gemm import scale_groups, scale_strides
 from loka.kernel_registry.triton.grouped import stored_dtype
 from loka.kernel_registry.triton.grouped_operands import check_device
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op
+from loka.kernel_registry.triton.launch import Key, dtype_name
+from loka.kernel_registry.triton.launches import EPILOGUE_TILE_BYTES
 from loka.kernel_registry.triton.quantize import NORM_EPS, fp8_cast
+from loka.kernel_registry.triton.tuned import launch_for
 
 _E4M3: Final = FORMATS["e4m3"]
 _OUTPUTS: Final[dict[str, torch.dtype]] = {
@@ -41,25 +43,6 @@ _OUTPUTS: Final[dict[str, torch.dtype]] = {
 }
 _PLAIN: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP: Final[int] = NORM_BLOCK // 2  # elements of `out` that share a scale under "blockwise"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """The tile of products of up to `max_m` rows; it is always 256 columns wide and 128 bytes of k deep."""
-
-    max_m: float
-    block_m: int
-    num_warps: int
-    num_stages: int
-
-
-# Not tuned on a GPU yet: chosen so that a tile's operands, num_stages times, fit the shared memory of compute
-# capability 8.9 (99 KiB), which is less than that of 9.0 and 10.0 (227 KiB), and the sums fit the registers.
-LAUNCHES: Final[tuple[Launch, ...]] = (
-    Launch(max_m=16, block_m=16, num_warps=4, num_stages=2),
-    Launch(max_m=float("inf"), block_m=64, num_warps=8, num_stages=2),
-)
-_BLOCK_BYTES: Final[int] = 128
 BACKWARD_ROWS: Final[int] = 16
 
 
@@ -107,7 +90,11 @@ def _run(
     x, weight, bias, x_scale, weight_scale = operands
     result, scale, saved = outputs
     m, n = result.shape
-    launch = LAUNCHES[-1] if isinstance(m, torch.SymInt) else next(row for row in LAUNCHES if m <= row.max_m)
+    # Codes that are written need the largest value of a whole group of them first: keys of their own.
+    variant = flags["OUT"] if result.dtype == _E4M3.dtype else ""
+    recipe = "" if not flags["FP8"] else "blockwise" if flags["BLOCKWISE"] else "rowwise"
+    key = Key("epilogue", recipe, "fprop", dtype_name(x.dtype), m, n, x.shape[1], variant=variant)
+    launch = launch_for(key, x.device)
     blocks = 1 if flags["OUT"] == "rowwise" else -(-n // NORM_BLOCK)  # with rowwise codes a program has whole rows
     wrap_triton(fused_tiles)[(-(-m // launch.block_m) * blocks,)](
         x,
@@ -131,8 +118,8 @@ def _run(
         PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         INTERPRETED=INTERPRETED,
         BLOCK_M=launch.block_m,
-        BLOCK_N=NORM_BLOCK,
-        BLOCK_K=_BLOCK_BYTES // x.element_size(),
+        BLOCK_N=launch.block_n,
+        BLOCK_K=EPILOGUE_TILE_BYTES // x.element_size(),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )

@@ -14,8 +14,6 @@ kernel adds them in one order, so results repeat bit for bit.
 """
 
 import functools
-import sys
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -24,60 +22,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from loka.accumulation import PROMOTION
 from loka.errors import KernelError
 from loka.formats import FORMATS
-from loka.hardware import device_info
+from loka.hardware import HOPPER_CAPABILITY, has_capability
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable
-from loka.kernel_registry.triton.tuned import bucket, launches_here
+from loka.kernel_registry.triton.launch import CODES, Key
+from loka.kernel_registry.triton.launches import RECIPE_OF_GROUP, TILE_K
+from loka.kernel_registry.triton.tuned import launch_for
 
 # The element formats that NVIDIA's tensor cores multiply, as `tl.dot_scaled` calls them.
 _FORMATS: Final[dict[torch.dtype, str]] = {FORMATS[name].dtype: name for name in ("e4m3", "e5m2")}
 _OUT_DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
 # Extents of a group of elements that share a scale, along rows and along k; 0 is all of it.
 _GROUP_ROWS: Final[tuple[int, ...]] = (1, 0, 128)
-_GROUP_K: Final[tuple[int, ...]] = (0, 128, 32)
-_MX_GROUP: Final[int] = 32
-# Elements that tensor cores may add up before fp32 takes over; a block's length, too.
-TILE_K: Final[int] = PROMOTION
+_GROUP_K: Final[tuple[int, ...]] = tuple(RECIPE_OF_GROUP)
 # TMA: base and strides in bytes are multiples of this (CUDA driver API, cuTensorMapEncodeTiled).
 _TMA_ALIGNMENT: Final[int] = 16
-_TMA_CAPABILITY: Final[tuple[int, int]] = (9, 0)
-# A split is worth its second kernel from this many blocks of k on; more splits than this cost more than they fill.
-_MIN_BLOCKS_PER_SPLIT: Final[int] = 4
-_MAX_SPLITS: Final[int] = 16
 _REDUCE_BLOCK: Final[int] = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """How products of up to `max_m` x `max_n` x `max_k` are cut into tiles; `group_m` rows of tiles share L2."""
-
-    max_m: int
-    max_n: int
-    max_k: int
-    block_m: int
-    block_n: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-
-
-_ANY: Final[int] = sys.maxsize
-# The first row that holds a product serves it. Not tuned on a GPU yet: chosen so that a tile's operands, num_stages
-# times, fit the shared memory of compute capability 8.9 (99 KiB), which is less than that of 9.0 and 10.0 (227 KiB).
-LAUNCHES: Final[tuple[Launch, ...]] = (
-    Launch(max_m=16, max_n=_ANY, max_k=_ANY, block_m=16, block_n=64, group_m=1, num_warps=4, num_stages=4),
-    Launch(max_m=_ANY, max_n=16, max_k=_ANY, block_m=64, block_n=16, group_m=8, num_warps=4, num_stages=4),
-    Launch(max_m=64, max_n=_ANY, max_k=_ANY, block_m=64, block_n=64, group_m=1, num_warps=4, num_stages=4),
-    Launch(max_m=512, max_n=512, max_k=_ANY, block_m=64, block_n=64, group_m=8, num_warps=4, num_stages=4),
-    Launch(max_m=_ANY, max_n=_ANY, max_k=_ANY, block_m=128, block_n=128, group_m=8, num_warps=8, num_stages=3),
-)
-# `tl.dot_scaled` without hardware for it holds both operands once more, in bf16.
-MX_LAUNCHES: Final[tuple[Launch, ...]] = (
-    *LAUNCHES[:4],
-    Launch(max_m=_ANY, max_n=_ANY, max_k=_ANY, block_m=128, block_n=64, group_m=8, num_warps=8, num_stages=2),
-)
 
 
 @triton.jit
@@ -214,45 +175,14 @@ def scaled_gemm(
     """
     m, k = a.shape
     n = b.shape[0]
-    group_k = scale_groups(a, b, a_scale, b_scale, out_dtype)[2]
+    a_group, b_group, group_k = scale_groups(a, b, a_scale, b_scale, out_dtype)
     if m == 0 or n == 0 or k == 0:
         return a.new_zeros((m, n), dtype=out_dtype)
-    launch, tuned_splits = choose(m, n, k, group_k, a.device)
     if splits < 0:
         raise KernelError(f"k cannot be cut into {splits} parts: give a positive number, or 0 to let the shape decide.")
-    return launched(a, b, a_scale, b_scale, out_dtype, launch, splits or tuned_splits)
-
-
-def choose(m: int, n: int, k: int, group_k: int, device: torch.device) -> tuple[Launch, int]:
-    """Return the launch of a product and into how many parts it cuts k: measured ones where there are any.
-
-    A dynamic m has no launch of its own: every bucket of a tuning would become a graph.
-    """
-    tuned = None if isinstance(m, torch.SymInt) else launches_here(device).get((group_k, bucket(m), n, k))
-    if tuned is not None:
-        names = ("block_m", "block_n", "group_m", "num_warps", "num_stages")
-        sizes = {name: getattr(tuned, name) for name in names}
-        return Launch(max_m=_ANY, max_n=_ANY, max_k=_ANY, **sizes), tuned.splits
-    table = MX_LAUNCHES if group_k == _MX_GROUP else LAUNCHES
-    launch = next(row for row in table if m <= row.max_m and n <= row.max_n and k <= row.max_k)
-    return launch, _splits(m, n, k, program_count(device), launch)
-
-
-def launched(  # noqa: PLR0913 - codes and scales of two operands, and how they are multiplied
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    out_dtype: torch.dtype,
-    launch: Launch,
-    splits: int,
-) -> Tensor:
-    """Multiply operands that are not empty, as `scaled_gemm` does, by a given launch."""
-    m, k = a.shape
-    n = b.shape[0]
-    a_group, b_group, group_k = scale_groups(a, b, a_scale, b_scale, out_dtype)
     programs = program_count(a.device)
-    parts = min(splits, int(-(-k // TILE_K)))
+    launch = launch_for(Key("gemm", RECIPE_OF_GROUP[group_k], "fprop", CODES, m, n, k), a.device, programs)
+    parts = min(splits or launch.splits, int(-(-k // TILE_K)))
     tma = _takes_tma(a) and _takes_tma(b)
     if tma and a.is_cuda:
         triton.set_allocator(_allocate)
@@ -349,19 +279,9 @@ def _takes_tma(x: Tensor) -> bool:
     return x.stride(1) == 1 and aligned and x.stride(0) >= x.shape[1] and _has_tma(x.device)
 
 
-def _splits(m: int, n: int, k: int, programs: int, launch: Launch) -> int:
-    """Return into how many parts to cut k so that every program has a tile; a power of two."""
-    tiles = -(-m // launch.block_m) * -(-n // launch.block_n)
-    blocks = -(-k // TILE_K)
-    splits = 1
-    while splits < _MAX_SPLITS and 2 * splits * tiles <= programs and blocks >= 2 * splits * _MIN_BLOCKS_PER_SPLIT:
-        splits *= 2
-    return splits
-
-
 @functools.cache
 def _has_tma(device: torch.device) -> bool:
-    return INTERPRETED or (device_info(device).capability or (0, 0)) >= _TMA_CAPABILITY
+    return INTERPRETED or has_capability(device, HOPPER_CAPABILITY)
 
 
 @functools.cache

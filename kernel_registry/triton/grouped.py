@@ -10,48 +10,18 @@ device, so that the host never waits for the routing. Rows after the last offset
 its predecessor counts as an empty expert and one beyond the tokens as their end: no memory outside is touched.
 """
 
-from dataclasses import dataclass
-from typing import Final
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from loka.accumulation import PROMOTION
 from loka.kernel_registry.triton.gemm import program_count
 from loka.kernel_registry.triton.grouped_operands import check_device, check_gemm, check_wgrad
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable
-
-# Elements of k that tensor cores may add up before fp32 takes over, and the length of a block of scales. Naming it in
-# `tl.dot` keeps Triton from folding the addition behind it into the tensor core's own sum.
-_BLOCK_K: Final[int] = PROMOTION
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """The tile of experts that have up to `max_rows` tokens on average."""
-
-    max_rows: float
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# The first row that holds the average serves all. Not tuned on a GPU yet: chosen so that a tile's operands, num_stages
-# times, fit the shared memory of compute capability 8.9 (99 KiB), which is less than that of 9.0 and 10.0 (227 KiB).
-# Few tokens make a product as fast as its weights are read: many loads in flight, no tile wider than the tokens.
-LAUNCHES: Final[tuple[Launch, ...]] = (
-    Launch(max_rows=16, block_m=16, block_n=128, num_warps=4, num_stages=5),
-    Launch(max_rows=32, block_m=32, block_n=128, num_warps=4, num_stages=4),
-    Launch(max_rows=96, block_m=64, block_n=128, num_warps=4, num_stages=4),
-    Launch(max_rows=float("inf"), block_m=128, block_n=128, num_warps=8, num_stages=3),
-)
-# Under torch.compile with a dynamic number of tokens the average must not become a guard.
-_DYNAMIC: Final[Launch] = LAUNCHES[2]
-WGRAD_LAUNCH: Final[Launch] = LAUNCHES[3]
+from loka.kernel_registry.triton.launch import CODES, Key
+from loka.kernel_registry.triton.launches import TILE_K
+from loka.kernel_registry.triton.tuned import launch_for
 
 
 @triton.jit
@@ -131,6 +101,7 @@ def _multiply_groups(  # noqa: PLR0913 - device code takes pointers, extents and
                     w_scale = tl.load(w_scales + block * stride_swk, mask=column_mask, other=1.0)
                     total += tl.dot(x, w) * x_scale[:, None] * w_scale[None, :]
                 else:
+                    # Named, the limit keeps Triton from folding this addition into the tensor core's own sum.
                     total += tl.dot(x, w, max_num_imprecise_acc=BLOCK_K)
             if not BLOCKWISE:
                 x_scale = tl.load(x_scales, mask=rows < live_end, other=1.0)
@@ -226,7 +197,8 @@ def grouped_gemm(
     experts, n = weight.shape[:2]
     if tokens == 0 or n == 0 or k == 0 or experts == 0:
         return x.new_zeros((tokens, n), dtype=out_dtype)
-    launch = _launch(tokens, experts)
+    recipe = "blockwise" if blockwise else "rowwise"
+    launch = launch_for(Key("grouped", recipe, "fprop", CODES, tokens, n, k, experts), x.device)
     programs = program_count(x.device)
     out = x.new_empty((tokens, n), dtype=stored_dtype(out_dtype))
     wrap_triton(_multiply_groups)[(programs,)](
@@ -245,12 +217,12 @@ def grouped_gemm(
         *x_scale.stride(),
         *weight_scale.stride(),
         BLOCKWISE=blockwise,
-        W_GROUP=_BLOCK_K if blockwise else 1,
+        W_GROUP=TILE_K if blockwise else 1,
         INTERPRETED=INTERPRETED,
         PROGRAMS=programs,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        BLOCK_K=_BLOCK_K,
+        BLOCK_K=TILE_K,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -287,7 +259,8 @@ def grouped_wgrad(
     if tokens == 0 or n == 0 or k == 0 or experts == 0:
         return input.new_zeros((experts, n, k), dtype=out_dtype)
     out = input.new_empty((experts, n, k), dtype=stored_dtype(out_dtype))
-    launch = WGRAD_LAUNCH
+    recipe = "blockwise" if blockwise else "rowwise"
+    launch = launch_for(Key("grouped_wgrad", recipe, "wgrad", CODES, n, k, tokens, experts), input.device)
     tiles = -(-n // launch.block_m) * -(-k // launch.block_n)
     grad_scale, input_scale = grad_scale.contiguous(), input_scale.contiguous()
     wrap_triton(_reduce_groups)[(experts * tiles,)](
@@ -309,7 +282,7 @@ def grouped_wgrad(
         INTERPRETED=INTERPRETED,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        BLOCK_K=_BLOCK_K,
+        BLOCK_K=TILE_K,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -328,12 +301,6 @@ def _(
 ) -> Tensor:
     check_wgrad(grad_output, input, offsets, (grad_scale, input_scale), out_dtype)
     return input.new_empty((offsets.shape[0], grad_output.shape[1], input.shape[1]), dtype=out_dtype)
-
-
-def _launch(tokens: int, experts: int) -> Launch:
-    if isinstance(tokens, torch.SymInt):
-        return _DYNAMIC
-    return next(row for row in LAUNCHES if tokens <= row.max_rows * experts)
 
 
 def stored_dtype(out_dtype: torch.dtype) -> torch.dtype:

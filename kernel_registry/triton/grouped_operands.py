@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from loka.errors import KernelError
-from loka.formats import FORMATS
+from loka.formats import BLOCK, FORMATS
 from loka.kernel_registry.grouped import check_offsets
-from loka.kernel_registry.grouped_tokens import BLOCK, token_groups
+from loka.kernel_registry.grouped_tokens import token_groups
 from loka.kernel_registry.triton.interpreter import INTERPRETED
 
 _CODES: Final[torch.dtype] = FORMATS["e4m3"].dtype  # of every operand under rowwise and blockwise

@@ -18,7 +18,6 @@ Runs on CUDA from compute capability 8.9 on, and on any device under Triton's in
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
@@ -27,17 +26,16 @@ from torch.library import wrap_triton
 
 from loka.errors import KernelError
 from loka.formats import FORMATS, Format, OperandSpec, ScaleRule
-from loka.hardware import device_info
+from loka.hardware import FP8_CAPABILITY, HOPPER_CAPABILITY, device_info
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op
+from loka.kernel_registry.triton.launch import Launch, dtype_name
+from loka.kernel_registry.triton.launches import Groups, quantize_key, quantize_tile
 from loka.kernel_registry.triton.quantize_kernels import cast_by_amax, find_amax, quantize_groups
+from loka.kernel_registry.triton.tuned import measured
 
 Activation = Literal["none", "relu", "silu", "hardswish"]
 ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
 
-
-# FP8 conversions in hardware: PTX ISA, cvt.rn.satfinite.e4m3x2.f32.
-_CAPABILITY: Final[tuple[int, int]] = (8, 9)
-_DIRECT_CAPABILITY: Final[tuple[int, int]] = (9, 0)
 _FORMATS: Final[tuple[str, ...]] = ("e4m3", "e5m2")
 _DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
 # A tile of 128 x 128 holds whole groups of up to this extent, along both sides; of 128 x 256, a block of a norm too.
@@ -45,38 +43,6 @@ _MAX_GROUP: Final[int] = 128
 _MAX_NORM_BLOCK: Final[int] = 256
 # What nn.RMSNorm adds when it is given no eps.
 NORM_EPS: Final[float] = torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """How x is cut into tiles: about `elements` each, at least `min_m` x `min_k`, one warp to `elements_per_warp`."""
-
-    elements: int
-    min_m: int
-    min_k: int
-    elements_per_warp: int = 2048  # 64 per thread: eight 16-byte loads of bf16 in flight
-
-
-# The most elements that a tile keeps in registers between amax and cast: 64 for each of 256 threads.
-MAX_TILE: Final[int] = 16384
-_MAX_WARPS: Final[int] = 16
-# Where a group takes most of the tile, its other side may shrink to this: 32 codes are the least that memory moves.
-_LEAST: Final[int] = 32
-# By how the tile meets memory. Not tuned on a GPU yet: chosen so that a warp reads and writes whole 128-byte lines.
-LAUNCHES: Final[dict[str, Launch]] = {
-    "along_rows": Launch(elements=8192, min_m=1, min_k=128),
-    "along_columns": Launch(elements=8192, min_m=64, min_k=64),  # x is the transpose of a row-major tensor
-    "both": Launch(elements=16384, min_m=128, min_k=128),
-}
-
-
-class _Plan(NamedTuple):
-    """How one call is launched; `groups` is (rows, columns) of a copy's and of the transposed copy's, None in two."""
-
-    tile_m: int
-    tile_k: int
-    num_warps: int
-    groups: tuple[int, int, int, int] | None
 
 
 def quantize(
@@ -277,21 +243,21 @@ def _run(
     data, scale = copy
     data_t, scale_t = transposed or (None, None)
     m, k = x.shape
-    plan = _plan(x, both, groups, arithmetic.norm)
-    grid = (_groups(m, plan.tile_m) * _groups(k, plan.tile_k),)
+    launch, sides = chosen(x, both, groups, arithmetic.norm)
+    grid = (_groups(m, launch.block_m) * _groups(k, launch.block_n),)
     shared = {
         "TRANSPOSED": both,
         **arithmetic.reading(),
         "CAST": "spelled" if INTERPRETED else fp8_cast(x.device),
-        "TILE_M": plan.tile_m,
-        "TILE_K": plan.tile_k,
-        "num_warps": plan.num_warps,
+        "TILE_M": launch.block_m,
+        "TILE_K": launch.block_n,
+        "num_warps": launch.num_warps,
     }
     codes, codes_t = data.view(torch.uint8), data_t.view(torch.uint8) if data_t is not None else None
-    if plan.groups is not None:
-        sides = dict(zip(("GROUP_M", "GROUP_K", "GROUP_M_T", "GROUP_K_T"), plan.groups, strict=True))
+    if sides is not None:
+        extents = dict(zip(("GROUP_M", "GROUP_K", "GROUP_M_T", "GROUP_K_T"), sides, strict=True))
         wrap_triton(quantize_groups)[grid](
-            x, codes, scale, codes_t, scale_t, m, k, *x.stride(), **sides, **arithmetic.constants(), **shared
+            x, codes, scale, codes_t, scale_t, m, k, *x.stride(), **extents, **arithmetic.constants(), **shared
         )
         return
     per_tensor = groups[0] is None
@@ -306,37 +272,19 @@ def _run(
     )
 
 
-def _plan(x: Tensor, both: bool, groups: tuple[int | None, int | None], norm: tuple[int, int] = (0, 0)) -> _Plan:
-    """Return the tile, which holds whole blocks of a norm, and the groups where each lies within one."""
-    along_columns = x.stride(0) == 1 and x.stride(1) != 1
-    launch = LAUNCHES["both" if both else "along_columns" if along_columns else "along_rows"]
-    sides = _sides(x, both, groups)
-    need_m, need_k = max(norm[0], 1), max(norm[1], 1)
-    least_m, least_k = min(launch.min_m, _LEAST), min(launch.min_k, _LEAST)
-    if sides is not None:
-        all_m, all_k = max(sides[0], sides[2], need_m), max(sides[1], sides[3], need_k)
-        # Groups that do not span an extent are never too large for a tile; with a norm they may take two.
-        if groups[1] is not None or max(all_m, least_m) * max(all_k, least_k) <= MAX_TILE:
-            need_m, need_k = all_m, all_k
-        else:
-            sides = None
-    tile_k = max(need_k, min(launch.min_k, MAX_TILE // max(need_m, least_m)))
-    tile_m = max(need_m, least_m, launch.elements // tile_k)
-    return _Plan(tile_m, tile_k, max(1, min(_MAX_WARPS, tile_m * tile_k // launch.elements_per_warp)), sides)
+def chosen(
+    x: Tensor, both: bool, groups: Groups, norm: tuple[int, int] = (0, 0)
+) -> tuple[Launch, tuple[int, int, int, int] | None]:
+    """Return how to launch, and the (rows, columns) of a group of x and of its transposed copy, None in two passes.
 
-
-def _sides(x: Tensor, both: bool, groups: tuple[int | None, int | None]) -> tuple[int, int, int, int] | None:
-    """Return (rows, columns) of a group of x and of its transposed copy, seen in x; None where a trace cannot say.
-
-    Which kernel runs must not become a guard on an extent that varies.
+    Behind a norm, whose sum runs over a part of the tile, no measured launch is taken: codes would depend on it.
     """
-    (rows, columns), (columns_t, rows_t) = groups, groups if both else groups[::-1]
-    sides = []
-    for group, extent in ((rows, x.shape[0]), (columns, x.shape[1]), (rows_t, x.shape[0]), (columns_t, x.shape[1])):
-        if group is None and not isinstance(extent, int):
-            return None
-        sides.append(group if group is not None else 1 << (extent - 1).bit_length())
-    return sides[0], sides[1], sides[2], sides[3]
+    layout = "both" if both else "columns" if x.stride(0) == 1 and x.stride(1) != 1 else "rows"
+    m, k = x.shape
+    untuned, sides = quantize_tile(groups, layout, m, k, norm)
+    key = None if any(norm) else quantize_key(groups, layout, dtype_name(x.dtype), m, k)
+    found = None if key is None else measured(key, x.device)
+    return found or untuned, sides
 
 
 def _empty(x: Tensor, format_name: str, group_rows: int | None, group_k: int | None) -> tuple[Tensor, Tensor]:
@@ -370,10 +318,10 @@ def _check_device(device: torch.device) -> None:
 def fp8_cast(device: torch.device) -> str:
     """Return how this device casts to FP8 (see `quantize_kernels`); raise KernelError where it cannot."""
     capability = device_info(device).capability
-    if capability is None or capability < _CAPABILITY:
+    if capability is None or capability < FP8_CAPABILITY:
         found = ".".join(map(str, capability)) if capability else "none"
         raise KernelError(
             f"The Triton quantise kernels need CUDA compute capability 8.9, and this device has {found}. "
             "Use loka.quantize there."
         )
-    return "direct" if capability >= _DIRECT_CAPABILITY else "rounded"
+    return "direct" if capability >= HOPPER_CAPABILITY else "rounded"

@@ -13,9 +13,7 @@ used several times is there once.
 """
 
 import functools
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -24,49 +22,23 @@ from torch.autograd.function import once_differentiable
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
 
-from loka.accumulation import PROMOTION
 from loka.errors import ArgumentError, KernelError
 from loka.formats import FORMATS, PASS_OPERANDS, RECIPES, Pass
 from loka.kernel_registry.triton.grouped import stored_dtype
 from loka.kernel_registry.triton.grouped_operands import check_device
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op
+from loka.kernel_registry.triton.launch import Key, dtype_name
+from loka.kernel_registry.triton.launches import ANY, BLOCKS_OF_B, TILE_K
 from loka.kernel_registry.triton.quantize import fp8_cast
 from loka.kernel_registry.triton.small_kernels import Row, multiply_products
+from loka.kernel_registry.triton.tuned import launch_for
 
 SMALL_RECIPES: Final[tuple[str, ...]] = ("rowwise", "blockwise")
 _DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
 _E4M3: Final = FORMATS["e4m3"]  # of every operand under both recipes
-# Elements of k per step: what tensor cores may add up before fp32 takes over, and the length of a block of scales.
-_BLOCK_K: Final[int] = PROMOTION
 # Elements by which Triton vectorises: 16 bytes at least.
 _ALIGNMENT: Final[int] = 16
 _Unit = Literal["k", "rows", ""]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
-    """The tile of products that all have up to `max_m` x `max_n` results."""
-
-    max_m: int
-    max_n: int
-    block_m: int
-    block_n: int
-
-
-_ANY: Final[int] = sys.maxsize
-# The first row that holds all products, and whole groups of rows of b, serves. Not tuned on a GPU yet: a tile quantises
-# what it multiplies, so a larger one casts less per product, and eight warps keep its values in registers.
-LAUNCHES: Final[tuple[Launch, ...]] = (
-    Launch(max_m=16, max_n=_ANY, block_m=16, block_n=128),
-    Launch(max_m=_ANY, max_n=16, block_m=128, block_n=16),
-    Launch(max_m=512, max_n=512, block_m=64, block_n=64),
-    Launch(max_m=512, max_n=_ANY, block_m=64, block_n=128),
-    Launch(max_m=_ANY, max_n=_ANY, block_m=128, block_n=128),
-)
-NUM_WARPS: Final[int] = 8
-# By bytes per element: what is in flight, and the codes, fit the shared memory of compute capability 8.9 (99 KiB), less
-# than that of 9.0 and 10.0 (227 KiB).
-NUM_STAGES: Final[dict[int, int]] = {2: 2, 4: 1}
 
 
 @define_op("loka::small_products", mutates_args=())
@@ -82,7 +54,8 @@ def small_products(
     rows = _rows(table)
     check_device(a)
     out = a.new_empty((_size(rows),), dtype=stored_dtype(out_dtype))
-    launch = _launch(rows, b_group)
+    units = _unit(rows, "stride_ak", "stride_am"), _unit(rows, "stride_bk", "stride_bn")
+    launch = launch_for(_key(rows, dtype_name(a.dtype), units, blockwise, b_group), a.device)
     tiles = sum(row.products * -(-row.m // launch.block_m) * -(-row.n // launch.block_n) for row in rows)
     if not isinstance(tiles, torch.SymInt) and tiles == 0:
         return out.to(out_dtype)
@@ -93,8 +66,8 @@ def small_products(
         _on_device(tuple(table), a.device),
         len(rows),
         ROWS=1 << (len(rows) - 1).bit_length(),
-        A_UNIT=_unit(rows, "stride_ak", "stride_am"),
-        B_UNIT=_unit(rows, "stride_bk", "stride_bn"),
+        A_UNIT=units[0],
+        B_UNIT=units[1],
         ALIGNED=_aligned(rows),
         BLOCKWISE=blockwise,
         B_GROUP=b_group,
@@ -105,9 +78,9 @@ def small_products(
         INTERPRETED=INTERPRETED,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        BLOCK_K=_BLOCK_K,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES[a.element_size()],
+        BLOCK_K=TILE_K,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )
     return out.to(out_dtype)
 
@@ -126,13 +99,29 @@ def _size(rows: list[Row]) -> int:
     return sum(row.products * row.m * row.n for row in rows)
 
 
-def _launch(rows: list[Row], b_group: int) -> Launch:
-    """Return how to launch; under torch.compile an extent that varies must not become a guard."""
-    m, n = (
-        _ANY if any(isinstance(extent, torch.SymInt) for extent in extents) else max(extents)
-        for extents in ([row.m for row in rows], [row.n for row in rows])
+# The pass that reads both operands along these dimensions, as training lays them out.
+_PASS_OF_UNITS: Final[dict[tuple[_Unit, _Unit], Pass]] = {("k", "rows"): "dgrad", ("rows", "rows"): "wgrad"}
+
+
+def _key(rows: list[Row], dtype: str, units: tuple[_Unit, _Unit], blockwise: bool, b_group: int) -> Key:
+    """Return the key of all products together: the extents of the largest, and how many they are."""
+    batch = [row.products for row in rows]
+    return Key(
+        kernel="small",
+        recipe="blockwise" if blockwise else "rowwise",
+        product=_PASS_OF_UNITS.get(units, "fprop"),
+        dtype=dtype,
+        m=_largest([row.m for row in rows]),
+        n=_largest([row.n for row in rows]),
+        k=_largest([row.k for row in rows]),
+        batch=ANY if any(isinstance(each, torch.SymInt) for each in batch) else sum(batch),
+        variant=BLOCKS_OF_B if b_group > 1 else "",
     )
-    return next(row for row in LAUNCHES if m <= row.max_m and n <= row.max_n and row.block_n % b_group == 0)
+
+
+def _largest(extents: list[int]) -> int:
+    """Return the largest extent; under torch.compile one that varies, which must not become a guard, is any."""
+    return ANY if any(isinstance(extent, torch.SymInt) for extent in extents) else max(extents)
 
 
 def _unit(rows: list[Row], along_k: str, along_rows: str) -> _Unit:
@@ -176,7 +165,7 @@ def _cached(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def _multiply(recipe: str, product: Pass, a: Tensor, b: Tensor, rows: list[Row], out_dtype: torch.dtype) -> Tensor:
+def multiply(recipe: str, product: Pass, a: Tensor, b: Tensor, rows: list[Row], out_dtype: torch.dtype) -> Tensor:
     """Run the products of one pass, whose results are laid out one after another."""
     spec = RECIPES[recipe].operand(PASS_OPERANDS[product][1])
     table = [value for row in rows for value in row]
@@ -266,7 +255,7 @@ def _forward(recipe: str, pairing: _Pairing, operands: Sequence[Tensor]) -> Tens
         (m, k), n = xs[x].shape, weights[weight].shape[0]
         rows.append(Row(1, m, n, k, a, b, out, am, ak, bn, bk))
         out += m * n
-    return _multiply(recipe, "fprop", packed_x.buffer, packed_weight.buffer, rows, operands[0].dtype)
+    return multiply(recipe, "fprop", packed_x.buffer, packed_weight.buffer, rows, operands[0].dtype)
 
 
 def _gradients(
@@ -290,7 +279,7 @@ def _gradients(
             out += shape[0] * k
         start += m * n
     found: list[Tensor | None] = [None] * len(wanted)
-    flat = _multiply(recipe, product, grad, packed.buffer, rows, grad.dtype)
+    flat = multiply(recipe, product, grad, packed.buffer, rows, grad.dtype)
     for own, one in zip(owners, _apart(flat, shapes), strict=True):
         earlier = found[own]
         found[own] = one if earlier is None else earlier + one
@@ -365,15 +354,20 @@ def blockwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) ->
     return _batched("blockwise", a, b, product, out_dtype)
 
 
-def _batched(recipe: str, a: Tensor, b: Tensor, product: Pass, out_dtype: torch.dtype) -> Tensor:
+def check_batch(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> None:
+    """Raise KernelError unless a [batch, m, k] and b [batch, n, k] fit, in dtypes that the kernel has."""
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2] or out_dtype not in _DTYPES:
         raise KernelError(
             f"A product of batches needs a [batch, m, k] and b [batch, n, k], into {', '.join(map(str, _DTYPES))}, not "
             f"{list(a.shape)} and {list(b.shape)} into {out_dtype}: reshape or transpose them first."
         )
     _check_kind((a, b))
+
+
+def _batched(recipe: str, a: Tensor, b: Tensor, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    check_batch(a, b, out_dtype)
     (batch, m, k), n = a.shape, b.shape[1]
     (a_batch, am, ak), (b_batch, bn, bk) = a.stride(), b.stride()
     row = Row(batch, m, n, k, 0, 0, 0, am, ak, bn, bk, a_batch, b_batch)
-    out: Tensor = _multiply(recipe, product, a, b, [row], out_dtype).reshape(batch, m, n)
+    out: Tensor = multiply(recipe, product, a, b, [row], out_dtype).reshape(batch, m, n)
     return out

@@ -1,77 +1,92 @@
-"""Measured launches of our GEMM, as data: which tiles were fastest, on which device, with which versions and sources.
+"""Measured launches of our kernels, as data: which were fastest, on which device, with which versions and sources.
 
 A tuning file is JSON, of one device, written by `loka bench --tune`. It is used only where its provenance is the
 present's: the same device, the same versions of torch and Triton, the same source of the kernels. Anything else, or a
-file that is damaged, is set aside with one warning; the kernels then run on the launches that `gemm` has in its source.
+file that is damaged or names a launch that is not legal here, is set aside with one warning; the kernels then run on
+the launches that `launches` has in its source.
 
-A launch answers for one n and k, and for the values of m between half its own and its own: outside of what was
-measured nothing is guessed.
+A launch answers for one key (`launches.Key`): of the extents that are rounded, for the values between half its own and
+its own; outside of what was measured nothing is guessed.
 
 `LOKA_TUNING` names the file, or is "off". Without it, it is `~/.cache/loka/tuning/<device>.json`.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
 from loka import document
 from loka.errors import PlanError
-from loka.hardware import DeviceInfo, device_info
+from loka.formats import Pass
+from loka.hardware import DeviceInfo, device_info, shared_bytes
+from loka.kernel_registry.triton.launch import Key, Launch
+from loka.kernel_registry.triton.launches import TUNABLES, rounded
 
 logger = logging.getLogger("loka.kernel_registry")
 
 KIND: Final[str] = "loka-tuning"
-SCHEMA: Final[int] = 1
+SCHEMA: Final[int] = 2
 VARIABLE: Final[str] = "LOKA_TUNING"
 OFF: Final[str] = "off"
 # The files whose text decides how fast a launch is.
-_SOURCES: Final[tuple[str, ...]] = ("gemm.py", "interpreter.py")
-
-
-Key = tuple[int, int, int, int]  # group_k, bucket of m, n, k
+_SOURCES: Final[tuple[str, ...]] = (
+    "launch.py",
+    "launches.py",
+    "gemm.py",
+    "grouped.py",
+    "epilogue.py",
+    "epilogue_kernels.py",
+    "small.py",
+    "small_kernels.py",
+    "quantize.py",
+    "quantize_kernels.py",
+    "interpreter.py",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TunedLaunch:
-    """The fastest launch of one product, with its time and that of the launch it was compared with, in microseconds."""
+    """The fastest launch for one key, with its time and that of the launch it was compared with, in microseconds."""
 
-    group_k: int  # elements of k that share a scale: 0 (all), 128 or 32
-    m: int  # serves m / 2 < rows <= m
+    kernel: str
+    recipe: str
+    product: Pass
+    dtype: str
+    m: int
     n: int
     k: int
-    block_m: int
-    block_n: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-    splits: int
+    batch: int = 1
+    variant: str = ""
+    launch: Launch
     median_us: float
     spread_us: float
     default_us: float
 
     def __post_init__(self) -> None:
-        """Refuse what no kernel can be launched with."""
-        for name, value in (("block_m", self.block_m), ("block_n", self.block_n), ("num_warps", self.num_warps)):
-            if not 1 <= value <= 512 or value & (value - 1):
-                raise PlanError(f"{name} is a power of two up to 512, not {value}")
-        if self.group_k not in (0, 32, 128) or not 1 <= self.num_stages <= 16:
-            raise PlanError(f"no launch has group_k = {self.group_k} and num_stages = {self.num_stages}")
-        if not 1 <= self.group_m <= 64 or not 1 <= self.splits <= 64 or self.m != bucket(self.m):
-            raise PlanError(f"no launch has group_m = {self.group_m}, splits = {self.splits} and m = {self.m}")
+        """Refuse a kernel that is not there, and extents that no call is served under."""
+        if self.kernel not in TUNABLES or not TUNABLES[self.kernel].serves(self.key):
+            raise PlanError(f"no kernel is launched for {self.key}")
+        if self.key != rounded(self.key):
+            names = " and ".join(TUNABLES[self.kernel].rounded)
+            raise PlanError(f"launches of {self.kernel} are kept for powers of two of {names}, not for {self.key}")
 
     @property
-    def key(self) -> "Key":
+    def key(self) -> Key:
         """What two launches share that serve the same products."""
-        return self.group_k, self.m, self.n, self.k
+        return Key(
+            *(self.kernel, self.recipe, self.product, self.dtype, self.m, self.n, self.k, self.batch, self.variant)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,11 +159,6 @@ class Tuning:
         return document.decode(cls, document.read(path, kind=KIND, schema=SCHEMA), str(path))
 
 
-def bucket(m: int) -> int:
-    """Return the power of two that m rounds up to."""
-    return 1 << max(int(m) - 1, 0).bit_length()
-
-
 def tuning_path(device: torch.device | str) -> Path | None:
     """Return the tuning file of a device, whether it exists or not; None where tuning is off."""
     given = os.environ.get(VARIABLE, "")
@@ -162,14 +172,56 @@ def tuning_path(device: torch.device | str) -> Path | None:
 
 
 @functools.cache
-def launches_here(device: torch.device) -> Mapping[Key, TunedLaunch]:
+def launches_here(device: torch.device) -> Mapping[Key, Launch]:
     """Return the measured launches that the kernels use on a device: none without a file of this device and kernels.
 
     The file is read once per process; `launches_here.cache_clear()` forgets it.
     """
     path = tuning_path(device)
     tuning = None if path is None else read_tuning(path, Provenance.here(device))
-    return {launch.key: launch for launch in tuning.launches} if tuning is not None else {}
+    return {each.key: each.launch for each in tuning.launches} if tuning is not None else {}
+
+
+class Forced(NamedTuple):
+    """A launch that every call of one kernel takes, and the keys of the calls that took it."""
+
+    kernel: str
+    launch: Launch
+    keys: set[Key]
+
+
+_FORCED: Final[ContextVar[Forced | None]] = ContextVar("loka_forced_launch", default=None)
+
+
+@contextlib.contextmanager
+def forced(kernel: str, launch: Launch) -> Iterator[Forced]:
+    """Have every call of a kernel take one launch in this block, legal or not: for tuning and tests."""
+    state = Forced(kernel, launch, set())
+    token = _FORCED.set(state)
+    try:
+        yield state
+    finally:
+        _FORCED.reset(token)
+
+
+def measured(key: Key, device: torch.device) -> Launch | None:
+    """Return the measured launch of a call with these extents, None where there is none.
+
+    A dynamic extent has no measured launch: every bucket of a tuning would become a graph.
+    """
+    state = _FORCED.get()
+    if state is not None and state.kernel == key.kernel:
+        state.keys.add(rounded(key))
+        return state.launch
+    launches = launches_here(device)
+    if not launches or any(isinstance(extent, torch.SymInt) for extent in (key.m, key.n, key.k, key.batch)):
+        return None
+    return launches.get(rounded(key))
+
+
+def launch_for(key: Key, device: torch.device, programs: int = 1) -> Launch:
+    """Return the measured launch of a call with these extents, else the untuned one."""
+    return measured(key, device) or TUNABLES[key.kernel].untuned(key, programs)
 
 
 def read_tuning(path: Path, present: Provenance) -> Tuning | None:
@@ -181,11 +233,24 @@ def read_tuning(path: Path, present: Provenance) -> Tuning | None:
     except PlanError as error:
         logger.warning("launches are not tuned: %s", error)
         return None
-    foreign = tuning.provenance.differs(present)
+    foreign = why_not(tuning, present)
     if foreign:
         logger.warning("launches are not tuned: %s is set aside, since %s", path, foreign)
         return None
     return tuning
+
+
+def why_not(tuning: Tuning, present: Provenance) -> str:
+    """Return why a tuning does not hold at present, "" where it does."""
+    foreign = tuning.provenance.differs(present)
+    if foreign:
+        return foreign
+    shared = shared_bytes(present.device)
+    for each in tuning.launches:
+        illegal = TUNABLES[each.kernel].illegal(each.key, each.launch, shared)
+        if illegal:
+            return f"its launch of {each.kernel} for {each.m}x{each.k}x{each.n} is not legal here: {illegal}"
+    return ""
 
 
 def _versions() -> dict[str, str]:

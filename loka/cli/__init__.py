@@ -9,8 +9,10 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from loka.cli.advising import advise
 from loka.cli.deciding import demo, plan
 from loka.cli.kernels import bench, env, kernels
+from loka.cli.moe import app as moe
 from loka.cli.reading import diff, explain, report
 from loka.cli.shared import debugging
 from loka.version import VERSION
@@ -26,7 +28,7 @@ app: Final = typer.Typer(
 )
 
 # In the order in which `loka --help` lists them.
-_COMMANDS: Final[tuple[Callable[..., Any], ...]] = (demo, report, bench, plan, explain, diff, kernels, env)
+_COMMANDS: Final[tuple[Callable[..., Any], ...]] = (demo, report, bench, plan, explain, advise, diff, kernels, env)
 
 
 @app.callback()
@@ -45,6 +47,7 @@ def _main(
 
 for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(moe)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def bench(  # noqa: PLR0913 - one parameter per flag
         bool, typer.Option("--verify", help="Compare each kernel with its definition instead; exit with 1 on a fault.")
     ] = False,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Find the fastest launches of our Triton GEMM instead, and keep them.")
+        bool, typer.Option("--tune", help="Find the fastest launches of our Triton kernels instead, and keep them.")
     ] = False,
     compare_values: Annotated[
         str | None,
@@ -58,19 +58,19 @@ class _Job:
     device: str | None
     format: TableFormat
 
-    def show(self, rows: list[dict[str, Any]], table: Callable[[], RenderableType]) -> None:
-        """Print rows as JSON, or else the table."""
+    def show(self, rows: list[dict[str, Any]], table: Callable[[], RenderableType], **more: Any) -> None:
+        """Print rows as JSON, and what there is more, or else the table."""
         if self.format is TableFormat.JSON:
-            write(json.dumps({"rows": rows}, indent=2), None)
+            write(json.dumps({"rows": rows, **more}, indent=2), None)
         else:
             Console(highlight=False).print(table())
 
 
 def _bench_times(job: _Job, export: Path | None) -> None:
-    from loka.dispatch.bench import bench_database, bench_suite, ceilings_here, profile_of
+    from loka.dispatch.bench import bench_database, bench_suite, ceilings_here, profile_of, row_times
     from loka.dispatch.rooflines import described
     from loka.kernel_registry.registry import default_registry
-    from loka.reports.timings import timings_table
+    from loka.reports.timings import row_times_json, timings_table
 
     with progress("measuring") as tick:
         if job.db:
@@ -80,7 +80,12 @@ def _bench_times(job: _Job, export: Path | None) -> None:
     ceilings = ceilings_here(timings, job.device)
     if export is not None:
         profile_of(timings, job.suite or str(job.db), job.device, ceilings).save(export)
-    job.show(described(timings, default_registry(), ceilings), lambda: timings_table(timings, ceilings))
+    over_rows = row_times(job.db, timings, job.device) if job.db else ()
+    job.show(
+        described(timings, default_registry(), ceilings),
+        lambda: timings_table(timings, ceilings, over_rows),
+        over_rows=row_times_json(over_rows),
+    )
 
 
 def _bench_verify(job: _Job, _: str) -> None:

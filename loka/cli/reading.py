@@ -78,6 +78,8 @@ def explain(  # noqa: PLR0913 - one parameter per flag
     from loka.formats import pass_name
     from loka.probes.database import open_database
     from loka.probes.predictions import read_predictions
+    from loka.probes.trajectories import read_trajectories
+    from loka.reports.dynamics import dynamics_lines
     from loka.reports.explain import decisions_of, explain_json, explain_text
 
     made = make_plan(
@@ -93,12 +95,13 @@ def explain(  # noqa: PLR0913 - one parameter per flag
     engine = open_database(db, create=False)
     try:
         predictions = read_predictions(engine, run, site=site)
+        dynamics = dynamics_lines(read_trajectories(engine, run), site)
     finally:
         engine.dispose()
     if format is TableFormat.JSON:
         write(explain_json(decisions, predictions, made.bound), None)
         return
-    Console(highlight=False).print(explain_text(decisions, predictions, made.bound))
+    Console(highlight=False).print(explain_text(decisions, predictions, made.bound, dynamics))
 
 
 @told

@@ -14,7 +14,7 @@ class SuiteProduct:
     each one has; of a `linear_norm_act` the normalised, activated product is meant.
     """
 
-    op: Literal["linear", "bmm", "grouped_linear", "linear_norm_act"] = "linear"
+    op: Literal["linear", "bmm", "many_linear", "grouped_linear", "linear_norm_act"] = "linear"
     m: int
     k: int
     n: int
@@ -87,6 +87,12 @@ SUITES: Final[dict[str, tuple[SuiteProduct, ...]]] = {
         SuiteProduct(op="bmm", m=27, k=64, n=27, batch=256),
         SuiteProduct(op="bmm", m=128, k=64, n=128, batch=16),
         SuiteProduct(op="bmm", m=128, k=128, n=64, batch=16),
+    ),
+    # The towers and gates of a multi-task model: as many linear layers, each with an input and a weight of its own.
+    "towers-small": (
+        SuiteProduct(op="many_linear", m=512, k=256, n=64, batch=12),
+        SuiteProduct(op="many_linear", m=512, k=64, n=16, batch=12),
+        SuiteProduct(op="many_linear", m=64, k=256, n=128, batch=30),
     ),
 }
 

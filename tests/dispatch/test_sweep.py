@@ -1,14 +1,16 @@
 """A range of bounds from one set of evidence and times: its corners, its sums, and what it says of them."""
 
 import math
+from inspect import signature
 from itertools import pairwise
 
 import pytest
 import torch
 
 from loka.bounds import Bound
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.dispatch.sweep import sweep_evidence
+from loka.dispatch.options import PlanArguments
+from loka.dispatch.planner import PlanOptions, decide_all, plan
+from loka.dispatch.sweep import sweep, sweep_evidence
 from loka.errors import ArgumentError, EvidenceError
 from loka.hardware import device_info
 from tests.dispatch.made_evidence import built_in, product, recipe, run, timings
@@ -149,3 +151,13 @@ def test_a_sweep_of_nothing_is_refused():
         swept(SMALL, points=1)
     with pytest.raises(EvidenceError, match="no product"):
         swept()
+
+
+def test_a_sweep_takes_the_arguments_of_a_plan_with_the_same_defaults():
+    takes = signature(plan).parameters
+    of_options = signature(PlanOptions.of).parameters
+    assert set(PlanArguments.__annotations__) == set(of_options)
+    defaults = {name: each.default for name, each in of_options.items()}
+    assert {name: takes[name].default for name in of_options} == defaults
+    with pytest.raises(TypeError, match="devise"):
+        sweep("run.db", devise="cpu")

@@ -15,6 +15,7 @@ from loka.dispatch import weights
 from loka.dispatch.convert import convert
 from loka.dispatch.linear import linear
 from loka.kernel_registry import emulated, torch_scaled_mm
+from loka.kernel_registry.layers import Layer, Needs, Sides
 from tests.dispatch.made_cached import (
     BATCHES,
     HERE,
@@ -167,3 +168,34 @@ def test_checkpoints_recompute_the_same(reentrant: bool) -> None:
             y.square().mean().backward()
         outputs.append([y.detach(), *(p.grad for p in each.parameters())])
     assert_equal(*outputs)
+
+
+@pytest.mark.parametrize("kernel", ["emulated.linear_layer.tensorwise", "emulated.linear_layer.blockwise"])
+def test_a_kernel_of_all_passes_takes_both_sides_once_per_step(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    plain_sides = Layer.weight_sides
+
+    def noting(self: Layer, weight: Tensor, needs: Needs, out_dtype: torch.dtype) -> Sides:
+        made.append(tuple(weight.shape))
+        return plain_sides(self, weight, needs, out_dtype)
+
+    monkeypatch.setattr(Layer, "weight_sides", noting)
+    model, plain = converted(kernel), converted(kernel, cache_weights=False)
+    assert_equal(accumulate(model), found := accumulate(plain))
+    assert len(made) == 2 + 2 * BATCHES  # once per layer where they are kept, else in every micro-batch
+    assert weights.kept_bytes() > 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulate_gradients(model)
+    optimizer.step()
+    assert weights.kept_bytes() == 0
+    assert not torch.equal(accumulate(model)[0], found[0])
+
+
+def test_a_frozen_input_asks_for_one_side_and_a_later_one_for_both() -> None:
+    model, plain = (converted("emulated.linear_layer.blockwise", cache_weights=each) for each in (True, False))
+    x = torch.randn(8, 16)
+    for each in (model, plain):
+        each.zero_grad()
+        each(x).sum().backward()
+        each(x.requires_grad_()).sum().backward()
+    assert_equal([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loka.errors import KernelError
-from loka.kernel_registry.triton import epilogue, grouped, grouped_linear, unrouted
+from loka.kernel_registry.triton import epilogue, grouped, grouped_linear, launches, unrouted
 from loka.kernel_registry.triton.epilogue_kernels import backward_tiles, fused_tiles
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "add.f32", "add.rn.f32")
@@ -72,12 +72,12 @@ def compiled(kernel, capability, types, launch, constants):
 
 def grouped_cases():
     codes = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "y_ptr": "*fp8e4nv"}
-    few, many = grouped.LAUNCHES[0], grouped.LAUNCHES[-1]
+    few, many = launches.GROUPED[0].launch, launches.GROUPED[-1].launch
     for name, kernel, launch, blockwise in (
         ("few tokens, blockwise", grouped._multiply_groups, few, True),
         ("rowwise", grouped._multiply_groups, many, False),
         ("blockwise", grouped._multiply_groups, many, True),
-        ("wgrad, blockwise", grouped._reduce_groups, grouped.WGRAD_LAUNCH, True),
+        ("wgrad, blockwise", grouped._reduce_groups, launches.GROUPED_WGRAD, True),
     ):
         sizes = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": 128, "PROGRAMS": 132}
         scales = {"BLOCKWISE": blockwise, "W_GROUP": 128 if blockwise else 1}
@@ -86,7 +86,7 @@ def grouped_cases():
 
 
 def epilogue_cases():
-    few, many = epilogue.LAUNCHES
+    few, many = (row.launch for row in launches.EPILOGUE)
     for name, operand, launch, blockwise, out in (
         ("few rows, rowwise", "*fp8e4nv", few, False, "rowwise"),
         ("rowwise", "*fp8e4nv", many, False, "bfloat16"),

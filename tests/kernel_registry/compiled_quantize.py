@@ -44,18 +44,18 @@ def compiled(capability, name, recipe, role, both, block):
     kernel, spec = getattr(quantize_kernels, name), RECIPES[recipe].operand(role)
     groups = spec.group_rows, spec.group_k
     norm = (1, block) if block else (0, 0)
-    plan = kernels._plan(torch.empty((4096, 8192), device="meta"), both, groups, norm)
+    launch, sides = kernels.chosen(torch.empty((4096, 8192), device="meta"), both, groups, norm)
     arithmetic = kernels._Arithmetic(spec.format.name, spec.scale_rule, "hardswish" if block else "none", norm)
-    assert (name == "quantize_groups") == (plan.groups is not None)
+    assert (name == "quantize_groups") == (sides is not None)
     constants = {
         **arithmetic.constants(),
         **arithmetic.reading(),
-        **dict(zip(("GROUP_M", "GROUP_K", "GROUP_M_T", "GROUP_K_T"), plan.groups or (0,) * 4, strict=True)),
+        **dict(zip(("GROUP_M", "GROUP_K", "GROUP_M_T", "GROUP_K_T"), sides or (0,) * 4, strict=True)),
         "TRANSPOSED": both,
         "PER_TENSOR": spec.per_tensor,
         "CAST": CASTS[capability],
-        "TILE_M": plan.tile_m,
-        "TILE_K": plan.tile_k,
+        "TILE_M": launch.block_m,
+        "TILE_K": launch.block_n,
         "stride_k": 1,
     }
     names = kernel.arg_names
@@ -65,7 +65,7 @@ def compiled(capability, name, recipe, role, both, block):
         constexprs={(names.index(arg),): value for arg, value in constants.items() if arg in names},
         attrs={(at,): [["tt.divisibility", 16]] for at, arg in enumerate(names) if arg not in constants},
     )
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": plan.num_warps})
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
     return [capability, name, built.metadata.shared, Counter(re.findall(INSTRUCTIONS, built.asm["ptx"]))]
 
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loka.errors import KernelError
-from loka.kernel_registry.triton import small
+from loka.kernel_registry.triton import launches, small
 from loka.kernel_registry.triton.small_kernels import Row, multiply_products
 
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "add.f32", "add.rn.f32")
@@ -24,14 +24,14 @@ MOVES = ("ld.global.v4", "cp.async.cg.shared.global", "st.global.v4")
 CASTS = {89: "rounded", 90: "direct", 100: "direct"}
 # Where a pass reads a and b contiguously.
 UNITS = {"fprop": ("k", "k"), "dgrad": ("k", "rows"), "wgrad": ("rows", "rows")}
-LARGE = small.LAUNCHES[-1]
+LARGE = launches.SMALL[-1].launch
 # pass, operands, blockwise, rows of b that share a scale, tile
 CASES = (
     ("fprop", "*bf16", False, 1, LARGE),
     ("fprop", "*bf16", True, 128, LARGE),
     ("wgrad", "*bf16", True, 1, LARGE),
     ("dgrad", "*fp32", True, 128, LARGE),
-    ("fprop", "*fp16", True, 128, small.LAUNCHES[0]),
+    ("fprop", "*fp16", True, 128, launches.SMALL[0].launch),
 )
 
 
@@ -61,7 +61,7 @@ def compiled(capability, product, dtype, blockwise, b_group, launch):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name.endswith("_ptr")},
     )
-    options = {"num_warps": small.NUM_WARPS, "num_stages": small.NUM_STAGES[4 if dtype == "*fp32" else 2]}
+    options = {"num_warps": launch.num_warps, "num_stages": 1 if dtype == "*fp32" else launch.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

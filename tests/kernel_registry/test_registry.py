@@ -65,6 +65,7 @@ def test_a_kernel_added_later_becomes_a_candidate():
         ({"dtype": "float64"}, "torch.native.linear"),
         ({"dtype": "float8_e4m3fn"}, "torch.native.linear"),
         ({"op": "bmm", "batch": 8}, "torch.native.bmm"),
+        ({"op": "many_linear", "batch": 8}, "torch.native.many_linear"),
         ({"op": "grouped_linear"}, "torch.grouped_mm.bf16"),
         ({"op": "grouped_linear", "dtype": "float32", "batch": 8}, "torch.grouped_mm.fp32"),
         ({"op": "grouped_linear", "dtype": "float64"}, "torch.native.grouped_linear"),

@@ -1,11 +1,6 @@
 """Grouped products of experts against the numpy model of the recipes; interpreted on a CPU, compiled on a GPU."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +9,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from loka.errors import ArgumentError, KernelError
 from loka.formats import RECIPES
+from loka.kernel_registry.triton.launch import CODES, Key
+from loka.kernel_registry.triton.launches import TUNABLES
 from loka.quantize import quantize
 from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, triton_devices
-from tests.kernel_registry.made_gemm import accumulation_bound, heavy_tailed, modelled, normal, with_zero_rows
+from tests.kernel_registry.made_gemm import heavy_tailed, normal, with_zero_rows
+from tests.kernel_registry.made_triton import assert_product, coded, compiled_elsewhere, model
 
 pytest.importorskip("triton")
 gemm = pytest.importorskip("loka.kernel_registry.triton.gemm")
@@ -59,20 +57,6 @@ def spans(offsets):
     return list(enumerate(itertools.pairwise(ends)))
 
 
-def close(got, a, b, k):
-    """Compare with a @ b.T in float64, within what an fp32 sum of k products in any order may be off."""
-    bound = accumulation_bound(a, b, k, got.dtype)
-    if got.is_cuda:  # tensor cores keep about 14 bits of a partial sum
-        bound = bound + 2.0**-12 * (np.abs(a) @ np.abs(b).T)
-    error = np.abs(got.double().cpu().numpy() - a @ b.T)
-    assert got.shape == error.shape
-    assert (error <= bound).all(), (error - bound).max()
-
-
-def model(x, recipe, role):
-    return modelled(x.detach().cpu().float().numpy(), recipe, role)
-
-
 # --- the three passes ---
 
 
@@ -86,7 +70,9 @@ def test_each_expert_gets_the_modelled_product(device, recipe, draw, routing):
     assert out.shape == (len(x), weight.shape[1])
     assert out.dtype == x.dtype
     for e, (start, end) in spans(offsets):
-        close(out[start:end], model(x[start:end], recipe, "input"), model(weight[e], recipe, "weight"), x.shape[1])
+        assert_product(
+            out[start:end], model(x[start:end], recipe, "input"), model(weight[e], recipe, "weight"), x.shape[1]
+        )
     assert not out[int(offsets[-1]) :].any()
 
 
@@ -101,8 +87,8 @@ def test_gradients_are_the_modelled_products(device, recipe, draw, routing):
     experts.grouped_linear(x, weight, offsets, recipe).backward(grad)
     for e, (start, end) in spans(offsets):
         own = grad[start:end]
-        close(x.grad[start:end], model(own, recipe, "grad_output"), model(weight[e].mT, recipe, "weight"), n)
-        close(weight.grad[e], model(own.mT, recipe, "grad_output"), model(x[start:end].mT, recipe, "input"), k)
+        assert_product(x.grad[start:end], model(own, recipe, "grad_output"), model(weight[e].mT, recipe, "weight"), n)
+        assert_product(weight.grad[e], model(own.mT, recipe, "grad_output"), model(x[start:end].mT, recipe, "input"), k)
     assert not x.grad[int(offsets[-1]) :].any()
 
 
@@ -115,13 +101,6 @@ def test_results_are_rounded_once_to_16_bits(device, recipe, dtype):
     exact = experts.grouped_linear(x.to(dtype).float(), weight.to(dtype).float(), offsets, recipe)
     assert out.dtype == dtype
     assert torch.equal(out, exact.to(dtype))
-
-
-def coded(recipe, x, weight):
-    (codes, scale), (weight_codes, weight_scale) = (
-        quantize(t, RECIPES[recipe].operand(role)) for t, role in ((x, "input"), (weight, "weight"))
-    )
-    return codes, weight_codes, scale, weight_scale
 
 
 @on_devices
@@ -321,18 +300,18 @@ def test_the_op_obeys_the_contract_of_custom_ops():
     torch.library.opcheck(torch.ops.loka.grouped_linear.default, (*leaves, offsets, "rowwise"), test_utils=tests)
 
 
+def untuned(tokens, experts):
+    key = Key("grouped", "rowwise", "fprop", CODES, tokens, 64, 64, experts)
+    return TUNABLES["grouped"].untuned(key, 1)
+
+
 def test_tiles_are_no_taller_than_experts_have_tokens():
-    heights = {tokens: grouped._launch(tokens, 64).block_m for tokens in (1, 64 * 16, 64 * 17, 64 * 64, 64 * 4096)}
+    heights = {tokens: untuned(tokens, 64).block_m for tokens in (1, 64 * 16, 64 * 17, 64 * 64, 64 * 4096)}
     assert list(heights.values()) == [16, 16, 32, 64, 128]
 
 
 def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("compiled_fused.py")), "grouped"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled_elsewhere(tmp_path, "compiled_fused.py", "grouped")
     for name, capability, shared, counts in found["rows"]:
         assert shared <= SHARED_KIB[capability] * 1024
         if name in ("rowwise", "blockwise"):
@@ -343,4 +322,3 @@ def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):
     # Inductor sees the kernels themselves, forward and backward, and that they write to nothing but their results.
     assert found["traced"] == [1, 2]
     assert "TRITON_INTERPRET=1" in found["refused"]
-    assert "assuming every input is mutated" not in done.stderr

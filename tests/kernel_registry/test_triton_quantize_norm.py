@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensorMode
 from loka.errors import KernelError
 from loka.formats import FORMATS, RECIPES
 from loka.kernel_registry.norm_act import block_norm
+from loka.kernel_registry.triton import launches
+from loka.kernel_registry.triton.launch import MAX_TILE
 from loka.quantize import cast, quantize
 from tests.kernel_registry.made_devices import triton_devices
 
@@ -131,8 +133,8 @@ def test_two_passes_give_what_one_gives(spec, activation, device, monkeypatch):
     x = correlated(20, 600)
     normal = exact_norm(x, 256)
     x = x.to(device)
-    monkeypatch.setattr(kernels, "_sides", lambda *_: None)
-    assert kernels._plan(x, True, (spec.group_rows, spec.group_k), (1, 256)).groups is None
+    monkeypatch.setattr(launches, "sides_of", lambda *_: None)
+    assert kernels.chosen(x, True, (spec.group_rows, spec.group_k), (1, 256))[1] is None
     options = {"activation": activation, "norm_block": 256}
     got = kernels.quantize_both(x, spec, **options)
     assert_quantised(got[:2], normal, activation, spec)
@@ -218,13 +220,13 @@ def test_norms_that_they_do_not_serve_are_refused_in_words(options, said):
 def test_every_tile_holds_whole_groups_and_whole_blocks(spec, both, norm):
     for shape in ((64, 256), (4096, 10413), (3, 70000), (70000, 3)):
         for x in (torch.empty(shape, device="meta"), torch.empty(shape[::-1], device="meta").t()):
-            plan = kernels._plan(x, both, (spec.group_rows, spec.group_k), norm)
-            assert plan.tile_m % norm[0] == 0
-            assert plan.tile_k % norm[1] == 0
-            assert plan.tile_m * plan.tile_k <= (2 * kernels.MAX_TILE if spec.group_k else kernels.MAX_TILE)
-            if plan.groups is not None:
-                assert plan.tile_m % plan.groups[0] == plan.tile_m % plan.groups[2] == 0
-                assert plan.tile_k % plan.groups[1] == plan.tile_k % plan.groups[3] == 0
+            launch, sides = kernels.chosen(x, both, (spec.group_rows, spec.group_k), norm)
+            assert launch.block_m % norm[0] == 0
+            assert launch.block_n % norm[1] == 0
+            assert launch.block_m * launch.block_n <= (2 * MAX_TILE if spec.group_k else MAX_TILE)
+            if sides is not None:
+                assert launch.block_m % sides[0] == launch.block_m % sides[2] == 0
+                assert launch.block_n % sides[1] == launch.block_n % sides[3] == 0
             else:
                 assert spec.group_k is None
 

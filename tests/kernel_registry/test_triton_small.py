@@ -1,12 +1,5 @@
 """Many small products in one launch against the numpy model and the definition; interpreted, or compiled on a GPU."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,10 +8,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from loka.errors import ArgumentError, KernelError
 from loka.formats import PASS_OPERANDS, RECIPES
 from loka.kernel_registry import emulated
+from loka.kernel_registry.triton.launches import TUNABLES
 from loka.quantize import quantize
 from tests.cases import DRAWS, VALUES, heavy_tailed, normal
 from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, triton_devices
-from tests.kernel_registry.made_gemm import accumulation_bound, modelled
+from tests.kernel_registry.made_triton import assert_product, compiled_elsewhere, model
 
 pytest.importorskip("triton")
 small = pytest.importorskip("loka.kernel_registry.triton.small")
@@ -34,15 +28,8 @@ SHAPES = [(32, 16, 64), (7, 13, 13), (1, 40, 140), (5, 3, 1), (6, 1, 33), (20, 1
 
 def assert_modelled(got, recipe, a, b, product):
     """Compare with the numpy model, within what an fp32 sum in any order may be off."""
-    role_a, role_b = PASS_OPERANDS[product]
-    model_a = modelled(a.detach().cpu().float().numpy(), recipe, role_a)
-    model_b = modelled(b.detach().cpu().float().numpy(), recipe, role_b)
-    bound = accumulation_bound(model_a, model_b, a.shape[1], got.dtype)
-    if got.is_cuda:  # tensor cores keep about 14 bits of a partial sum
-        bound += 2.0**-12 * (np.abs(model_a) @ np.abs(model_b).T)
-    error = np.abs(got.detach().double().cpu().numpy() - model_a @ model_b.T)
-    assert got.shape == error.shape
-    assert (error <= bound).all(), (recipe, product, tuple(a.shape), b.shape[0])
+    left, right = (model(x, recipe, role) for x, role in zip((a, b), PASS_OPERANDS[product], strict=True))
+    assert_product(got, left, right, a.shape[1])
 
 
 def drawn(shapes, draw=normal, device="cpu", dtype=torch.float32):
@@ -364,7 +351,8 @@ def test_a_table_that_varies_is_right_for_other_batches():
 )
 def test_tiles_suit_the_largest_product_and_hold_whole_groups(sizes, group, tile):
     rows = [small.Row(1, m, n, 64, 0, 0, 0, 64, 1, 64, 1) for m, n in sizes]
-    launch = small._launch(rows, group)
+    key = small._key(rows, "bfloat16", ("k", "k"), group > 1, group)
+    launch = TUNABLES["small"].untuned(key, 1)
     assert (launch.block_m, launch.block_n) == tile
 
 
@@ -377,12 +365,7 @@ def test_alignment_is_claimed_where_every_product_has_it():
 
 
 def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("compiled_small.py"))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled_elsewhere(tmp_path, "compiled_small.py")
     assert {capability for _, _, _, capability, _, _ in found["rows"]} == {89, 90, 100}
     for _, blockwise, block_m, capability, shared, counts in found["rows"]:
         assert shared <= SHARED_KIB[capability] * 1024
@@ -397,4 +380,3 @@ def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):
     assert found["traced"] == [[1, 2], [1, 2]]
     assert found["cloned"] == ["out_ptr"]
     assert "TRITON_INTERPRET=1" in found["refused"]
-    assert "assuming every input is mutated" not in done.stderr

@@ -4,9 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import loka.mods
-from loka.errors import ArgumentError, LokaWarning, ModError
+from loka.errors import ArgumentError, ModError
 from loka.mods import HardSwish, SquaredReLU
-from loka.mods.functional import callers
 
 
 class Swish(nn.Module):
@@ -60,62 +59,6 @@ def test_only_selects_and_names_the_nearest():
     assert isinstance(model["out"], nn.SiLU)
 
 
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.inner(self.fc(x))
-
-    def inner(self, x):
-        return F.silu(x)
-
-
-class Nested(Functional):
-    def inner(self, x):
-        return (lambda value: torch.nn.functional.silu(value))(x)
-
-
-class Held(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.act = F.silu
-
-
-class CallsModule(nn.Module):
-    """`self.silu(x)` is a module, not F.silu."""
-
-    def __init__(self):
-        super().__init__()
-        self.silu = nn.Identity()
-
-    def forward(self, x):
-        return self.silu(x)
-
-
-@pytest.mark.parametrize("kind", [Functional, Nested, Held])
-def test_functional_calls_are_named_when_no_module_matches(kind):
-    model = nn.Sequential(kind())
-    with pytest.raises(ModError, match=rf"Functional calls are not matched yet.*'0' \(class {kind.__name__}\)"):
-        loka.mods.apply(model, [HardSwish()])
-
-
-def test_functional_calls_next_to_modules_are_a_warning():
-    model = nn.Sequential(Functional(), nn.SiLU())
-    with pytest.warns(LokaWarning, match=r"'0' \(class Functional\)") as caught:
-        loka.mods.apply(model, [HardSwish()])
-    assert caught[0].filename == __file__
-    assert isinstance(model[1], nn.Hardswish)
-
-
-def test_a_module_of_the_same_name_is_no_functional_call():
-    assert callers(nn.Sequential(CallsModule(), nn.SiLU()), HardSwish.functions) == ()
-    with pytest.raises(ModError) as caught:
-        loka.mods.apply(nn.Sequential(CallsModule()), [HardSwish()])
-    assert "unctional" not in str(caught.value)
-
-
 def test_the_activation_of_a_transformer_layer_is_used_in_inference_too():
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation=nn.ReLU(), batch_first=True)
@@ -126,7 +69,50 @@ def test_the_activation_of_a_transformer_layer_is_used_in_inference_too():
         torch.testing.assert_close(model.eval()(x), expected)
 
 
-def test_the_functional_activation_of_a_transformer_layer_is_named():
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    with pytest.raises(ModError, match=r"the model \(class TransformerEncoderLayer\)"):
-        loka.mods.apply(model, [SquaredReLU()])
+class Held(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.act = function
+
+    def forward(self, x):
+        return self.act(x)
+
+
+def swish_of_the_user(x):
+    return x * x.sigmoid()
+
+
+@pytest.mark.parametrize("function", [F.silu, torch._C._nn.silu, swish_of_the_user, lambda x: torch.sigmoid(x) * x])
+def test_a_function_in_an_attribute_is_replaced_and_comes_back(function):
+    model = nn.Sequential(Held(function))
+    x = torch.linspace(-5, 5, 21)
+    applied = loka.mods.apply(model, [HardSwish()])
+    torch.testing.assert_close(model(x), F.hardswish(x))
+    assert applied.replacements[0].fqn == "0.act"
+    assert applied.replacements[0].after == "hard_swish"
+    with pytest.raises(ModError, match="applied already, in '0'"):
+        loka.mods.apply(model, [HardSwish()])
+    applied.undo()
+    assert model[0].act is function
+
+
+@pytest.mark.parametrize("function", [torch.sigmoid, lambda x: x * torch.sigmoid(1.702 * x), F.gelu, len])
+def test_a_function_that_is_not_swish_stays(function):
+    with pytest.raises(ModError, match="found nothing"):
+        loka.mods.apply(nn.Sequential(Held(function)), [HardSwish()])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_functional_activation_of_a_transformer_layer_is_replaced(training):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    reference = nn.TransformerEncoderLayer(16, 2, 32, 0.0, activation=lambda x: F.relu(x) ** 2, batch_first=True)
+    reference.load_state_dict(model.state_dict())
+    applied = loka.mods.apply(model, [SquaredReLU()])
+    assert [r.fqn for r in applied.replacements] == ["activation", "activation_relu_or_gelu"]
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.train(training)(x), reference.train(training)(x))
+    applied.undo()
+    assert model.activation is F.relu
+    assert model.activation_relu_or_gelu == 1

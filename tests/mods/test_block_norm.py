@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -109,24 +108,19 @@ def test_norms_over_the_last_dimension_are_replaced_with_their_eps():
     ]
 
 
-def test_other_norms_are_left_alone():
-    class ChannelsFirst(nn.LayerNorm):
-        def forward(self, input):
-            return F.layer_norm(input.mT, self.normalized_shape, self.weight, self.bias, self.eps).mT
-
-    model = nn.ModuleList(
-        [nn.LayerNorm(16), nn.LayerNorm([4, 16]), nn.BatchNorm1d(16), nn.GroupNorm(2, 16), ChannelsFirst(16)]
-    )
+def test_other_norms_are_left_alone_and_listed():
+    model = nn.ModuleList([nn.LayerNorm(16), nn.LayerNorm([4, 16]), nn.BatchNorm1d(16), nn.GroupNorm(2, 16)])
     kept = list(model)[1:]
-    loka.mods.apply(model, [BlockNorm(8)])
+    applied = loka.mods.apply(model, [BlockNorm(8)])
     assert isinstance(model[0], BlockRMSNorm)
     assert list(model)[1:] == kept
+    assert "left alone: '1 (LayerNorm)', '2 (BatchNorm1d)', '3 (GroupNorm)'" in applied.replacements[0].reason
 
 
 @pytest.mark.parametrize(
     ("norm", "words"),
     [
-        (nn.BatchNorm1d(16), "unsupported norm: BatchNorm1d"),
+        (nn.BatchNorm1d(16), "unsupported norm: BatchNorm1d takes its statistics over the batch"),
         (nn.GroupNorm(2, 16), "unsupported norm: GroupNorm"),
         (nn.LayerNorm([4, 16]), "unsupported norm: it spans the last 2 dimensions"),
     ],

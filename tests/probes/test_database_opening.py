@@ -99,7 +99,7 @@ def test_what_is_not_ours_is_refused_and_keeps_every_byte(tmp_path, make, words,
 @pytest.mark.parametrize("create", [True, False], ids=["create", "read"])
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(newer_schema, "has schema 99, this LoKA reads schema 2"), (cut_short, "damaged or cut short")],
+    [(newer_schema, "has schema 99, this LoKA reads schema 2 to 3"), (cut_short, "damaged or cut short")],
 )
 def test_a_database_of_ours_that_cannot_be_read_keeps_every_byte(tmp_path, make, words, create):
     path = tmp_path / "run.db"

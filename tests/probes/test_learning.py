@@ -14,7 +14,7 @@ from loka.numerics import product_error
 from loka.probes.database import open_database, read_learned, read_run, read_steps
 from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.gather import packed, unpacked
-from loka.probes.learning import LEARN_EVERY, STATISTICS, Learner, merged, restore
+from loka.probes.learning import EXTREMES, LEARN_EVERY, STATISTICS, Learner, merged, restore
 from loka.probes.measure import Sampled
 from loka.probes.predictions import predicted, read_predictions
 from loka.probes.records import LearnedRecord
@@ -57,10 +57,14 @@ def test_a_run_leaves_statistics_and_distributions_of_every_product(tmp_path):
     kinds = {(one.site, one.product, one.kind) for one in records}
     products = {("up", "fprop"), ("up", "wgrad"), ("down", "fprop"), ("down", "dgrad"), ("down", "wgrad")}
     operands = {("up", "fprop", "input"), ("down", "fprop", "input"), ("down", "dgrad", "grad_output")}
-    assert kinds == {(*product, STATISTICS) for product in products} | operands
+    extremes = {("up", "fprop", EXTREMES), ("down", "fprop", EXTREMES)}
+    assert kinds == {(*product, STATISTICS) for product in products} | operands | extremes
     assert {one.samples for one in records} == {12 // LEARN_EVERY}
     for record in records:
         state = restore(record)
+        if record.kind == EXTREMES:
+            assert state.rows.sum() == 64 * record.samples
+            continue
         if record.kind != STATISTICS:
             assert state.count == 64 * record.samples
             assert not any("rows" in name for name in unpacked(record.data))  # raw values stay with their owner

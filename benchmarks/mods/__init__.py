@@ -1,0 +1,1 @@
+"""What the mods are worth on trained models and real data."""

@@ -1,0 +1,165 @@
+"""`loka advise`: the mods that the evidence of a run calls for, each with its figure and what it would change.
+
+Nothing is measured and nothing is written. The rules are a table (`advise_rules`); where nothing is called for, or a
+rule has nothing to look at, the advice says so.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+
+from loka.bounds import Bound
+from loka.dispatch.decide import Decision
+from loka.dispatch.options import PlanOptions
+from loka.dispatch.planner import DEFAULT_BOUND, check_loss, decide_all, time_table
+from loka.dispatch.profile import DeviceProfile
+from loka.kernel_registry.registry import default_registry
+from loka.probes.database import open_database, read_timings
+from loka.probes.evidence import collect_evidence
+from loka.probes.trajectories import read_trajectories
+from loka.reports.advice import Advice, Checked, Figure, Hit, Rule, Suggestion
+from loka.reports.advise_case import Case
+from loka.reports.advise_rules import RULES
+
+_RANK = {"unsafe": 0, "undecided": 1, "slow": 2, "safe": 3}
+
+
+def advise(
+    db: str | os.PathLike[str],
+    bound: Bound = DEFAULT_BOUND,
+    *,
+    run: str | None = None,
+    device: torch.device | str | None = None,
+    device_profile: str | os.PathLike[str] | DeviceProfile | None = None,
+) -> Advice:
+    """Say which mods a probed run (the newest, unless `run` names one) calls for, and what each would change.
+
+    bound: what a product must hold to be safe. Times are those that the database holds for `device` (by default CUDA
+    if there is one), or those of a `device_profile`. Raises DatabaseError, EvidenceError, PlanError for a bad profile.
+    """
+    options = PlanOptions.of(device=device, device_profile=device_profile, measure=False)
+    engine = open_database(db, create=False)
+    try:
+        evidence = collect_evidence(engine, run, confidence=bound.confidence)
+        check_loss(evidence, bound)
+        profile = options.profile
+        timings = read_timings(engine, str(options.info)) if profile is None else profile.times
+        made = decide_all(evidence, bound, default_registry(), timings, options)
+        case = Case(
+            engine=engine,
+            evidence=evidence,
+            bound=bound,
+            decisions={(each.request.site, str(each.request.product)): each for each in made.decisions},
+            trajectories=read_trajectories(engine, evidence.info.id),
+            times=time_table(timings, options),
+            registry=default_registry(),
+            ceilings=None if profile is None else profile.ceilings,
+        )
+        suggestions, checked = _apply(RULES, case)
+        missing = _missing(case, str(options.info), made.decisions)
+    finally:
+        engine.dispose()
+    return Advice(
+        run=evidence.info.id,
+        model=evidence.info.model,
+        device=str(options.info),
+        bound=str(bound),
+        suggestions=tuple(sorted(suggestions, key=_urgency)),
+        checked=tuple(checked),
+        missing=missing,
+    )
+
+
+def _apply(rules: Sequence[Rule], case: Case) -> tuple[list[Suggestion], list[Checked]]:
+    suggestions: list[Suggestion] = []
+    checked = []
+    for rule in rules:
+        hits = list(rule.detect(case, suggestions))
+        found, aside = [], []
+        for hit in hits:
+            if hit.value < rule.threshold:
+                continue
+            predictions = None if hit.idle else rule.predict(case, hit)
+            if predictions is None or predictions.useless:
+                reason = hit.idle if predictions is None else predictions.useless
+                aside.append(f"{', '.join(hit.targets)}: {hit.words}, but {reason}")
+                continue
+            found.append(
+                Suggestion(
+                    rule=rule.name,
+                    mod=rule.mod,
+                    kind=rule.kind,
+                    targets=hit.targets,
+                    sites=tuple(case.state(site) for site in hit.sites),
+                    figure=Figure(
+                        name=rule.figure, value=hit.value, threshold=rule.threshold, source=rule.source, words=hit.words
+                    ),
+                    predictions=predictions,
+                    use=rule.use(hit, predictions),
+                )
+            )
+        suggestions += found
+        checked.append(_checked(rule, hits, len(found), tuple(aside), rule.spared(case)))
+    return suggestions, checked
+
+
+def _checked(rule: Rule, hits: Sequence[Hit], found: int, aside: tuple[str, ...], spared: str) -> Checked:
+    largest = max(hits, key=lambda hit: hit.value, default=None)
+    if found:
+        outcome = f"called for in {found} place{'s' if found > 1 else ''}"
+    elif largest is None:
+        outcome = f"not called for: {spared}" if spared else f"nothing to look at: {rule.lacks}"
+    elif aside:
+        more = f"; and {len(aside) - 1} more such" if len(aside) > 1 else ""
+        outcome = f"not called for: {aside[0]}{more}"
+    else:
+        outcome = f"not called for: at most {largest.value:.3g}, at {', '.join(largest.targets)}"
+    return Checked(
+        rule=rule.name,
+        mod=rule.mod,
+        figure=rule.figure,
+        threshold=rule.threshold,
+        source=rule.source,
+        looked_at=len(hits),
+        largest=None if largest is None else largest.value,
+        at="" if largest is None else ", ".join(largest.targets),
+        evidence=bool(hits or spared),
+        outcome=outcome,
+        set_aside=aside,
+    )
+
+
+def _urgency(suggestion: Suggestion) -> tuple[int, float]:
+    """Return the key by which the most urgent suggestion is the smallest: the worst site first, then the most work."""
+    rank = min((_RANK[each.status] for each in suggestion.sites), default=_RANK["safe"])
+    return rank, -math.fsum(each.flop_share for each in suggestion.sites)
+
+
+def _missing(case: Case, device: str, decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """Return what the run does not tell, and what to probe or measure for it."""
+    lines = []
+    if not case.trajectories:
+        lines.append(
+            "no training dynamics: the run saw no bias, and no norm or Swish as a module, or was probed before LoKA "
+            "recorded them. Probe again"
+        )
+    open_sites = {each.site for each in case.evidence.products if case.state(each.site).status == "undecided"}
+    if open_sites:
+        lines.append(f"{len(open_sites)} sites are undecided: probe for longer, or more often (every=...)")
+    unlearned = [
+        product.site
+        for product in case.forward()
+        if case.over_bound(product) and case.learned(product.site, "input") is None
+    ]
+    if unlearned:
+        lines.append(
+            f"nothing was learned of the input of {len(unlearned)} sites over the bound, e.g. {unlearned[0]}: their "
+            "outliers are not known. Distributions are learned from the third measurement of a product on"
+        )
+    if not len(case.times):
+        lines.append(f"no kernel was timed on {device}: run `loka bench DB`, or give --device-profile")
+    if not any(each.product == "dgrad" or each.product == "wgrad" for each in case.evidence.products):
+        lines.append("no backward product was seen: probe the training loop itself")
+    return tuple(lines)

@@ -1,0 +1,253 @@
+"""Which evidence calls for which mod: one row per rule, with its threshold and where that comes from.
+
+A detector yields every place that it can look at, with its figure; the threshold is applied to all alike. A place where
+the figure is reached and nothing would be gained is named with the reason, and not advised: because every recipe is
+within the bound there, or because the prediction shows no gain.
+"""
+
+import math
+from dataclasses import replace
+from typing import Final
+
+from loka.probes.trajectories import DIVERGED_BY, Trajectory
+from loka.reports.advice import Hit, Prediction, Predictions, Rule
+from loka.reports.advise_case import Case
+from loka.reports.advise_detect import (
+    ALIGNMENT,
+    SMALL_FLOPS,
+    cancelling_norms,
+    channel_outliers,
+    diverging_biases,
+    loud_rows,
+    misaligned,
+    parallel_linears,
+    rotatable_outliers,
+    scaled_norms,
+    stretched_swishes,
+)
+from loka.reports.advise_predict import of_loud_rows, of_transform, rotated, smoothed, unchanged
+from loka.reports.advise_times import fused_time, padded_time
+from loka.reports.words import percent
+
+_TRAINED: Final[str] = "not told: the model computes something else and is trained further, which no draw foresees"
+
+
+# --- predictors ---
+
+
+def _trained(case: Case, hit: Hit, underflow: Prediction, time: str) -> Predictions:
+    return Predictions(row_error=Prediction(how=_TRAINED), underflow=underflow, time_us=Prediction(how=time))
+
+
+def _without_bias(case: Case, hit: Hit) -> Predictions:
+    time = "not told: a bias is added in the epilogue of its GEMM, which was never timed without"
+    return _trained(case, hit, Prediction(how=_TRAINED), time)
+
+
+def _without_mean(case: Case, hit: Hit) -> Predictions:
+    return _trained(case, hit, Prediction(how=_TRAINED), "not told: norms are not timed, only products are")
+
+
+def _without_exponential(case: Case, hit: Hit) -> Predictions:
+    part = _part(case, hit.targets[0])
+    soft, hard = part.recent("underflow"), part.recent("hard_underflow")
+    how = "Swish and HardSwish of the same sampled rows, cast row-wise to e4m3: the share of the non-zero that is lost"
+    known = math.isfinite(soft) and math.isfinite(hard)
+    underflow = Prediction(before=soft, after=hard, recipe="rowwise", how=how) if known else Prediction(how=_TRAINED)
+    time = "not told: activations are not timed, only products are"
+    useless = f"no gain: {percent(soft)} would underflow as well" if known and hard >= soft else ""
+    return replace(_trained(case, hit, underflow, time), useless=useless)
+
+
+def _keeping_rows_high(case: Case, hit: Hit) -> Predictions:
+    time = Prediction(how="not told: the loud rows are one more, small product, which was never timed")
+    return of_loud_rows(case, hit, time)
+
+
+_DRAWN_BOTH: Final[str] = "the drawn product {} and as it is; their ratio times the measured error"
+
+
+def _smoothing(case: Case, hit: Hit) -> Predictions:
+    norm = case.norm_before(hit.sites[0])
+    if norm is None:
+        time = Prediction(
+            how="not told: no norm was seen to write its input, and scales need one, or a linear, to go to"
+        )
+    else:
+        decision = case.decisions.get((hit.sites[0], "fprop"))
+        now = decision.time_us if decision is not None else None
+        time = Prediction(before=now, after=now, how=f"unchanged: the scales go into {norm.name}")
+    return of_transform(case, hit, smoothed, _DRAWN_BOTH.format("with its features smoothed"), time)
+
+
+def _rotating(case: Case, hit: Hit) -> Predictions:
+    time = Prediction(how="not told: the rotation of its input was never timed")
+    return of_transform(case, hit, rotated, _DRAWN_BOTH.format("with its features balanced and rotated"), time)
+
+
+def _padding(case: Case, hit: Hit) -> Predictions:
+    error, underflow = unchanged(case, hit.sites, "zeros are exact, and enter no scale")
+    time = padded_time(case, hit.sites[0], ALIGNMENT)
+    return Predictions(row_error=error, underflow=underflow, time_us=time, useless=_slower(time))
+
+
+def _fusing(case: Case, hit: Hit) -> Predictions:
+    how = "each row of a weight keeps a scale of its own: at most the error of the worst of them"
+    error, underflow = unchanged(case, hit.sites, how, lambda recipe: recipe.operand("weight").group_rows == 1)
+    time = fused_time(case, hit.sites)
+    return Predictions(row_error=error, underflow=underflow, time_us=time, useless=_slower(time))
+
+
+def _folding(case: Case, hit: Hit) -> Predictions:
+    how = "not told: it changes the weight that is cast, and the database holds no weight"
+    time = "not told: norms are not timed, only products are"
+    return Predictions(row_error=Prediction(how=how), underflow=Prediction(how=how), time_us=Prediction(how=time))
+
+
+def _slower(time: Prediction) -> str:
+    if time.before is None or time.after is None or time.after < time.before:
+        return ""
+    return f"no gain: {time.before:.4g} us would be {time.after:.4g} us"
+
+
+def _within_bound(case: Case) -> str:
+    over = any(case.over_bound(product) for product in case.forward())
+    return "" if over else "every forward product of a linear layer is within the bound, with every recipe measured"
+
+
+def _recipe(found: Predictions) -> str:
+    """Return the recipe under which a mod is to measure its gain: the one that the prediction is of."""
+    return f"recipe={found.row_error.recipe!r}, " if found.row_error.recipe else ""
+
+
+def _one_module(hit: Hit) -> str:
+    return f"lambda module, fqn: fqn == {hit.targets[0].rpartition('.')[0]!r}"
+
+
+def _part(case: Case, name: str) -> Trajectory:
+    return next(each for each in case.trajectories if each.name == name)
+
+
+# --- the table ---
+
+
+_MORE_SAMPLES: Final[str] = (
+    "distributions of inputs are learned from the third measurement of a product on: probe for longer, or more often "
+    "(every=...), or with more overhead"
+)
+_NO_MODULES: Final[str] = "the run saw none: probe again with this LoKA, and write {} as modules, not as functions"
+
+RULES: Final[tuple[Rule, ...]] = (
+    Rule(
+        name="diverging_bias",
+        mod="NoBias",
+        kind="architectural",
+        figure="growth of the L2 norm of a bias that does not settle",
+        threshold=DIVERGED_BY,
+        source="LoKA (arXiv 2605.10886): biases that never settle reach 0.1",
+        lacks="no bias was seen on 8 sampled steps or more",
+        detect=diverging_biases,
+        predict=_without_bias,
+        use=lambda hit, found: f"loka.mods.NoBias()  # for {hit.targets[0]} alone: filter_fn={_one_module(hit)}",
+    ),
+    Rule(
+        name="mean_cancellation",
+        mod="BlockNorm",
+        kind="architectural",
+        figure="growth of rounding errors by subtracting the mean, rms / standard deviation",
+        threshold=2.0,
+        source="arithmetic: a twice as large error is what a format with one mantissa bit less makes",
+        lacks=_NO_MODULES.format("norms"),
+        detect=cancelling_norms,
+        predict=_without_mean,
+        use=lambda hit, found: f"loka.mods.BlockNorm(256, only={list(hit.targets)!r})",
+    ),
+    Rule(
+        name="exponential_stretch",
+        mod="HardSwish",
+        kind="architectural",
+        figure="share of the input of a Swish below -3",
+        threshold=0.05,
+        source="judgement: N(0, 1) has 0.1 % there; HardSwish is zero there, Swish tiny and never zero",
+        lacks=_NO_MODULES.format("activations"),
+        detect=stretched_swishes,
+        predict=_without_exponential,
+        use=lambda hit, found: f"loka.mods.HardSwish(only={list(hit.targets)!r})",
+    ),
+    Rule(
+        name="loud_rows",
+        mod="KeepRowsHigh",
+        kind="equivalent",
+        figure="share of an input's energy in its loud rows",
+        threshold=0.5,
+        source="judgement: most of it; the first token of a language model was measured at 99.7 %",
+        lacks=_MORE_SAMPLES,
+        spared=_within_bound,
+        detect=loud_rows,
+        predict=_keeping_rows_high,
+        use=lambda hit, found: f"loka.mods.KeepRowsHigh(columns=0, {_recipe(found)}only={list(hit.targets)!r})",
+    ),
+    Rule(
+        name="channel_outliers",
+        mod="Smooth",
+        kind="equivalent",
+        figure="largest feature over the median feature of an input",
+        threshold=20.0,
+        source="LLM.int8() (arXiv 2208.07339): outlier features are up to 20 times the others",
+        lacks=_MORE_SAMPLES,
+        spared=_within_bound,
+        detect=channel_outliers,
+        predict=_smoothing,
+        use=lambda hit, found: f"loka.mods.Smooth({_recipe(found)}only={list(hit.targets)!r})",
+    ),
+    Rule(
+        name="channel_outliers_rotated",
+        mod="Hadamard",
+        kind="equivalent",
+        figure="largest feature over the median feature of an input",
+        threshold=20.0,
+        source="LLM.int8() (arXiv 2208.07339): outlier features are up to 20 times the others",
+        lacks=_MORE_SAMPLES,
+        spared=_within_bound,
+        detect=rotatable_outliers,
+        predict=_rotating,
+        use=lambda hit, found: f"loka.mods.Hadamard({_recipe(found)}only={list(hit.targets)!r})",
+    ),
+    Rule(
+        name="misaligned",
+        mod="PadToAlignment",
+        kind="equivalent",
+        figure=f"elements beyond a multiple of {ALIGNMENT} in k or n",
+        threshold=1.0,
+        source=f"FP8 GEMMs take k and n that are multiples of {ALIGNMENT}; others are padded at every call",
+        lacks="no forward product of a linear layer was seen",
+        detect=misaligned,
+        predict=_padding,
+        use=lambda hit, found: f"loka.mods.PadToAlignment(only={list(hit.targets)!r})",
+    ),
+    Rule(
+        name="parallel_linears",
+        mod="FuseParallelLinears",
+        kind="equivalent",
+        figure="small linears that read one input",
+        threshold=2.0,
+        source=f"judgement: each of at most {SMALL_FLOPS / 1e9:.3g} GFLOP (2048 x 512 x 512), where casts cost most",
+        lacks="the run saw no linear layer that shares its input with another of the same module",
+        detect=parallel_linears,
+        predict=_fusing,
+        use=lambda hit, found: f"loka.mods.FuseParallelLinears(only={list(hit.targets)!r})",
+    ),
+    # Last: it looks at what the others suggest.
+    Rule(
+        name="norm_scale",
+        mod="FoldNorm",
+        kind="equivalent",
+        figure="suggestions that would drop the scale of a norm",
+        threshold=1.0,
+        source="folding alone gains nothing: only with a mod that it enables",
+        lacks="no norm was seen whose output a linear reads",
+        detect=scaled_norms,
+        predict=_folding,
+        use=lambda hit, found: f"loka.mods.FoldNorm()  # for {hit.targets[0]} alone: filter_fn",
+    ),
+)
