@@ -21,7 +21,7 @@ from loka.dispatch.reroute import Reroute, Route
 from loka.dispatch.routing import SiteKernels, device_of, site_kernels
 from loka.dispatch.weights import forget, halves_of, keep
 from loka.errors import PlanError
-from loka.naming import clean_fqn, unwrap
+from loka.naming import BASE_CLASS, clean_fqn, unwrap
 
 # Modules whose own forward does not run the product of the weight they hold: it happens in a module above.
 _HOLDERS: Final = (
@@ -40,7 +40,6 @@ _TABLES: Final = (nn.Embedding, nn.EmbeddingBag)
 FUSING: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 _MARK: Final = "_loka_routes"  # name of a parameter in the module -> Route
 FROZEN: Final = "_loka_frozen"  # of a layer that `freeze` has stored: its kernel, recipe and whether it is traceable
-_BASE: Final = "_loka_base"  # in a class made here: the class that it was made of
 
 
 def convert(
@@ -253,7 +252,7 @@ def _converted_class(kind: Kind, base: Any) -> Any:
         return make, arguments, *state
 
     forward = planned if kind == "Planned" else routed
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__, "__doc__": None, _BASE: base}
+    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__, "__doc__": None, BASE_CLASS: base}
     made = type(f"{kind}{base.__name__}", (base,), members)
     return made
 
@@ -263,13 +262,13 @@ def _reverted_class(made: Any) -> Any:
 
     Parametrisations and FSDP make such classes, and parametrisations add properties to the class that they find.
     """
-    if not any(_BASE in vars(each) for each in made.__mro__):
+    if not any(BASE_CLASS in vars(each) for each in made.__mro__):
         return made
     own = {key: value for key, value in vars(made).items() if key not in ("__dict__", "__weakref__")}
-    if _BASE not in own:
+    if BASE_CLASS not in own:
         name = made.__name__.replace("Planned", "").replace("Routed", "")
         return type(made)(name, tuple(map(_reverted_class, made.__bases__)), own)
-    base = own[_BASE]
+    base = own[BASE_CLASS]
     added = {key: value for key, value in own.items() if isinstance(value, property)}
     # Beside the properties that were there before: they are removed one by one from the class that a module has.
     return type(made)(base.__name__, base.__bases__, {**vars(base), **added}) if added else base

@@ -9,11 +9,12 @@ each other expert has to be within it by itself.
 from dataclasses import dataclass, replace
 from typing import Final
 
+from loka.bounds import Limit
 from loka.dispatch.candidates import Case, Code, Considered, Objection, objection_to_time
 from loka.dispatch.decide import Decision
 from loka.dispatch.profile import KernelTime
-from loka.probes.expert_verdicts import judge_experts, unsafe_experts
-from loka.probes.experts import ExpertStatistics
+from loka.probes.experts.statistics import ExpertStatistics
+from loka.probes.experts.verdicts import judge_experts, unsafe_experts
 
 # Share of the tokens that kept experts may get: beyond, hardly anything is left to gain.
 _MOST_TOKENS: Final[float] = 0.5
@@ -55,9 +56,10 @@ def without_unsafe_experts(
     answered: set[str] = set()
     for case, objection in [(case, None) for case in considered.admissible] + list(considered.rejected):
         recipe = case.spec.recipe or ""
-        if recipe in shares and _may_stay(objection, case, experts, considered, confidence):
+        share = shares.get(recipe)
+        if share is not None and _may_stay(objection, case, share, experts, (considered.limit, confidence)):
             answered |= {recipe} if objection is not None else set()
-            case, objection = _charged(case, shares[recipe], kept[recipe])
+            case, objection = _charged(case, share, kept[recipe])
         if objection is None:
             admissible.append(case)
         else:
@@ -90,14 +92,14 @@ def _cases(considered: Considered) -> tuple[Case, ...]:
 
 
 def _may_stay(
-    objection: Objection | None, case: Case, experts: ExpertStatistics, considered: Considered, confidence: float
+    objection: Objection | None, case: Case, share: float, experts: ExpertStatistics, held_to: tuple[Limit, float]
 ) -> bool:
     """Whether a candidate is asked again without its unsafe experts."""
     if objection is None:
         return True
-    if objection[0] not in _OF_ERROR:
+    if objection[0] not in _OF_ERROR or share > _MOST_TOKENS:
         return False
-    verdicts = judge_experts(experts, case.spec.recipe or "", considered.limit, confidence)
+    verdicts = judge_experts(experts, case.spec.recipe or "", *held_to)
     others = [expert for expert in range(experts.experts) if expert not in experts.idle]
     return all(verdicts.get(expert) in ("safe", "unsafe") for expert in others)
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from loka.dispatch.planner import plan
     from loka.dispatch.transformers_experts import register_experts
     from loka.errors import LokaError, LokaWarning
-    from loka.probes.routing import trace_routing
+    from loka.probes.routing.recorder import trace_routing
     from loka.probes.session import probe
-    from loka.reports.advise import advise
+    from loka.reports.advise.report import advise
 
 __all__ = [
     "Bound",
@@ -56,7 +56,7 @@ _HOMES: Final[dict[str, str]] = {
     "LokaError": "loka.errors",
     "LokaWarning": "loka.errors",
     "Plan": "loka.dispatch.plan",
-    "advise": "loka.reports.advise",
+    "advise": "loka.reports.advise.report",
     "convert": "loka.dispatch.convert",
     "freeze": "loka.dispatch.freeze",
     "kernel_executions": "loka.dispatch.executions",
@@ -65,7 +65,7 @@ _HOMES: Final[dict[str, str]] = {
     "probe": "loka.probes.session",
     "register_experts": "loka.dispatch.transformers_experts",
     "revert": "loka.dispatch.convert",
-    "trace_routing": "loka.probes.routing",
+    "trace_routing": "loka.probes.routing.recorder",
 }
 
 logging.getLogger("loka").addHandler(logging.NullHandler())

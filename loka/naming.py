@@ -17,6 +17,17 @@ def clean_fqn(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
+# In a class that a conversion makes: the class that it was made of.
+BASE_CLASS: Final[str] = "_loka_base"
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, of a converted one that of the class it had before."""
+    made = type(module)
+    base = vars(made).get(BASE_CLASS, made)
+    return str(base.__name__)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's own root module behind compile, DistributedDataParallel and DataParallel wrappers."""
     while True:

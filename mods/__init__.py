@@ -5,7 +5,6 @@ if __name__ != "loka.mods":
 
 from loka.mods.block_norm import BlockNorm
 from loka.mods.edits import Replacement
-from loka.mods.equivalent import EquivalentMod, Refusal
 from loka.mods.fold_norm import FoldNorm
 from loka.mods.fuse import FuseParallelLinears
 from loka.mods.fuse_epilogue import FuseEpilogue
@@ -18,6 +17,7 @@ from loka.mods.pad import PadToAlignment
 from loka.mods.rewrite import Applied, apply
 from loka.mods.smooth import Smooth
 from loka.mods.squared_relu import SquaredReLU
+from loka.mods.trial.equivalent import EquivalentMod, Refusal
 
 SplitOutlierRows = KeepRowsHigh  # the name others give it
 

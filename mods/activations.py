@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from loka.mods import stand_ins
-from loka.mods.calls import Pattern, call_claim, calls_in, exchanged
 from loka.mods.claims import Claim, Mod, listing, walk
 from loka.mods.fused_linear import FusedLinearNormAct
+from loka.mods.source import stand_ins
+from loka.mods.source.calls import Pattern, call_claim, calls_in, exchanged
 from loka.selection import Selection, select
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from loka.errors import ArgumentError
 from loka.kernel_registry.norm_act import NORM_BLOCK, block_norm
-from loka.mods.calls import call_claim, calls_in, exchanged
 from loka.mods.claims import Claim, Mod, listing, walk
 from loka.mods.fused_linear import FusedLinearNormAct
-from loka.mods.methods import parameters_read, read_there_alone
 from loka.mods.norms import NormCalls, feature_norm
+from loka.mods.source.calls import call_claim, calls_in, exchanged
+from loka.mods.source.methods import parameters_read, read_there_alone
 from loka.numerics import MIN_COLUMNS
 from loka.selection import Selection, select
 
@@ -56,7 +56,7 @@ class BlockNorm(Mod):
 
     Modules are nn.LayerNorm, nn.RMSNorm, and those of other classes that compute the same (LlamaRMSNorm, T5LayerNorm,
     your own), which are recognised by their numbers; they become `BlockRMSNorm`. Calls of F.layer_norm and F.rms_norm
-    in methods go to a function that does the same (see `loka.mods.calls`); one over several dimensions, where only the
+    in methods go to a function that does the same (`mods.source.calls`); one over several dimensions, where only the
     running shows that, computes what it did. Other norms (over the batch, groups, several dimensions), and those whose
     weight another module reads, are left alone, as the reason in each replacement says, and refused when `only` selects
     them.

@@ -14,11 +14,11 @@ from typing import Final
 from torch import nn
 
 from loka.mods.block_norm import BlockRMSNorm
-from loka.mods.calls import Call, exchanged
 from loka.mods.claims import CARRIED_HOOKS
 from loka.mods.fused_linear import Activation
-from loka.mods.methods import scopes
-from loka.mods.scope import Scope, blocks_of
+from loka.mods.source.calls import Call, exchanged
+from loka.mods.source.methods import scopes
+from loka.mods.source.scope import Scope, blocks_of
 from loka.mods.squared_relu import ReLUSquared
 
 _MODULES: Final[dict[type[nn.Module], Activation]] = {nn.Hardswish: "hard_swish", ReLUSquared: "squared_relu"}

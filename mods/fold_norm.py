@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from loka.mods.claims import Claim, listing, walk
-from loka.mods.equivalent import EquivalentMod, Place, Proposal, Refusal, exact, linears, renewed, unsuited
-from loka.mods.observe import Traffic
 from loka.mods.scaled_norms import is_scaled_norm, shift_of, without_scale
+from loka.mods.trial.equivalent import EquivalentMod, Place, Proposal, Refusal, exact, linears, renewed, unsuited
+from loka.mods.trial.observe import Traffic
 
 
 @dataclass(frozen=True, slots=True)

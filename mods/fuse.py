@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loka.mods.claims import CARRIED_HOOKS, Claim, listing
-from loka.mods.equivalent import EquivalentMod, Place, Proposal, Refusal, linears, make_linear, unsuited
-from loka.mods.observe import Traffic
-from loka.mods.wrapping import LinearWrapper, multiply
+from loka.mods.trial.equivalent import EquivalentMod, Place, Proposal, Refusal, linears, make_linear, unsuited
+from loka.mods.trial.observe import Traffic
+from loka.mods.trial.wrapping import LinearWrapper, multiply
 from loka.selection import Selection
 
 Named = tuple[str, nn.Linear]

@@ -13,11 +13,11 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from loka.mods.block_norm import BlockRMSNorm
-from loka.mods.calls import Call, Rewrite, exchanged
 from loka.mods.chains import Chain, chains_in
 from loka.mods.claims import CLASS_SLOT, Claim, Mod, listing, walk
 from loka.mods.fused_linear import FusedLinearNormAct, fused_class
-from loka.mods.methods import written_as
+from loka.mods.source.calls import Call, Rewrite, exchanged
+from loka.mods.source.methods import written_as
 from loka.selection import Selection, select
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from loka.errors import ArgumentError, nearest
 from loka.hardware import FP8_CAPABILITY, has_capability
 from loka.kernel_registry.norm_act import NORM_BLOCK, block_norm
-from loka.mods.stand_ins import squared_relu
+from loka.mods.source.stand_ins import squared_relu
 from loka.stepping_aside import steps_aside
 
 Activation = Literal["hard_swish", "squared_relu", "none"]

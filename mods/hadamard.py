@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from loka.errors import ArgumentError
 from loka.formats import Recipe
 from loka.mods.claims import Claim, listing
-from loka.mods.equivalent import (
+from loka.mods.rotation import BALANCES, Balance, Mixing, Rotation, balanced_basis, channel_scale
+from loka.mods.trial.equivalent import (
     MIN_GAIN,
     MIN_GAIN_AT_A_COST,
     NOT_CALLED,
@@ -29,10 +30,9 @@ from loka.mods.equivalent import (
     renewed,
     unsuited,
 )
-from loka.mods.gain import error_of, rounded_product, rounding_error
-from loka.mods.observe import LinearTraffic, Traffic
-from loka.mods.rotation import BALANCES, Balance, Mixing, Rotation, balanced_basis, channel_scale
-from loka.mods.wrapping import KeptLinear, LinearWrapper, multiply
+from loka.mods.trial.gain import error_of, rounded_product, rounding_error
+from loka.mods.trial.observe import LinearTraffic, Traffic
+from loka.mods.trial.wrapping import KeptLinear, LinearWrapper, multiply
 from loka.selection import Selection
 
 Named = tuple[str, nn.Linear]

@@ -12,8 +12,8 @@ from typing import ClassVar, Final
 from torch import nn
 
 from loka.mods.activations import ActivationMod
-from loka.mods.calls import Pattern
-from loka.mods.patterns import SwishCalls, is_swish
+from loka.mods.source.calls import Pattern
+from loka.mods.source.patterns import SwishCalls, is_swish
 
 # Names that Swish goes by in classes of users and libraries.
 _NAMES: Final[frozenset[str]] = frozenset({"swish", "silu", "siluactivation", "memoryefficientswish"})
@@ -26,7 +26,7 @@ class HardSwish(ActivationMod):
     Modules are nn.SiLU and parameter-free ones of classes named Swish or SiLU. Calls are `F.silu(x)`, a function of
     yours that computes Swish, `x * torch.sigmoid(x)` in its usual spellings, and SwishNorm, which is
     `x * torch.sigmoid(norm(x))`: its gate becomes hard and keeps its norm, for BlockNorm to replace. The module that
-    makes such a call gets a class made from its own (see `loka.mods.calls`) and stays the same object. A Swish with a
+    makes such a call gets a class made from its own (see `mods.source.calls`) and stays the same object. A Swish with a
     learned slope and a sigmoid that gates something else are left alone; calls in functions that are not methods are
     not followed.
 

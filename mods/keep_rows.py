@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from loka.errors import ArgumentError
 from loka.mods.claims import Claim
-from loka.mods.equivalent import (
+from loka.mods.trial.equivalent import (
     MIN_GAIN_AT_A_COST,
     NOT_CALLED,
     EquivalentMod,
@@ -30,9 +30,9 @@ from loka.mods.equivalent import (
     renewed,
     unsuited,
 )
-from loka.mods.gain import error_of, rounded_product, rounding_error
-from loka.mods.observe import LinearTraffic, Traffic
-from loka.mods.wrapping import KeptLinear, LinearWrapper, multiply
+from loka.mods.trial.gain import error_of, rounded_product, rounding_error
+from loka.mods.trial.observe import LinearTraffic, Traffic
+from loka.mods.trial.wrapping import KeptLinear, LinearWrapper, multiply
 from loka.selection import Selection
 
 # X W^T in some precision.

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loka.mods.calls import Match, Pattern
-from loka.mods.scope import Known, Scope
+from loka.mods.source.calls import Match, Pattern
+from loka.mods.source.scope import Known, Scope
 
 _LAYER_NORMS: Final = (F.layer_norm, torch.layer_norm)
 _RMS_NORMS: Final = (F.rms_norm, torch.rms_norm)

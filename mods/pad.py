@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from loka.errors import ArgumentError
 from loka.mods.claims import Claim
-from loka.mods.equivalent import EquivalentMod, Place, Proposal, Refusal, linears, make_linear, unsuited
-from loka.mods.observe import Traffic
-from loka.mods.wrapping import LinearWrapper, multiply
+from loka.mods.trial.equivalent import EquivalentMod, Place, Proposal, Refusal, linears, make_linear, unsuited
+from loka.mods.trial.observe import Traffic
+from loka.mods.trial.wrapping import LinearWrapper, multiply
 from loka.selection import Selection
 
 

@@ -25,13 +25,13 @@ import torch
 from torch import nn
 
 from loka.errors import ArgumentError, ModError
-from loka.mods.calls import merged
 from loka.mods.checks import check_built, gather, refuse_unready, without_conflicts
 from loka.mods.claims import Claim, FilterFn, Mod
 from loka.mods.edits import Edit, Replacement, edits_of, in_words, inherit, take_back, write
-from loka.mods.equivalent import Batch, EquivalentMod, Refusal
 from loka.mods.fast_paths import side_claims
-from loka.mods.verify import checked_trial, keep_equivalent
+from loka.mods.source.calls import merged
+from loka.mods.trial.equivalent import Batch, EquivalentMod, Refusal
+from loka.mods.trial.verify import checked_trial, keep_equivalent
 
 logger = logging.getLogger("loka.mods")
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from loka.errors import ArgumentError
-from loka.mods.equivalent import exact
+from loka.mods.trial.equivalent import exact
 
 Balance = Literal["none", "channel", "full"]
 BALANCES: Final[tuple[Balance, ...]] = ("none", "channel", "full")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from loka.errors import ArgumentError
 from loka.mods.claims import Claim, listing, walk
-from loka.mods.equivalent import (
+from loka.mods.scaled_norms import is_scaled_norm, without_scale
+from loka.mods.trial.equivalent import (
     MIN_GAIN,
     NOT_CALLED,
     EquivalentMod,
@@ -29,9 +30,8 @@ from loka.mods.equivalent import (
     renewed,
     unsuited,
 )
-from loka.mods.gain import rounding_error
-from loka.mods.observe import Traffic
-from loka.mods.scaled_norms import is_scaled_norm, without_scale
+from loka.mods.trial.gain import rounding_error
+from loka.mods.trial.observe import Traffic
 
 # What is tried where no alpha is given.
 ALPHAS: Final[tuple[float, ...]] = (0.35, 0.5, 0.65, 0.8)

@@ -10,10 +10,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from loka.mods.activations import ActivationMod
-from loka.mods.calls import Pattern
-from loka.mods.methods import written_as
-from loka.mods.patterns import RELU, ReluCalls, computes
-from loka.mods.stand_ins import squared_relu
+from loka.mods.source.calls import Pattern
+from loka.mods.source.methods import written_as
+from loka.mods.source.patterns import RELU, ReluCalls, computes
+from loka.mods.source.stand_ins import squared_relu
 
 
 class ReLUSquared(nn.Module):
@@ -29,7 +29,7 @@ class SquaredReLU(ActivationMod):
     """Replace ReLU by relu(x)^2, wherever it is: nn.ReLU, in attributes that hold F.relu, in calls.
 
     Calls are `F.relu(x)`, `torch.relu(x)`, `x.relu()` and their forms in place. A ReLU that is squared already is left
-    alone. The module that makes a call gets a class made from its own (see `loka.mods.calls`) and stays the same
+    alone. The module that makes a call gets a class made from its own (see `loka.mods.source.calls`) and stays the same
     object; calls in functions that are not methods are not followed.
 
     `only`: patterns (see `loka.selection`) of the modules to replace it in, all by default.

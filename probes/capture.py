@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from loka.formats import Pass
 from loka.probes.convolution import convolution_gemm, convolution_gradients
 from loka.probes.dynamics import DynamicsMeter
+from loka.probes.experts.slices import Slice
 from loka.probes.products import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
@@ -41,7 +42,6 @@ from loka.probes.products import (
     per_expert,
 )
 from loka.probes.sites import OUTSIDE, SiteKey, SiteMap, is_plain
-from loka.probes.slices import Slice
 from loka.probes.storage import Place
 
 # What a dispatch mode costs per aten op; charged to the probe.

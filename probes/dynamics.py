@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from loka.formats import RECIPES
-from loka.naming import clean_fqn
+from loka.naming import class_name, clean_fqn
 from loka.probes.records import DynamicsKind, DynamicsRecord
 from loka.probes.sites import SiteKey
 from loka.probes.storage import hold, storage_key
@@ -50,7 +50,7 @@ QUANTITIES: Final[dict[DynamicsKind, tuple[str, ...]]] = {
 
 def kind_of(module: nn.Module) -> DynamicsKind | None:
     """Return what a module is to the dynamics: a norm over features, a Swish without parameters, or nothing."""
-    name = type(module).__name__.lower()
+    name = class_name(module).lower()
     if module._modules:
         return None
     if any(word in name for word in _SWISHES):
@@ -118,7 +118,7 @@ class DynamicsMeter:
             DynamicsRecord(
                 name=name,
                 kind=found.kind,
-                module=type(found.module).__name__,
+                module=class_name(found.module),
                 parameters=tuple(key for key, value in found.module._parameters.items() if value is not None),
                 feeds=tuple(sites[site] for site in found.feeds if site in sites),
                 **dict(zip(QUANTITIES[found.kind], numbers, strict=True)),
@@ -214,4 +214,4 @@ def _bias_records(model: nn.Module) -> Iterable[DynamicsRecord]:
         sizes.update(zip(positions, zip(norms, amaxes, strict=True), strict=True))
     for position, (name, module, _) in enumerate(found):
         norm, amax = sizes[position]
-        yield DynamicsRecord(name=name, kind="bias", module=type(module).__name__, norm=norm, amax=amax)
+        yield DynamicsRecord(name=name, kind="bias", module=class_name(module), norm=norm, amax=amax)

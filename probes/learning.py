@@ -21,7 +21,7 @@ from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.extremes import Extremes
 from loka.probes.distributions.gather import packed, unpacked
 from loka.probes.distributions.learned import OperandDistribution
-from loka.probes.experts import ExpertStatistics
+from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.measure import Sampled
 from loka.probes.records import LearnedRecord
 from loka.probes.row_counts import CallRows

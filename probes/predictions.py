@@ -17,7 +17,7 @@ from loka.errors import ArgumentError
 from loka.formats import RECIPES, Pass
 from loka.numerics import gate_for
 from loka.probes.database import read_learned
-from loka.probes.experts import ExpertStatistics
+from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.learning import EXPERTS, SHARED_INPUT, STATISTICS, restore
 from loka.probes.records import LearnedRecord
 from loka.probes.shared_inputs import families

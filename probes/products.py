@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from loka.formats import Pass
+from loka.probes.experts.slices import Slice
 from loka.probes.sites import SiteKey
-from loka.probes.slices import Slice
 from loka.probes.storage import Place
 
 aten = torch.ops.aten

@@ -17,7 +17,7 @@ from loka.formats import Pass, Recipe
 from loka.probes.budget import Budget
 from loka.probes.capture import Capture, Sighting
 from loka.probes.dynamics import SHARE, DynamicsMeter, watched_modules
-from loka.probes.experts import ExpertStatistics
+from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.impact import ImpactMeter, Turns, block_of
 from loka.probes.learning import LEARN_EVERY, Learner
 from loka.probes.losses import LossHook, apply_hook, items_of

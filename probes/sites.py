@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from loka.naming import clean_fqn
-from loka.probes.slices import Slice
+from loka.probes.experts.slices import Slice
 from loka.probes.storage import hold, inner_tensors, storage_key
 
 FilterFn = Callable[[nn.Module, str], bool]

@@ -18,7 +18,7 @@ from loka.bounds import Limit
 from loka.formats import Pass, Role
 from loka.numerics import Gate, decibels
 from loka.probes.drift import Drift
-from loka.probes.experts import ExpertStatistics
+from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.loss_evidence import LossEvidence
 from loka.probes.records import Event, OperandRecord, RunInfo, RunProgress
 from loka.probes.row_counts import RowCounts

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from loka.bounds import Limit
-from loka.probes.expert_verdicts import judge_experts, unsafe_experts
-from loka.probes.experts import ExpertError, ExpertStatistics
+from loka.probes.experts.statistics import ExpertError, ExpertStatistics
+from loka.probes.experts.verdicts import judge_experts, unsafe_experts
 
 # Experts named in a sentence.
 _NAMED: Final[int] = 5
@@ -93,3 +93,20 @@ def _listed(experts: list[int]) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def expert_lines(found: Mapping[tuple[str, str], ExpertStatistics]) -> list[str]:
+    """Return lines on the experts of some products, the worst under each recipe first."""
+    lines = []
+    for (site, product), statistics in found.items():
+        lines.append(
+            f"experts of {site} {product}: {statistics.experts}, {len(statistics.idle)} without any token in "
+            f"{statistics.steps} steps, the busiest has {statistics.imbalance:.3g} times the mean"
+        )
+        for recipe in statistics.recipes:
+            worst = ", ".join(
+                f"{each.expert} {each.mean:.3g} ({each.samples} steps, {each.tokens:.3g} tokens)"
+                for each in statistics.errors(recipe)[:_NAMED]
+            )
+            lines.append(f"  {recipe}: {worst or 'each expert was measured too rarely'}")
+    return lines

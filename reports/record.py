@@ -22,7 +22,7 @@ from loka.dispatch.judged import no_loss
 from loka.errors import ArgumentError
 from loka.probes.drift import Drift
 from loka.probes.evidence import LossEvidence, ProductEvidence, RecipeEvidence, RunEvidence
-from loka.probes.expert_layers import parts_of
+from loka.probes.experts.layers import parts_of
 from loka.probes.records import OperandRecord
 from loka.reports.experts import experts_of
 from loka.reports.summary import summarise

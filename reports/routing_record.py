@@ -24,7 +24,7 @@
                       "between": [the same, layers [a, b]]},
      "refused": {"shifts" | "classification": why there is none, in words}}
 
-Numbers that do not exist, for want of tokens, are null. The measures are defined in `loka.probes.routing_statistics`.
+Numbers that do not exist, for want of tokens, are null. The measures are defined in `loka.probes.routing.statistics`.
 """
 
 import statistics
@@ -33,8 +33,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, TypeVar
 
 from loka.errors import EvidenceError
-from loka.probes.routing_classify import guess_domain
-from loka.probes.routing_statistics import (
+from loka.probes.routing.classify import guess_domain
+from loka.probes.routing.statistics import (
     DEGENERATE,
     MOST_REQUESTS,
     coactivations,
@@ -42,7 +42,7 @@ from loka.probes.routing_statistics import (
     layer_loads,
     phase_correlations,
 )
-from loka.probes.routing_trace import PHASES, RoutingTrace
+from loka.probes.routing.trace import PHASES, RoutingTrace
 from loka.reports.words import number, percent, plain
 
 SCHEMA: Final[int] = 1

@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from loka.probes.routing_statistics import summed
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.statistics import summed
+from loka.probes.routing.trace import RoutingTrace
 from loka.reports.html_report import html_environment, inline, source_hash
 from loka.reports.markdown import code, line, text
 from loka.reports.routing_record import RoutingReport, RoutingTable, routing_report, routing_tables

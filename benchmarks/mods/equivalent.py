@@ -31,8 +31,8 @@ from benchmarks.truth.materials import Material, build, missing
 from loka.formats import Recipe, recipe
 from loka.mods import FoldNorm, FuseParallelLinears, Hadamard, KeepRowsHigh, Smooth
 from loka.mods.claims import Mod
-from loka.mods.gain import rounded_product
-from loka.mods.wrapping import KeptLinear, LinearWrapper
+from loka.mods.trial.gain import rounded_product
+from loka.mods.trial.wrapping import KeptLinear, LinearWrapper
 from loka.numerics import product_error
 
 RECIPES: Final[tuple[str, ...]] = ("rowwise", "tensorwise")

@@ -59,6 +59,8 @@ def _cell(arm: Mapping[str, Any], yardstick: str, place: str) -> str:
         return ""
     if found["low"] is None:
         return f"{found['mean']:+.3f} [1]"
+    if max(-found["low"], found["high"]) < 0.0005:
+        return f"below 0.001 [{found['seeds']}]"
     text = f"{found['mean']:+.3f} +- {found['high'] - found['mean']:.3f}"
     text = f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
     return f"{text} [{found['seeds']}]"

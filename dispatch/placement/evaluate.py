@@ -16,7 +16,7 @@ from loka.dispatch.placement.record import METHODS, Placement
 from loka.dispatch.placement.signature import groups_of
 from loka.dispatch.placement.usage import group_use, only_layers
 from loka.errors import ArgumentError
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.trace import RoutingTrace
 
 SCHEMA: Final[int] = 1
 ELEMENT_BYTES: Final[int] = 2  # bf16

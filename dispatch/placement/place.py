@@ -33,7 +33,7 @@ from loka.dispatch.placement.usage import (
     usable_layers,
 )
 from loka.errors import ArgumentError
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.trace import RoutingTrace
 from loka.version import VERSION
 
 SAMPLE: Final[int] = 768  # requests that groups and predictions are fitted to; places are fitted to all of them

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from loka.errors import ArgumentError
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.trace import RoutingTrace
 
 DEGENERATE_SHARE: Final[float] = 0.9
 _CHUNK: Final[int] = 512  # requests that are unpacked to floats at once

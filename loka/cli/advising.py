@@ -40,8 +40,8 @@ def advise(  # noqa: PLR0913 - one parameter per flag
 ) -> None:
     """Say which mods a probed run calls for, from which figure, and what each would change."""
     from loka.bounds import parse_bound
-    from loka.reports.advise import advise as make_advice
-    from loka.reports.advise_text import advice_json, advice_markdown, advice_plain, advice_text
+    from loka.reports.advise.report import advise as make_advice
+    from loka.reports.advise.text import advice_json, advice_markdown, advice_plain, advice_text
 
     made = make_advice(db, parse_bound(bound, bound_for or ()), run=run, device=device, device_profile=device_profile)
     if format is AdviceFormat.TABLE and output is None:

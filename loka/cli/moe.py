@@ -34,7 +34,7 @@ def report(
     output: OutputOption = None,
 ) -> None:
     """Show how unevenly the experts are used, how that shifts with the domain, and what prefill foretells of decode."""
-    from loka.probes.routing_trace import RoutingTrace
+    from loka.probes.routing.trace import RoutingTrace
     from loka.reports.routing_report import FORMATS, routing_text
 
     found = RoutingTrace.load(trace)
@@ -63,7 +63,7 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a token-level trace of another program, or what a crash has left of a recording, into a routing trace."""
-    from loka.probes.routing_convert import convert as make_trace
+    from loka.probes.routing.convert import convert as make_trace
 
     made = make_trace(source, experts=experts)
     made.save(output)

@@ -54,7 +54,7 @@ def place(  # noqa: PLR0913 - one parameter per flag
     from loka.dispatch.placement.options import PlaceOptions
     from loka.dispatch.placement.place import place as make_placement
     from loka.dispatch.placement.record import Placement
-    from loka.probes.routing_trace import RoutingTrace
+    from loka.probes.routing.trace import RoutingTrace
 
     options = PlaceOptions(
         devices=devices,
@@ -97,7 +97,7 @@ def evaluate(
     """Judge a placement on a trace: bytes between devices, the busiest link, and how evenly devices work."""
     from loka.dispatch.placement.evaluate import evaluate as judge
     from loka.dispatch.placement.record import Placement
-    from loka.probes.routing_trace import RoutingTrace
+    from loka.probes.routing.trace import RoutingTrace
 
     if hidden_size is not None and hidden_size < 1:
         raise ArgumentError(f"--hidden-size {hidden_size}: a token has at least one element. Give the model's width.")

@@ -77,9 +77,10 @@ def explain(  # noqa: PLR0913 - one parameter per flag
     from loka.dispatch.planner import plan as make_plan
     from loka.formats import pass_name
     from loka.probes.database import open_database
-    from loka.probes.predictions import read_predictions
+    from loka.probes.predictions import read_experts, read_predictions
     from loka.probes.trajectories import read_trajectories
     from loka.reports.dynamics import dynamics_lines
+    from loka.reports.experts import expert_lines
     from loka.reports.explain import decisions_of, explain_json, explain_text
 
     made = make_plan(
@@ -96,6 +97,9 @@ def explain(  # noqa: PLR0913 - one parameter per flag
     try:
         predictions = read_predictions(engine, run, site=site)
         dynamics = dynamics_lines(read_trajectories(engine, run), site)
+        shown = {each.request.product for each in decisions}
+        experts = read_experts(engine, run, site=site)
+        dynamics += expert_lines({key: found for key, found in experts.items() if key[1] in shown})
     finally:
         engine.dispose()
     if format is TableFormat.JSON:

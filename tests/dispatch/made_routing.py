@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.trace import RoutingTrace
 
 
 def made_trace(requests=64, layers=3, experts=16, domains=4, *, tokens=64, own=0.8, seed=0, hidden_size=8):

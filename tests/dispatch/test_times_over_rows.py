@@ -21,7 +21,7 @@ from loka.errors import ArgumentError
 from loka.hardware import device_info
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.distributions.gather import packed
-from loka.probes.experts import ExpertStatistics
+from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.learning import EXPERTS
 from loka.probes.records import LearnedRecord
 from loka.probes.row_counts import row_counts

@@ -14,8 +14,8 @@ import loka.mods
 from loka.errors import ArgumentError, ModError
 from loka.mods import FoldNorm, FuseParallelLinears, Hadamard, HardSwish, KeepRowsHigh, NoBias, PadToAlignment, Smooth
 from loka.mods.claims import Claim
-from loka.mods.equivalent import EquivalentMod, Place, linears, renewed
-from loka.mods.observe import Traffic
+from loka.mods.trial.equivalent import EquivalentMod, Place, linears, renewed
+from loka.mods.trial.observe import Traffic
 from tests.mods.made_blocks import make_blocks, make_input
 from tests.mods.made_models import assert_same, snapshot
 

@@ -9,8 +9,8 @@ import loka.mods
 from loka.errors import ArgumentError
 from loka.formats import RECIPES
 from loka.mods import FoldNorm, Smooth
-from loka.mods.gain import rounding_error
 from loka.mods.smooth import scales
+from loka.mods.trial.gain import rounding_error
 from tests.mods.made_blocks import RMSNormOfALibrary, make_blocks, make_input
 
 

@@ -13,9 +13,9 @@ from loka.dispatch.convert import unreached
 from loka.errors import ArgumentError, ModError
 from loka.formats import RECIPES
 from loka.mods import Hadamard, KeepRowsHigh, PadToAlignment, SplitOutlierRows
-from loka.mods.gain import rounding_error
 from loka.mods.keep_rows import SplitLinear
 from loka.mods.pad import PaddedLinear
+from loka.mods.trial.gain import rounding_error
 from loka.numerics import product_error
 from loka.quantize import quantize
 from tests.dispatch.made_conversion import plan_for

@@ -12,9 +12,9 @@ import loka.mods
 from loka.errors import ArgumentError
 from loka.formats import RECIPES
 from loka.mods import Hadamard
-from loka.mods.gain import rounding_error
 from loka.mods.hadamard import RotatedLinear
 from loka.mods.rotation import Mixing, Rotation, balanced_basis, channel_scale, hadamard, hartley
+from loka.mods.trial.gain import rounding_error
 from tests.mods.made_blocks import make_blocks, make_input
 
 

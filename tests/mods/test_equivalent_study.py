@@ -9,7 +9,7 @@ from benchmarks.mods.equivalent import RECIPES, Subject, divergence, judge_outpu
 from benchmarks.truth.materials import Material
 from loka.formats import RECIPES as KNOWN
 from loka.mods import Hadamard, KeepRowsHigh
-from loka.mods.gain import rounded_product
+from loka.mods.trial.gain import rounded_product
 from loka.numerics import product_error
 from tests.mods.made_blocks import make_input
 

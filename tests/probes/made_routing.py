@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.trace import RoutingTrace
 
 VOCABULARY, WIDTH, EXPERTS, TOP_K, LAYERS = 50, 8, 6, 2, 3
 

@@ -14,9 +14,9 @@ from loka.errors import ArgumentError
 from loka.numerics import ProductError
 from loka.probes.database import open_database
 from loka.probes.distributions.gather import packed, unpacked
-from loka.probes.expert_layers import parts_of
-from loka.probes.expert_verdicts import judge_experts, unsafe_experts
-from loka.probes.experts import MIN_MEASURED, ExpertStatistics
+from loka.probes.experts.layers import parts_of
+from loka.probes.experts.statistics import MIN_MEASURED, ExpertStatistics
+from loka.probes.experts.verdicts import judge_experts, unsafe_experts
 from loka.probes.intervals import MIN_SAMPLES
 from loka.probes.predictions import read_experts
 from tests.probes.made_fragile_experts import EXPERTS, FRAGILE, TOKENS, Everyone, Grouped, Looped, rows, train_probed

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loka.errors import ArgumentError
-from loka.probes.routing_convert import convert
+from loka.probes.routing.convert import convert
 
 RECORDS = [
     {"request": "a", "phase": "prefill", "layer": 7, "expert": 0, "domain": "code", "token": 0},
@@ -180,7 +180,7 @@ def test_sizes_are_checked_before_anything_is_allocated(tmp_path, monkeypatch):
     write_json(tmp_path / "t.json", rows)
     with pytest.raises(ArgumentError, match=r"300 x 2 x 300 x 32768 take 23,592,960,000 bytes"):
         convert(tmp_path / "t.json")
-    monkeypatch.setattr("loka.probes.routing_convert._MOST_JSON", 10)
+    monkeypatch.setattr("loka.probes.routing.convert._MOST_JSON", 10)
     with pytest.raises(ArgumentError, match="JSON Lines"):
         convert(tmp_path / "t.json")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import loka
-from loka.probes.routing_sites import routing_sites
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.sites import routing_sites
+from loka.probes.routing.trace import RoutingTrace
 
 pytestmark = pytest.mark.third_party("transformers")
 

@@ -16,8 +16,8 @@ from torch import nn
 
 import loka
 from loka.errors import ArgumentError, EvidenceError, LokaWarning
-from loka.probes.routing_spill import recover
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.spill import recover
+from loka.probes.routing.trace import RoutingTrace
 from tests.dispatch.made_conversion import plan_for
 from tests.probes.made_routing import EXPERTS, LAYERS, TOP_K, VOCABULARY, WIDTH, Cache, MadeExperts, MadeModel
 
@@ -219,7 +219,7 @@ def test_flat_tokens_are_one_request(path):
 
 @pytest.mark.parametrize("many", [3, 4096])
 def test_it_counts_the_same_however_often_it_counts(model, path, monkeypatch, many):
-    monkeypatch.setattr("loka.probes.routing_requests._MOST_CHOICES", many)
+    monkeypatch.setattr("loka.probes.routing.requests._MOST_CHOICES", many)
     prompt, answer = tokens(2, 5), tokens(2, 6)
     with loka.trace_routing(model, path), torch.no_grad():
         generate(model, prompt, answer)
@@ -227,7 +227,7 @@ def test_it_counts_the_same_however_often_it_counts(model, path, monkeypatch, ma
 
 
 def test_many_open_conversations_do_not_pile_up(model, path, monkeypatch):
-    monkeypatch.setattr("loka.probes.routing_flow._MOST_OPEN", 3)
+    monkeypatch.setattr("loka.probes.routing.flow._MOST_OPEN", 3)
     caches = [Cache() for _ in range(5)]
     with loka.trace_routing(model, path) as trace, torch.no_grad():
         for cache in caches:

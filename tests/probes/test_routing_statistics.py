@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from loka.errors import EvidenceError
-from loka.probes.routing_classify import guess_domain
-from loka.probes.routing_statistics import (
+from loka.probes.routing.classify import guess_domain
+from loka.probes.routing.statistics import (
     coactivations,
     correlations,
     degenerate_layers,
@@ -19,7 +19,7 @@ from loka.probes.routing_statistics import (
     phase_correlations,
     thinned,
 )
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.trace import RoutingTrace
 from tests.probes.made_routing import made_trace
 
 
@@ -189,7 +189,7 @@ def test_the_domain_is_guessed_where_it_shows_and_by_chance_where_it_does_not():
 
 def test_the_regression_is_the_one_of_scikit_learn():
     sklearn = pytest.importorskip("sklearn.linear_model")
-    from loka.probes.routing_classify import _fit, _log_softmax
+    from loka.probes.routing.classify import _fit, _log_softmax
 
     random = np.random.default_rng(1)
     features, code = random.random((60, 4)), random.integers(0, 3, 60)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loka.errors import ArgumentError
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.trace import RoutingTrace
 from tests.probes.made_routing import made_trace
 
 COUNTS = np.ones((2, 2, 3, 4), np.uint16)
@@ -42,12 +42,12 @@ def traces(draw):
 def test_a_file_gives_back_what_was_saved(trace):
     file = io.BytesIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loka.probes.routing_trace.whole_file", lambda path: _Kept(file))
+        patch.setattr("loka.probes.routing.trace.whole_file", lambda path: _Kept(file))
         trace.save("x.npz")
     with zipfile.ZipFile(io.BytesIO(file.getvalue())) as archive:
         assert {name.removesuffix(".npy") for name in archive.namelist()} >= {"counts", "domain", "layers"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loka.probes.routing_trace.Path", lambda _: io.BytesIO(file.getvalue()))
+        patch.setattr("loka.probes.routing.trace.Path", lambda _: io.BytesIO(file.getvalue()))
         found = RoutingTrace.load("x.npz")
     assert np.array_equal(found.counts, trace.counts)
     assert found.counts.dtype == trace.counts.dtype == (np.uint16 if trace.counts.max() < 2**16 else np.uint32)
@@ -166,7 +166,7 @@ def test_a_file_with_a_flipped_or_missing_part_is_refused_or_right(data):
         at = data.draw(st.integers(0, len(raw) - 1))
         raw[at] ^= data.draw(st.integers(1, 255))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loka.probes.routing_trace.Path", lambda _: io.BytesIO(bytes(raw)))
+        patch.setattr("loka.probes.routing.trace.Path", lambda _: io.BytesIO(bytes(raw)))
         try:
             found = RoutingTrace.load("t.npz")
         except ArgumentError:

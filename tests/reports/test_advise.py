@@ -26,8 +26,8 @@ from loka.numerics import product_error
 from loka.probes.database import open_database, write_timings
 from loka.probes.records import Timing
 from loka.quantize import fake_quantize
-from loka.reports.advise_rules import RULES
-from loka.reports.advise_text import advice_json, advice_markdown, advice_plain, advice_text
+from loka.reports.advise.rules import RULES
+from loka.reports.advise.text import advice_json, advice_markdown, advice_plain, advice_text
 from tests.probes.made_records import made_product, made_step, write_run
 
 CPU = str(device_info("cpu"))

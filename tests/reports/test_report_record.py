@@ -43,7 +43,7 @@ KEYS = {
     },
     "site": {
         *("site", "pass", "op", "m", "n", "k", "calls", "flop_share", "operands", "recipes", "kernels", "chosen"),
-        *("batch", "m_min", "m_max", "dtype", "parameter", "flops", "verdict", "reason", "best", "bound"),
+        *("batch", "m_min", "m_max", "dtype", "parameter", "part", "flops", "verdict", "reason", "best", "bound"),
     },
     "operand": {"amax", "rms", "zeros", "nan", "inf", "elements", "underflow", "saturation", "note"},
     "recipe": {

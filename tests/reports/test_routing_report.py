@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from loka.errors import EvidenceError
-from loka.probes.routing_statistics import layer_loads
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.statistics import layer_loads
+from loka.probes.routing.trace import RoutingTrace
 from loka.reports.routing_record import routing_report, routing_tables
 from loka.reports.routing_report import routing_html, routing_json, routing_markdown, routing_text
 from tests.probes.made_routing import made_trace

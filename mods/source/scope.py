@@ -15,8 +15,8 @@ from typing import Final
 
 from torch import nn
 
-from loka.mods.functional import attribute_of
-from loka.mods.sources import Definition, codes_in
+from loka.mods.source.functional import attribute_of
+from loka.mods.source.sources import Definition, codes_in
 
 UNKNOWN: Final = object()
 _PURE: Final = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.Slice, ast.Tuple, ast.UnaryOp)

@@ -20,9 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loka.mods.claims import walk
-from loka.mods.equivalent import linears
 from loka.mods.scaled_norms import is_scaled_norm
-from loka.mods.wrapping import LinearWrapper
+from loka.mods.trial.equivalent import linears
+from loka.mods.trial.wrapping import LinearWrapper
 
 # Rows of one call of a linear that are kept: evenly spread, and the loudest; and of how many of its calls.
 _SPREAD: Final[int] = 48

@@ -21,10 +21,10 @@ from torch import nn
 
 from loka.errors import ModError
 from loka.mods.claims import CLASS_SLOT, Claim, listing
-from loka.mods.functional import loaded
-from loka.mods.methods import BASE, methods_of, written_as
-from loka.mods.scope import Known, Scope, names_in
-from loka.mods.sources import definition, redefined, with_function
+from loka.mods.source.functional import loaded
+from loka.mods.source.methods import BASE, methods_of, written_as
+from loka.mods.source.scope import Known, Scope, names_in
+from loka.mods.source.sources import definition, redefined, with_function
 
 # call: the function that is called is exchanged. method: x.relu() becomes f(x). product: x * sigmoid(x) becomes f(x).
 Form = Literal["call", "method", "product"]
@@ -285,7 +285,9 @@ def _change(node: ast.FunctionDef, calls: Sequence[Call]) -> None:
     _Exchanger(calls).visit(node)
     names = sorted({call.stand_in for call in calls})
     line = ast.ImportFrom(
-        module="loka.mods.stand_ins", names=[ast.alias(name=name, asname=_alias(name)) for name in names], level=0
+        module="loka.mods.source.stand_ins",
+        names=[ast.alias(name=name, asname=_alias(name)) for name in names],
+        level=0,
     )
     node.body.insert(1 if ast.get_docstring(node) is not None else 0, ast.copy_location(line, node.body[0]))
 

@@ -19,7 +19,7 @@ from typing import IO, Any, Final
 import numpy as np
 
 from loka.errors import ArgumentError
-from loka.probes.routing_trace import MAX_BYTES, PHASES, RoutingTrace, whole_file
+from loka.probes.routing.trace import MAX_BYTES, PHASES, RoutingTrace, whole_file
 
 MAGIC: Final[bytes] = b"LOKA-ROUTING-1\n"
 SUFFIX: Final[str] = ".partial"

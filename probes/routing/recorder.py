@@ -33,11 +33,11 @@ from torch.utils.hooks import RemovableHandle
 
 from loka.errors import ArgumentError, EvidenceError, LokaWarning
 from loka.naming import unwrap
-from loka.probes.routing_batches import batch_of, takes_batches
-from loka.probes.routing_flow import Flow, Scope, Situation
-from loka.probes.routing_sites import RoutingSite, routing_sites
-from loka.probes.routing_spill import Spill, TraceFacts, check_domains
-from loka.probes.routing_trace import PHASES
+from loka.probes.routing.batches import batch_of, takes_batches
+from loka.probes.routing.flow import Flow, Scope, Situation
+from loka.probes.routing.sites import RoutingSite, routing_sites
+from loka.probes.routing.spill import Spill, TraceFacts, check_domains
+from loka.probes.routing.trace import PHASES
 
 _UNKNOWN: Final[str] = "unknown"
 

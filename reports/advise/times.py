@@ -10,8 +10,8 @@ from typing import Final
 
 from loka.kernel_registry.spec import GemmRequest
 from loka.probes.evidence import ProductEvidence
-from loka.reports.advice import Prediction
-from loka.reports.advise_case import Case
+from loka.reports.advise.advice import Prediction
+from loka.reports.advise.case import Case
 
 _BENCH: Final[str] = "`loka bench DB` times what a run has, `--device-profile` takes times and ceilings from elsewhere"
 

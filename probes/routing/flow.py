@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from loka.errors import ArgumentError, LokaWarning
-from loka.probes.routing_batches import Batch, cache_in, reference
-from loka.probes.routing_requests import Frame, OpenRequests
-from loka.probes.routing_sites import RoutingSite
-from loka.probes.routing_spill import Spill, TraceFacts
-from loka.probes.routing_trace import DECODE, PREFILL
+from loka.probes.routing.batches import Batch, cache_in, reference
+from loka.probes.routing.requests import Frame, OpenRequests
+from loka.probes.routing.sites import RoutingSite
+from loka.probes.routing.spill import Spill, TraceFacts
+from loka.probes.routing.trace import DECODE, PREFILL
 
 log: Final = logging.getLogger("loka.probes")
 

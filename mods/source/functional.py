@@ -7,7 +7,7 @@ import dis
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 
-from loka.mods.sources import codes_in
+from loka.mods.source.sources import codes_in
 
 
 def attribute_of(module: ModuleType, name: str) -> object:

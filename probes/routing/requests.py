@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from loka.errors import ArgumentError
-from loka.probes.routing_sites import RoutingSite
-from loka.probes.routing_spill import ClosedRequests
-from loka.probes.routing_trace import PHASES
+from loka.probes.routing.sites import RoutingSite
+from loka.probes.routing.spill import ClosedRequests
+from loka.probes.routing.trace import PHASES
 
 # How many remembered choices, and how many numbers in them, make it worth counting.
 _MOST_CHOICES: Final[int] = 4096

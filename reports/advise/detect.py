@@ -15,10 +15,10 @@ from loka.probes.distributions.learned import OperandDistribution
 from loka.probes.evidence import ProductEvidence
 from loka.probes.learning import EXTREMES
 from loka.probes.trajectories import diverges, growth_of
-from loka.reports.advice import Hit, Suggestion
-from loka.reports.advise_case import Case
-from loka.reports.advise_predict import feature_amax
-from loka.reports.advise_times import padded_request
+from loka.reports.advise.advice import Hit, Suggestion
+from loka.reports.advise.case import Case
+from loka.reports.advise.predict import feature_amax
+from loka.reports.advise.times import padded_request
 from loka.reports.words import percent
 
 # FP8 GEMMs want both inner extents to be multiples of 16 elements.
@@ -107,10 +107,10 @@ def rotatable_outliers(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
 
 
 def misaligned(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
-    """Every linear, by how far its inner extents are beyond a multiple of the alignment."""
+    """Every linear layer, by how far its inner extents are beyond a multiple of the alignment."""
     for product in case.forward():
         request = case.request(product)
-        if not request.m * request.n * request.k:
+        if not request.m * request.n * request.k or not case.is_linear(product):
             continue
         whole = padded_request(request, ALIGNMENT)
         over = max(request.k % ALIGNMENT, request.n % ALIGNMENT)
@@ -129,8 +129,9 @@ def parallel_linears(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
     families: defaultdict[tuple[object, ...], list[ProductEvidence]] = defaultdict(list)
     for product in case.forward():
         parent = product.site.rpartition(".")[0]
-        if product.parameter == f"{product.site}.weight":
-            families[parent, product.m, product.k, product.calls, product.dtype].append(product)
+        if case.is_linear(product):
+            key = (parent, product.m, product.k, product.calls, product.dtype, case.has_bias(product))
+            families[key].append(product)
     for products in families.values():
         if len(products) < 2:
             continue

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from loka.errors import EvidenceError
-from loka.probes.routing_trace import DECODE, PREFILL, RoutingTrace
+from loka.probes.routing.trace import DECODE, PREFILL, RoutingTrace
 
 DEGENERATE: Final[float] = 0.9  # a layer's share of tokens on as few experts as one token gets, above which it is
 

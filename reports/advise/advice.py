@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from loka.reports.advise_case import Case
+    from loka.reports.advise.case import Case
 
 Status = Literal["unsafe", "undecided", "slow", "safe"]
 

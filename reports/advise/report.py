@@ -19,9 +19,9 @@ from loka.kernel_registry.registry import default_registry
 from loka.probes.database import open_database, read_timings
 from loka.probes.evidence import collect_evidence
 from loka.probes.trajectories import read_trajectories
-from loka.reports.advice import Advice, Checked, Figure, Hit, Rule, Suggestion
-from loka.reports.advise_case import Case
-from loka.reports.advise_rules import RULES
+from loka.reports.advise.advice import Advice, Checked, Figure, Hit, Rule, Suggestion
+from loka.reports.advise.case import Case
+from loka.reports.advise.rules import RULES
 
 _RANK = {"unsafe": 0, "undecided": 1, "slow": 2, "safe": 3}
 

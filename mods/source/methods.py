@@ -12,8 +12,8 @@ from typing import Final
 
 from torch import nn
 
-from loka.mods.scope import Scope, names_in
-from loka.mods.sources import definition
+from loka.mods.source.scope import Scope, names_in
+from loka.mods.source.sources import definition
 
 BASE: Final = "_loka_written_as"  # in a class made by `calls`: the class that it was made of
 

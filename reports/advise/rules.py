@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import Final
 
 from loka.probes.trajectories import DIVERGED_BY, Trajectory
-from loka.reports.advice import Hit, Prediction, Predictions, Rule
-from loka.reports.advise_case import Case
-from loka.reports.advise_detect import (
+from loka.reports.advise.advice import Hit, Prediction, Predictions, Rule
+from loka.reports.advise.case import Case
+from loka.reports.advise.detect import (
     ALIGNMENT,
     SMALL_FLOPS,
     cancelling_norms,
@@ -25,8 +25,8 @@ from loka.reports.advise_detect import (
     scaled_norms,
     stretched_swishes,
 )
-from loka.reports.advise_predict import of_loud_rows, of_transform, rotated, smoothed, unchanged
-from loka.reports.advise_times import fused_time, padded_time
+from loka.reports.advise.predict import of_loud_rows, of_transform, rotated, smoothed, unchanged
+from loka.reports.advise.times import fused_time, padded_time
 from loka.reports.words import percent
 
 _TRAINED: Final[str] = "not told: the model computes something else and is trained further, which no draw foresees"
@@ -135,7 +135,9 @@ _MORE_SAMPLES: Final[str] = (
     "distributions of inputs are learned from the third measurement of a product on: probe for longer, or more often "
     "(every=...), or with more overhead"
 )
-_NO_MODULES: Final[str] = "the run saw none: probe again with this LoKA, and write {} as modules, not as functions"
+_NO_MODULES: Final[str] = (
+    "the run saw none as a module; {} written as functions can be exchanged, too, but nothing is known of them"
+)
 
 RULES: Final[tuple[Rule, ...]] = (
     Rule(

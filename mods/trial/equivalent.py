@@ -1,7 +1,7 @@
 """What an equivalent mod is: it proposes places from what the model did on real input, and keeps the function.
 
 A place is a group of claims that only make sense together, such as a scale that leaves a norm and enters the linears
-behind it. `loka.mods.verify` carries places out, compares the model's output with what it was, and takes back those
+behind it. `mods.trial.verify` carries places out, compares the model's output with what it was, and takes back those
 that change it. A place that cannot be rewritten, or that would gain nothing, is a refusal in words; it stops nothing.
 """
 
@@ -17,11 +17,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from loka.errors import ArgumentError
 from loka.formats import Recipe, recipe
 from loka.mods.claims import Claim, Mod, walk
-from loka.mods.wrapping import KeptLinear
+from loka.mods.trial.wrapping import KeptLinear
 from loka.selection import select
 
 if TYPE_CHECKING:
-    from loka.mods.observe import Traffic
+    from loka.mods.trial.observe import Traffic
 
 # One batch: a tensor, a tuple of arguments, or a dict of keyword arguments.
 Batch = Tensor | Sequence[object] | Mapping[str, object]

@@ -11,7 +11,7 @@ over steps: nothing finer can be said of sums.
 import math
 
 from loka.bounds import Limit
-from loka.probes.experts import ExpertError, ExpertStatistics
+from loka.probes.experts.statistics import ExpertError, ExpertStatistics
 from loka.probes.intervals import MIN_SAMPLES, mean_factor, tolerance_factor
 from loka.probes.verdicts import Verdict
 

@@ -27,7 +27,7 @@ from loka.probes.evidence import ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.learning import restore
 from loka.probes.series import OPERAND_VALUES, RunSeries, load_series
 from loka.probes.trajectories import Trajectory
-from loka.reports.advice import SiteState, Status
+from loka.reports.advise.advice import SiteState, Status
 from loka.roofline import Ceilings
 
 logger = logging.getLogger("loka.reports")
@@ -76,6 +76,14 @@ class Case:
     def request(self, product: ProductEvidence) -> GemmRequest:
         """Return what a product asks of the registry."""
         return request_of(product, self.evidence.info.fingerprint)
+
+    def is_linear(self, product: ProductEvidence) -> bool:
+        """Whether a product is of a module's `weight`, and of no bare Parameter that no mod takes."""
+        return product.parameter == f"{product.site}.weight"
+
+    def has_bias(self, product: ProductEvidence) -> bool:
+        """Whether the module of a product has a bias."""
+        return f"{product.site}.bias" in self.evidence.info.fingerprint
 
     # --- how a site stands ---
 

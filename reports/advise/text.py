@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from loka.reports.advice import Advice, Prediction, Suggestion, plain_data
+from loka.reports.advise.advice import Advice, Prediction, Suggestion, plain_data
 from loka.reports.markdown import code, line, text
 from loka.reports.words import number, percent, plain
 

@@ -28,8 +28,8 @@ from loka.probes.distributions.learned import OperandDistribution
 from loka.probes.evidence import ProductEvidence, RecipeEvidence
 from loka.probes.learning import EXTREMES, STATISTICS
 from loka.quantize import fake_quantize, finite_amax
-from loka.reports.advice import Hit, Prediction, Predictions
-from loka.reports.advise_case import Case
+from loka.reports.advise.advice import Hit, Prediction, Predictions
+from loka.reports.advise.case import Case
 
 # Rows of the input and of the weight that are drawn; fewer where they are wide.
 _ROWS: Final[int] = 256

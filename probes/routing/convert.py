@@ -26,8 +26,8 @@ from typing import Any, Final
 import numpy as np
 
 from loka.errors import ArgumentError
-from loka.probes.routing_spill import is_partial, recover
-from loka.probes.routing_trace import MAX_BYTES, PHASES, RoutingTrace
+from loka.probes.routing.spill import is_partial, recover
+from loka.probes.routing.trace import MAX_BYTES, PHASES, RoutingTrace
 
 _MOST_JSON: Final[int] = 512 * 2**20  # of one JSON document, which has to be read whole
 _MOST_LINE: Final[int] = 2**20

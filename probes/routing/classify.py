@@ -13,8 +13,8 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from loka.errors import EvidenceError
-from loka.probes.routing_statistics import thinned
-from loka.probes.routing_trace import RoutingTrace
+from loka.probes.routing.statistics import thinned
+from loka.probes.routing.trace import RoutingTrace
 
 FEWEST_REQUESTS: Final[int] = 10
 FEWEST_OF_A_DOMAIN: Final[int] = 5  # one of them is a fifth

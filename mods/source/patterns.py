@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loka.mods.calls import Form, Match, Pattern
-from loka.mods.scope import UNKNOWN, Known, Scope, names_in, resolved, same
+from loka.mods.source.calls import Form, Match, Pattern
+from loka.mods.source.scope import UNKNOWN, Known, Scope, names_in, resolved, same
 
 SILU: Final = (F.silu, torch._C._nn.silu)
 RELU: Final = (F.relu, torch.relu)

@@ -1,0 +1,1 @@
+"""Functions called in a forward: found in its source, and exchanged there."""

@@ -1,0 +1,1 @@
+"""Routing traces: which experts the tokens of each request go to, recorded, read and described."""
