@@ -117,6 +117,7 @@ def main() -> None:
     """Run the study, or the measurement at scale."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", nargs="?", type=Path)
+    parser.add_argument("--record", default="moe_placement", help="name of the record, for another trace")
     parser.add_argument("--quick", action="store_true", help="one split, no curve; at scale, a twentieth")
     parser.add_argument("--scale", action="store_true", help="time and memory instead")
     chosen = parser.parse_args()
@@ -140,7 +141,10 @@ def main() -> None:
         "target": TARGET,
     }
     results = study(trace.select(layers=layers), 1 if chosen.quick else SPLITS, (1.2,) if chosen.quick else CURVE)
-    write_record("moe_placement", settings, results, command="python -m benchmarks.moe_placement TRACE")
+    command = "python -m benchmarks.moe_placement TRACE"
+    if chosen.record != "moe_placement":
+        command += f" --record {chosen.record}"
+    write_record(chosen.record, settings, results, command=command)
 
 
 if __name__ == "__main__":
