@@ -111,8 +111,14 @@ def _unknown(model: nn.Module) -> dict[str, nn.Parameter]:
         _join(fqn, key): parameter
         for fqn, module in walk(model)
         for key, parameter in module._parameters.items()
-        if parameter is not None and "bias" in key.split("_") and id(module) not in known
+        if parameter is not None and "bias" in _own_name(fqn, key).split("_") and id(module) not in known
     }
+
+
+def _own_name(fqn: str, key: str) -> str:
+    """Return what a parameter is called; one in a list is called what the list is."""
+    parts = [part for part in (*fqn.split("."), key) if part and not part.isdigit()]
+    return parts[-1] if parts else key
 
 
 def _refusal(module: nn.Module, slot: str) -> str:

@@ -238,3 +238,19 @@ def test_a_lazy_linear_loses_its_bias_before_it_is_made():
     model(torch.randn(2, 4))
     assert model[0].weight.shape == (8, 4)
     assert model[0].bias is None
+
+
+class Cross(nn.Module):
+    """Biases in a list, as cross networks keep them: the parameter itself is called `0`."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = nn.ParameterList(torch.randn(16, 16) for _ in range(2))
+        self.bias = nn.ParameterList(torch.zeros(16) for _ in range(2))
+        self.up, self.head = nn.Linear(16, 24), nn.Linear(24, 1)
+
+
+def test_biases_in_a_list_are_named_too():
+    with pytest.warns(LokaWarning, match=r"'bias\.0', 'bias\.1'"):
+        applied = loka.mods.apply(Cross(), [NoBias()])
+    assert [each.fqn for each in applied.replacements] == ["up.bias"]
