@@ -7,10 +7,12 @@
     tensorwise e4m3 the same with gradients in e4m3
     plan            the first steps in fp32 under the probe, then LoKA's plan under Bound(row_error=0.05)
 
-All FP8 numerics are emulated. The biases of DCN's cross layers belong to no module that NoBias knows: it leaves them.
+All FP8 numerics are emulated. The biases of DCN's cross layers belong to no module that NoBias knows: it leaves them,
+with a warning.
 """
 
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 import loka
 from loka.dispatch.plan import Plan
+from loka.errors import LokaWarning
 from loka.formats import RECIPES, Pass
 from loka.kernel_registry.emulated import emulate
 from loka.kernel_registry.registry import default_registry
@@ -77,7 +80,9 @@ ARMS: Final[tuple[Arm, ...]] = (
 def modified(model: nn.Module, arm: Arm) -> nn.Module:
     """Apply an arm's mods, in place, and nudge its weights where it is the arm for that."""
     if arm.mods:
-        loka.mods.apply(model, MODS[arm.mods])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LokaWarning)  # NoBias names the biases that it leaves: those of the crosses
+            loka.mods.apply(model, MODS[arm.mods])
     if arm.numerics == "nudged":
         with torch.no_grad():
             for parameter in model.parameters():
