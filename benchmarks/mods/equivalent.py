@@ -47,6 +47,7 @@ _JUDGED: Final[dict[str, tuple[int, int]]] = {"smollm2": (1, 1), "minilm": (1, 4
 COMBINATIONS: Final[dict[str, Callable[[Sequence[str]], tuple[Mod, ...]]]] = {
     "Hadamard full, keep 1/16": lambda only: (Hadamard(balance="full", keep=1 / 16, only=only),),
     "Hadamard full, keep 1/8": lambda only: (Hadamard(balance="full", keep=1 / 8, only=only),),
+    "Hadamard full, keep 1/4": lambda only: (Hadamard(balance="full", keep=1 / 4, only=only),),
     "Hadamard full": lambda only: (Hadamard(balance="full", only=only),),
     "KeepRowsHigh 1/16, Hadamard full": lambda only: (
         KeepRowsHigh(only=only),
