@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from loka.dispatch.weights import is_seen
 from loka.kernel_registry.layers import Layer, Needs, Sides
 
 
@@ -57,8 +58,11 @@ def reused_inputs() -> int:
 
 
 def _values(x: Tensor) -> tuple[Any, ...] | None:
-    """Return what is the same for the same values, None for a tensor that does not tell."""
-    if x.is_inference() or not x.numel():
+    """Return what is the same for the same values; None for a tensor that does not tell, and where nothing is kept.
+
+    A CUDA graph would repeat with a cast that was made before it, and a dispatch mode may count on every op.
+    """
+    if x.is_inference() or not x.numel() or is_seen():
         return None
     # A weak reference keeps the storage's place from being taken by another one: addresses are used again.
     storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]  # torch does not annotate it

@@ -154,7 +154,7 @@ class Weight:
 
 def weight_of(weight: Tensor) -> Weight | None:
     """Return the values of a weight, a Parameter or a view of one, to keep operands of; None where nothing is kept."""
-    if torch.compiler.is_compiling() or not _slots or _is_seen():
+    if torch.compiler.is_compiling() or not _slots or is_seen():
         return None
     parameter = weight if weight._base is None else weight._base
     slot = _slots.get(id(parameter))
@@ -166,7 +166,7 @@ def weight_of(weight: Tensor) -> Weight | None:
     return Weight(slot, values, (weight.storage_offset(), weight.shape, weight.stride()))
 
 
-def _is_seen() -> bool:
+def is_seen() -> bool:
     """Whether a dispatch mode, which may be making a graph, or a CUDA graph takes down what runs now."""
     if torch._C._len_torch_dispatch_stack():
         return True

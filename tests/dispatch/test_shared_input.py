@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from loka.dispatch import shared_input
 from loka.dispatch.convert import convert
@@ -160,3 +161,15 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_under_a_dispatch_mode_every_layer_makes_its_own(casts):
+    torch.manual_seed(0)
+    model, x = converted(Attention(), LAYERS[0]), torch.randn(M, K)
+    plain = step(model, x)
+    casts.clear()
+    with FlopCounterMode(display=False):
+        seen = step(model, x)
+    assert len(casts) == 4
+    for got, right in zip(seen, plain, strict=True):
+        assert torch.equal(got, right)
