@@ -132,8 +132,10 @@ def at_rows(request: GemmRequest, rows: int) -> GemmRequest:
 
 def varies(request: GemmRequest, rows: RowCounts) -> bool:
     """Whether row counts say more of a product than its own shape does."""
+    if not rows.points:
+        return False
     own = request.k if request.product == "wgrad" else request.m
-    return bool(rows.points) and (rows.points[0].rows, len(rows.points) + rows.left_out) != (own, 1)
+    return (rows.points[0].rows, len(rows.points) + rows.left_out) != (own, 1)
 
 
 def newest(timings: Iterable[Timing]) -> tuple[Timing, ...]:

@@ -179,7 +179,8 @@ class Budget:
             cost = max(probe_s, min(whole_s - whole, inside_s - inside))
         self.spent_s += cost
         fixed = max(cost - self._measured_s, 0.0)
-        self._fixed_cost_s = 0.5 * (self._fixed_cost_s + fixed) if self._fixed_cost_s else fixed
+        # It rises at once and falls by halves: what the first samples did not show would else overdraw the credit.
+        self._fixed_cost_s = max(fixed, 0.5 * (self._fixed_cost_s + fixed))
         # A product that was planned and did not come has had its turn too, or it would hold up the others for ever.
         turned = self._served | self._planned | self._waived
         queue = [*self._queue, *(key for key in self._jobs if key in self._served.difference(self._queue))]

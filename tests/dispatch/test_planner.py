@@ -189,7 +189,7 @@ def recipes_of(i):
     return tuple(recipe(name, 0.01 + 0.013 * ((i + j) % 5)) for j, name in enumerate(RECIPES))
 
 
-def test_two_thousand_sites_are_decided_within_five_seconds(tmp_path):
+def test_two_thousand_sites_are_decided_within_three_seconds(tmp_path):
     registry = built_in()
     for i in range(5):
         registry.add(
@@ -206,7 +206,7 @@ def test_two_thousand_sites_are_decided_within_five_seconds(tmp_path):
     evidence = run(*products)
     start = time.process_time()
     plan = decide_all(evidence, BOUND, registry, times, options())
-    assert time.process_time() - start <= 5.0
+    assert time.process_time() - start <= 3.0
     assert len(plan.decisions) == 6000
     assert len({decision.kernel for decision in plan.decisions}) > 1
 
