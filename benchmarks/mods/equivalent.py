@@ -207,10 +207,10 @@ def study(subject: Subject, titles: Sequence[str], *, quick: bool) -> dict[str, 
     exact = [subject.logits(model, batch) for batch in for_output]
     before = judge_sites(model, names, subject, for_sites)
     plain = judge_output(model, names, subject, for_output, exact)
-    worst = {
-        known: sorted(names, key=lambda name, known=known: -fmean(before.p99[name, known]))[:WORST]  # type: ignore[misc]
-        for known in RECIPES
-    }
+    worst = {}
+    for known in RECIPES:
+        error = {name: fmean(before.p99[name, known]) for name in names}
+        worst[known] = sorted(names, key=error.__getitem__, reverse=True)[:WORST]
     figures: dict[str, Any] = {f"{subject.material.name}: as it is": _figures(before, before, plain, plain, worst)}
     for title in titles:
         make = COMBINATIONS[title]

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def shown(record: Mapping[str, Any]) -> str:
     results = record["results"]
     tables = [f"**Loss** ({_places(results)})\n\n" + _table(results, lambda arm, place: _loss(arm, place))]
     for yardstick in AGAINST:
-        text = _table(results, lambda arm, place, yardstick=yardstick: _cell(arm, yardstick, place))  # type: ignore[misc]
+        text = _table(results, partial(_cell, yardstick))
         tables.append(f"**Relative change {yardstick}**: mean over seeds, +- half of the 95 % interval\n\n{text}")
     seen = _table(results, lambda arm, place: _figure(arm, AGAINST[0], place, "smallest_seen"))
     tables.append(f"**The smallest change against fp32 that would have been seen, %**\n\n{seen}")
@@ -52,7 +53,7 @@ def _loss(arm: Mapping[str, Any], place: str) -> str:
     return "none" + stopped if None in values else f"{sum(values) / len(values):.5f}{stopped}"
 
 
-def _cell(arm: Mapping[str, Any], yardstick: str, place: str) -> str:
+def _cell(yardstick: str, arm: Mapping[str, Any], place: str) -> str:
     """Return the mean and half of the interval, bold where that leaves out zero, with the seeds in brackets."""
     found = (arm[yardstick] or {}).get(place)
     if found is None or found["mean"] == 0.0:

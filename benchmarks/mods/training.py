@@ -145,7 +145,11 @@ def _naive(task: Task, arm: Arm) -> Plan:
         with torch.random.fork_rng():
             model = modified(task.build(), arm)
         batch = next(task.batches(0))
-        _plans[key] = naive_plan(arm.numerics, model, lambda: task.loss(model, batch).backward())  # type: ignore[no-untyped-call]
+
+        def step() -> None:
+            task.loss(model, batch).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+        _plans[key] = naive_plan(arm.numerics, model, step)
     return _plans[key]
 
 
