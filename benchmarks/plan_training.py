@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 
 import loka
 from benchmarks.loss_budget import BATCH, logits_of
+from benchmarks.paired import paired
 from benchmarks.record import write_record
 from loka.dispatch.plan import Plan
 from loka.workloads.open_bandit import ClickLog, batches, load_open_bandit, split_by_time
@@ -182,17 +182,13 @@ def summary(losses: list[dict[str, float]]) -> dict[str, Any]:
     """Return, per arm, the paired relative change of the log loss, its interval, and what could have been seen."""
     results: dict[str, Any] = {}
     for name in losses[0]:
-        changes = torch.tensor([each[name] / each["fp32"] - 1 for each in losses], dtype=torch.float64)
-        count = len(changes)
-        error = float(changes.std(unbiased=True)) / math.sqrt(count) if count > 1 else math.nan
-        reach = float(stats.t.ppf(0.975, max(count - 1, 1)))
-        power = float(stats.t.ppf(0.8, max(count - 1, 1)))
-        mean = float(changes.mean())
+        found = paired([100 * (each[name] / each["fp32"] - 1) for each in losses])
+        assert found is not None  # there is a seed
         results[name] = {
-            "log loss": math.fsum(each[name] for each in losses) / count,
-            "relative to fp32, %": 100 * mean,
-            "95 % interval, %": [100 * (mean - reach * error), 100 * (mean + reach * error)],
-            "smallest difference seen with 80 % power, %": 100 * (reach + power) * error,
+            "log loss": math.fsum(each[name] for each in losses) / len(losses),
+            "relative to fp32, %": found.mean,
+            "95 % interval, %": [found.low, found.high],
+            "smallest difference seen with 80 % power, %": found.smallest_seen,
         }
     return results
 

@@ -15,7 +15,6 @@ from benchmarks import record
 from benchmarks.mods import tables, training
 from benchmarks.mods.arms import ARMS, Arm, modified, tensorwise_e4m3
 from benchmarks.mods.models import ByteLanguageModel, CrossNet
-from benchmarks.mods.paired import paired, seeds_needed, smallest_seen
 from benchmarks.mods.show import shown
 from benchmarks.mods.summary import summarised
 from benchmarks.mods.workloads import (
@@ -31,6 +30,7 @@ from benchmarks.mods.workloads import (
     split_by_time,
     text_loss,
 )
+from benchmarks.paired import paired, seeds_needed, smallest_seen
 from benchmarks.truth.recommendation import Table
 from loka.dispatch.convert import planned_sites, unreached
 from loka.quantize import fake_quantize

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from benchmarks.mods.arms import ARMS, Arm
-from benchmarks.mods.paired import paired
+from benchmarks.paired import paired
 
 
 class Trained(Protocol):

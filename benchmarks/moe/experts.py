@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 import loka
 from benchmarks.moe.router import Texts, passage_losses, texts, trained
+from benchmarks.paired import paired
 from benchmarks.record import write_record
 from loka.dispatch.plan import Plan
 from loka.probes.database import open_database
@@ -124,9 +124,17 @@ def _joined(losses: dict[str, Tensor]) -> Tensor:
     return torch.cat(list(losses.values()))
 
 
+def _half_width(values: Tensor) -> float:
+    """Return half of the 95 % interval of a mean."""
+    found = paired(values.tolist())
+    assert found is not None  # there are passages, and more than one
+    assert found.high is not None
+    return found.high - found.mean
+
+
 def _by_domain(losses: dict[str, Tensor]) -> dict[str, float]:
     every = _joined(losses)
-    half = float(stats.t.ppf(0.975, len(every) - 1)) * float(every.std()) / len(every) ** 0.5
+    half = _half_width(every)
     by_domain = {domain: round(float(value.mean()), 4) for domain, value in losses.items()}
     return {**by_domain, "all": round(float(every.mean()), 5), "half width": round(half, 5)}
 
@@ -134,8 +142,7 @@ def _by_domain(losses: dict[str, Tensor]) -> dict[str, float]:
 def _compared(base: dict[str, Tensor], other: dict[str, Tensor], plan: Plan) -> dict[str, Any]:
     """Return the paired difference to bf16 with its 95 % interval, relative to its loss, and whether it is inside."""
     difference = _joined(other) - _joined(base)
-    mean, count = float(difference.mean()), len(difference)
-    half = float(stats.t.ppf(0.975, count - 1)) * float(difference.std()) / count**0.5
+    mean, half = float(difference.mean()), _half_width(difference)
     level = float(_joined(base).mean())
     low = sum(each.recipe is not None for each in plan.decisions)
     return {
