@@ -35,8 +35,9 @@ $(VENV)/.installed-truth: $(VENV)/.installed-dev requirements/truth.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/truth.txt
 	touch $@
 
+# Threads that wait sleep: on cores that others use as well, spinning ones take many times as long.
 demo: $(VENV)/.installed
-	$(BIN)/loka demo
+	OMP_WAIT_POLICY=passive $(BIN)/loka demo
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

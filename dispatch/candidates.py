@@ -41,7 +41,7 @@ MIN_SPEEDUP: Final[float] = 1.05
 
 # The ops whose kernels a plan can put to work. Products of the others are probed, timed and verified, and stay as
 # written.
-DISPATCHED: Final[frozenset[Op]] = frozenset({"linear", "grouped_linear"})
+DISPATCHED: Final[frozenset[Op]] = frozenset({"linear", "grouped_linear", "linear_norm_act"})
 
 # aten op, without overload and in-place underscore -> what the registry calls it. Anything else is "other".
 ATEN_OPS: Final[dict[str, Op]] = {

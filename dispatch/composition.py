@@ -221,22 +221,23 @@ def _objection(spec: KernelSpec, layer: _Group, registry: Registry, device: Devi
         unable = unable_at(spec, considered.request, considered.evidence.rows, registry, device)
         if unable is not None:
             return "cannot", unable
-        if _case(spec, considered) is None:
-            return _objection_to_recipe(spec, considered)
+        if case_of(spec, considered) is None:
+            return objection_to_recipe(spec, considered)
     for considered, ration in zip(layer.considered, layer.rations, strict=True):
         if considered.by_loss and ration is not None and ration.recipe != spec.recipe:
             return "budget_spent", f"the plan's budget of loss grants its fprop {ration.recipe or 'no recipe'}"
     return None
 
 
-def _case(spec: KernelSpec, considered: Considered) -> Case | None:
+def case_of(spec: KernelSpec, considered: Considered) -> Case | None:
     """Return a case of this recipe whose error is within the limit of a pass, None where there is none."""
     past = [case for case, (code, _) in considered.rejected if code in _PAST_ERROR]
     cases = [case for case in (*considered.admissible, *past) if case.spec.recipe == spec.recipe]
     return min(cases, key=lambda case: case.spec.name, default=None)
 
 
-def _objection_to_recipe(spec: KernelSpec, considered: Considered) -> _Objection:
+def objection_to_recipe(spec: KernelSpec, considered: Considered) -> _Objection:
+    """Return what speaks against the recipe of a kernel that `case_of` finds no case of."""
     of_recipe = [found for case, found in considered.rejected if case.spec.recipe == spec.recipe]
     judged = [found for found in of_recipe if found[0] not in ("unavailable", "cannot")]
     code, reason = (judged or of_recipe or [("undecided", "its error is unknown")])[0]
@@ -291,7 +292,7 @@ def _taken(
     spec: KernelSpec, time: KernelTime, apart: KernelTime, considered: Considered, chosen: Decision, together: str
 ) -> Decision:
     """Return the decision of one pass for the kernel of all passes."""
-    case = _case(spec, considered)
+    case = case_of(spec, considered)
     assert case is not None  # else `_objection` has refused the kernel
     assert chosen.time_us is not None  # else `apart` is unknown
     share = chosen.time_us / apart.median_us

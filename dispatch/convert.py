@@ -1,6 +1,7 @@
 """Eager conversion: the same model object, with every planned product on its planned kernels.
 
-Nothing is replaced. A linear layer's class is swapped for one whose forward calls `dispatch.linear`; a module that
+Nothing is replaced. A linear layer's class is swapped for one whose forward calls `dispatch.linear`, that of one with
+its norm and activation (`loka.mods.FuseEpilogue`) for one that calls `dispatch.norm_act`; a module that
 multiplies by a bare Parameter gets a class whose forward runs inside a scope that reroutes exactly those products.
 Parameters, buffers, hooks and `state_dict` stay as they are, and a checkpoint knows nothing of LoKA.
 """
@@ -8,19 +9,23 @@ Parameters, buffers, hooks and `state_dict` stay as they are, and a checkpoint k
 import functools
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Final, Literal, cast
+from os import PathLike
+from typing import Any, Final, Literal, cast, get_args
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from loka.dispatch.by_rows import kernels_of
 from loka.dispatch.job import all_or_none, check_plans
 from loka.dispatch.linear import linear
+from loka.dispatch.norm_act import linear_norm_act
 from loka.dispatch.plan import Plan
 from loka.dispatch.reroute import Reroute, Route
 from loka.dispatch.routing import SiteKernels, device_of, site_kernels
 from loka.dispatch.weights import forget, halves_of, keep
-from loka.errors import PlanError
+from loka.errors import ArgumentError, PlanError
+from loka.kernel_registry.norm_act import is_norm_act, runs_fused
 from loka.naming import BASE_CLASS, clean_fqn, unwrap
 
 # Modules whose own forward does not run the product of the weight they hold: it happens in a module above.
@@ -44,7 +49,7 @@ FROZEN: Final = "_loka_frozen"  # of a layer that `freeze` has stored: its kerne
 
 def convert(
     model: nn.Module,
-    plan: Plan,
+    plan: Plan | str | PathLike[str],
     *,
     emulate: bool = False,
     process_group: dist.ProcessGroup | None = None,
@@ -52,6 +57,7 @@ def convert(
 ) -> nn.Module:
     """Run a model's products as planned: in place, eager; returns the model. `revert` is the way back.
 
+    `plan`: a plan, or the path of one.
     `emulate=True` lets emulated kernels stand in for those that cannot run on this device. With a `process_group`, all
     its ranks, each of which has to call this, first make sure that they hold the same plan. Raises PlanError, with the
     model untouched, when the plan belongs to another model, a kernel cannot run here, or the model is compiled or
@@ -65,22 +71,36 @@ def convert(
     kernels are emulated), and asks that weights are not edited through `.data` between two steps of an optimiser.
     `dispatch.weights` says what else it leaves alone.
     """
-    prepare = partial(_prepare, model, plan, emulate=emulate)
+    load = partial(plan_of, plan)
+    loaded = load() if process_group is None else all_or_none(load, process_group)
+    prepare = partial(_prepare, model, loaded, emulate=emulate)
     if process_group is not None:
-        check_plans(plan, process_group)
+        check_plans(loaded, process_group)
         assigned = all_or_none(prepare, process_group)
     else:
         assigned = prepare()
     for _, routes in assigned if cache_weights else ():
-        for kernel in {kernel for route in routes.values() for kernel in route.kernels.as_tuple()}:
-            halves_of(kernel)  # now, where it can be refused
+        for name in {name for route in routes.values() for name in route.kernels.as_tuple()}:
+            for kernel in kernels_of(name):
+                halves_of(kernel)  # now, where it can be refused
     for module, parameters in assigned:
-        alone = parameters.keys() == {"weight"} and type(module).forward is nn.Linear.forward
-        module.__class__ = _converted_class("Planned" if alone else "Routed", cast(Any, type(module)))
+        module.__class__ = _converted_class(_kind_of(module, parameters), cast(Any, type(module)))
         setattr(module, _MARK, parameters)
         for parameter in _parameters_of(module) if cache_weights else ():
             keep(parameter)
     return model
+
+
+def plan_of(given: Plan | str | PathLike[str]) -> Plan:
+    """Return a plan that is given as itself or by its path; raise ArgumentError for anything else, PlanError."""
+    if isinstance(given, Plan):
+        return given
+    if not isinstance(given, str | PathLike):
+        raise ArgumentError(
+            f"A plan is a loka.Plan or the path of one, not {type(given).__name__}: loka.plan(...) makes it, "
+            "loka.Plan.load(path) reads it."
+        )
+    return Plan.load(given)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -112,7 +132,16 @@ def _prepare(model: nn.Module, plan: Plan, *, emulate: bool) -> "list[Assignment
     """Check all that can be wrong, and decide what becomes of which module, while nothing is changed."""
     _check_convertible(model)
     plan.check_model(model)
-    return _assign(unwrap(model), site_kernels(plan, device_of(model), emulate=emulate))
+    assigned = _assign(unwrap(model), site_kernels(plan, device_of(model), emulate=emulate))
+    for module, parameters in assigned:
+        for route in parameters.values():
+            if route.kernels.op == "linear_norm_act" and _kind_of(module, parameters) != "Joint":
+                raise PlanError(
+                    f"The plan runs {route.site!r} with its norm and activation in one kernel, and in this model it is "
+                    f"{type(module).__name__}, without both. Apply the mods of the model that was probed, FuseEpilogue "
+                    "among them, or probe and plan this one."
+                )
+    return assigned
 
 
 def planned_sites(model: nn.Module) -> dict[str, SiteKernels]:
@@ -226,8 +255,17 @@ def _is_overridden(module: nn.Module) -> bool:
 
 # --- the classes ---
 
-# Planned: a linear layer that calls `dispatch.linear` itself. Routed: any module, within a scope that reroutes.
-Kind = Literal["Planned", "Routed"]
+# Planned: a linear layer that calls `dispatch.linear` itself. Joint: one with norm and activation, that calls
+# `dispatch.norm_act`. Routed: any module, within a scope that reroutes.
+Kind = Literal["Planned", "Joint", "Routed"]
+
+
+def _kind_of(module: nn.Module, parameters: Mapping[str, Route]) -> Kind:
+    if parameters.keys() != {"weight"}:
+        return "Routed"
+    if type(module).forward is nn.Linear.forward:
+        return "Planned"
+    return "Joint" if runs_fused(module) else "Routed"
 
 
 @functools.cache
@@ -240,6 +278,12 @@ def _converted_class(kind: Kind, base: Any) -> Any:
         kernels = route.kernels
         return linear(input, self.weight, self.bias, kernels.fprop, kernels.dgrad, kernels.wgrad)
 
+    @is_norm_act
+    def joint(self: Any, input: Tensor) -> Tensor:
+        route: Route = self._loka_routes["weight"]
+        route.reached = True
+        return linear_norm_act(input, self.weight, self.bias, self.eps, route.kernels.as_tuple())
+
     @functools.wraps(base.forward)
     def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
         with Reroute.of(self, self._loka_routes):
@@ -251,8 +295,14 @@ def _converted_class(kind: Kind, base: Any) -> Any:
             make, arguments = _restore, (kind, base)
         return make, arguments, *state
 
-    forward = planned if kind == "Planned" else routed
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__, "__doc__": None, BASE_CLASS: base}
+    forwards = {"Planned": planned, "Joint": joint, "Routed": routed}
+    members = {
+        "forward": forwards[kind],
+        "__reduce_ex__": reduce,
+        "__module__": __name__,
+        "__doc__": None,
+        BASE_CLASS: base,
+    }
     made = type(f"{kind}{base.__name__}", (base,), members)
     return made
 
@@ -266,7 +316,7 @@ def _reverted_class(made: Any) -> Any:
         return made
     own = {key: value for key, value in vars(made).items() if key not in ("__dict__", "__weakref__")}
     if BASE_CLASS not in own:
-        name = made.__name__.replace("Planned", "").replace("Routed", "")
+        name = functools.reduce(lambda name, kind: name.replace(kind, "", 1), get_args(Kind), made.__name__)
         return type(made)(name, tuple(map(_reverted_class, made.__bases__)), own)
     base = own[BASE_CLASS]
     added = {key: value for key, value in own.items() if isinstance(value, property)}

@@ -55,6 +55,7 @@ class Decision:
     """The kernel for one (site, pass), with all it was chosen from.
 
     Where the rows of the product vary, its times are means over its row counts; `times` are those of the chosen kernel.
+    Rows from `m_min` to `m_max` are those that it was decided on; of two ranges, a call belongs to the nearer one.
     """
 
     request: GemmRequest
@@ -75,6 +76,15 @@ class Decision:
     times: tuple[TimeAt, ...] | None = None  # None: of one shape, or never timed
     over: str | None = None  # which row counts the times are over, in words
     kept_experts: tuple[int, ...] = ()  # of a layer of experts: those whose own products stay in high precision
+    # Few rows and many apart: the decision for each, which together are this one; `kernel` names both (see `by_rows`),
+    # times are means over all calls, and what was rejected are single kernels for all of them.
+    ranges: "tuple[Decision, ...] | None" = None
+    share: float | None = None  # of one of such ranges: its share of the calls
+
+    @property
+    def parts(self) -> "tuple[Decision, ...]":
+        """The decisions that name one kernel each: those of its ranges, or itself."""
+        return self.ranges or (self,)
 
     @property
     def speedup(self) -> float | None:

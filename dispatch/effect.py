@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from loka.dispatch.by_rows import kernels_of
 from loka.dispatch.convert import routes_of
 from loka.dispatch.guard import Key
 from loka.dispatch.linear import HIGH_PRECISION, load
@@ -30,7 +31,7 @@ _MOST_DROPPED: Final[int] = 4
 
 def put_into_effect(model: nn.Module, plan: Plan, changes: Mapping[Key, str]) -> None:
     """Have products, given by site and pass, run on other kernels from here on. Raises KernelError for a bad one."""
-    for kernel in changes.values():
+    for kernel in (each for name in changes.values() for each in kernels_of(name)):
         if kernel != HIGH_PRECISION:
             load(kernel)  # now: code that is traced cannot import it
     routes = [route for route in routes_of(model) if any(site == route.site for site, _ in changes)]

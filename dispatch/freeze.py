@@ -1,32 +1,38 @@
-"""Freezing for inference: the weights of planned linear layers are stored in FP8 once, and their numbers dropped.
+"""Freezing for inference: the weights of planned products are stored in FP8 once, and their numbers dropped.
 
-A frozen layer is the module that it was, hooks, bias and name, with two buffers in place of its Parameter: `weight`,
-the codes, and `weight_scale`. It runs the forward kernel of its plan on them, with the numbers that the converted
-layer has. Its memory is about half of bf16's, and there is nothing left to train.
+A frozen module is the module that it was, hooks, biases and name, with buffers in place of a Parameter: codes, and
+scales. It runs the forward kernel of its plan on them, with the numbers that the converted model has. Their memory is
+about half of bf16's, and there is nothing left to train. `dispatch.stored_weight` says what the module's code finds in
+place of its weight: linear layers, Parameters that any code multiplies by, and the experts of a layer are stored alike.
 """
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, cast
+from typing import Final, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from loka.dispatch.convert import FROZEN, FUSING, check_eager, check_not_frozen, revert
-from loka.dispatch.linear import cast_for_autocast
+from loka.dispatch.by_rows import kernels_of
+from loka.dispatch.convert import check_eager, check_not_frozen, revert, routes_of
+from loka.dispatch.frozen_modules import made_of, names_taken, store
+from loka.dispatch.linear import HIGH_PRECISION
 from loka.dispatch.plan import Plan
-from loka.dispatch.routing import device_of, site_kernels
-from loka.dispatch.stored import is_traceable, stored_product, weight_spec
+from loka.dispatch.routing import SiteKernels, device_of, site_kernels
+from loka.dispatch.storage import Storage, Tensors
+from loka.dispatch.stored import is_traceable, weight_spec
+from loka.dispatch.stored_grouped import stored_kernel
 from loka.dispatch.weights import halves_of
-from loka.errors import KernelError
-from loka.kernel_registry.operands import DTYPES, quantize_operand
+from loka.formats import OperandSpec
+from loka.kernel_registry.operands import DTYPES
 from loka.kernel_registry.registry import default_registry
+from loka.kernel_registry.spec import GemmRequest
 from loka.naming import clean_fqn, unwrap
 
-_SCALE: Final = "weight_scale"
+# Modules that look up rows of their weight, and those that hold on to it and hand it to one operator of torch.
+_LOOK_UP: Final = (nn.Embedding, nn.EmbeddingBag)
+_HOLD: Final = (nn.RNNBase,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +57,23 @@ class Frozen:
 
 
 def freeze(model: nn.Module, plan: Plan, *, emulate: bool = False) -> Frozen:
-    """Store the weights of a model's planned linear layers in FP8, in place, for inference alone.
+    """Store the weights of a model's planned products in FP8, in place, for inference alone.
 
-    A layer is frozen where it is an `nn.Linear` that the plan runs in FP8 in its forward pass, and its weight belongs
-    to such layers only; the record that is returned says what was left and why. A converted model is reverted first.
-    No parameter of the model wants a gradient afterwards; a frozen layer refuses an input that does. A state dict of
-    the frozen model has codes and scales, which any model frozen with this plan takes; one in high precision is
-    quantised as it is loaded. Results are those of the converted model, bit for bit, where the model runs in the dtype
-    of its weights (autocast would round a weight before it is quantised).
+    A weight is stored where the plan runs its forward products in FP8: that of an `nn.Linear`, a Parameter that code
+    multiplies by, one of all experts of a layer. Experts that the plan keeps in high precision stay in it. The record
+    that is returned says what was left and why. A converted model is reverted first; nothing undoes a freeze: load the
+    model again. No parameter of the model wants a gradient afterwards, and an input of a frozen product that does is an
+    error, as is code that asks a stored weight for anything but products and views.
+
+    How a Parameter is quantised depends on which way its products read it. Its shape tells, unless it is square; for a
+    square one, convert the model and run it once before you freeze it.
+
+    A state dict of the frozen model has codes and scales, which any model frozen with this plan takes; one in high
+    precision is quantised as it is loaded. Products with stored weights are those of the converted model, bit for bit,
+    where it runs in the dtype of its weights (a cast, as autocast's, would round a weight before it is quantised).
+
+    A program that is exported from the model holds operators of this library where a kernel cannot be traced, as those
+    of experts cannot on a CPU: `from loka import freeze` makes them known to a process that loads it.
 
     `emulate=True` is as in `convert`. Raises PlanError, with the model untouched, when the plan belongs to another
     model, a kernel cannot run here, or the model is compiled or frozen already.
@@ -68,87 +83,188 @@ def freeze(model: nn.Module, plan: Plan, *, emulate: bool = False) -> Frozen:
     plan.check_model(model)
     forward = replace(plan, decisions=tuple(each for each in plan.decisions if each.request.product == "fprop"))
     planned = site_kernels(forward, device_of(model), emulate=emulate)
+    seen = {route.site: route.turned for route in routes_of(model)}
     before = _bytes_of(model)
     revert(model)
     root = unwrap(model)
     modules = {clean_fqn(name): module for name, module in root.named_modules()}
-    left, layers = {}, {}
+    places: dict[str, _Place] = {}
+    left: dict[str, str] = {}
     for decision in forward.decisions:
-        site = decision.request.site
-        module = modules.get(site) or modules.get("" if site == "weight" else site.removesuffix(".weight"))
-        reason = _why_left(modules, site, module, planned[site].fprop if site in planned else "")
-        if reason is None:
-            assert isinstance(module, nn.Linear)
-            layers[site] = module
+        request = decision.request
+        found = _place(modules, request, planned.get(request.site), seen.get(request.site))
+        if isinstance(found, str):
+            left[request.site] = found
         else:
-            left[site] = reason
-    left |= _drop_shared(root, layers, {site: planned[site].fprop for site in layers})
-    _store(layers, {site: planned[site].fprop for site in layers})
+            places[request.site] = found
+    left |= _drop_shared(root, places)
+    _store(places)
     model.requires_grad_(False)
-    return Frozen(
-        model=model,
-        kernels={site: planned[site].fprop for site in layers},
-        left=left,
-        bytes_before=before,
-        bytes_after=_bytes_of(model),
-    )
+    kernels = {site: place.storage.kernel for site, place in places.items()}
+    return Frozen(model=model, kernels=kernels, left=left, bytes_before=before, bytes_after=_bytes_of(model))
 
 
-# --- what can be frozen ---
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the weight of a site is, its module and its name there, and how it is to be stored."""
+
+    module: nn.Module
+    name: str
+    storage: Storage
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The Parameter."""
+        return cast(nn.Parameter, self.module._parameters[self.name])
+
+    @property
+    def way(self) -> tuple[object, ...]:
+        """What is the same for two sites that can share what is stored."""
+        return self.storage.spec, self.storage.turned, self.storage.kept
 
 
-def _why_left(modules: Mapping[str, nn.Module], site: str, module: nn.Module | None, kernel: str) -> str | None:
-    """Return why a site is left in high precision, or None."""
-    if not kernel:
+# --- what can be stored ---
+
+
+def _place(
+    modules: Mapping[str, nn.Module], request: GemmRequest, kernels: SiteKernels | None, seen: bool | None
+) -> _Place | str:
+    """Return where the weight of a site is, and how it can be stored; or why it is left in high precision.
+
+    `seen`: whether a run of the converted model has shown it to be [.., k, n], or not to be; None where none has.
+    """
+    site = request.site
+    if kernels is None or kernels.fprop == HIGH_PRECISION:
         return "the plan keeps its forward product in high precision"
-    if module is None:
-        return "it is a bare Parameter, which its module's own code multiplies by"
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        return f"{type(module).__name__} has a forward of its own"
-    fusing = next((modules[above] for above in _above(site) if isinstance(modules.get(above), FUSING)), None)
-    if fusing is not None:
-        return f"{type(fusing).__name__} reads its weight itself"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed" if is_parametrized(module, "weight") else "its weight is no Parameter"
+    owner, _, name = (f"{site}.weight" if site in modules else site).rpartition(".")
+    module = modules.get(owner)
+    reason = _why_no_weight(module, name) or _why_not_stored(kernels)
+    if reason is not None:
+        return reason
+    assert module is not None
+    spec = _spec(kernels.fprop)
+    turned = _is_turned(module, name, request, spec, seen)
+    if isinstance(turned, str):
+        return turned
+    weight = cast(nn.Parameter, module._parameters[name])
+    if weight.dim() != 3 and (kernels.op == "grouped_linear" or kernels.kept[0]):
+        return f"the plan has it as the weights of experts, and it is {list(weight.shape)}"
+    storage = Storage(
+        site=site,
+        kernel=kernels.fprop,
+        op=kernels.op,
+        spec=spec,
+        traceable=is_traceable(kernels.fprop),
+        turned=turned,
+        as_it_lay=any(default_registry().get(kernel).library == "emulated" for kernel in kernels_of(kernels.fprop)),
+        dtype=weight.dtype,
+        shape=tuple(weight.shape),
+        kept=kernels.kept[0],
+    )
+    return _Place(module, name, storage)
+
+
+def _why_no_weight(module: nn.Module | None, name: str) -> str | None:
+    """Return why a Parameter of a module cannot be stored, whatever the plan says of it, or None."""
+    weight = None if module is None else module._parameters.get(name)
+    if module is None or weight is None:
+        is_computed = module is not None and is_parametrized(module, name)
+        return "its weight is computed" if is_computed else "its weight is no Parameter"
+    if isinstance(module, _LOOK_UP):
+        return f"{type(module).__name__} looks up rows of its weight, which takes their numbers"
+    if isinstance(module, _HOLD):
+        return f"{type(module).__name__} reads its weight itself"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight.data).__name__}: gather what is sharded first"
-    if weight.dtype not in DTYPES or not weight.numel():
+    if weight.dtype not in DTYPES or not weight.numel() or weight.dim() < 2:
         return f"its weight is {weight.dtype} {list(weight.shape)}"
-    if halves_of(kernel) is None:
-        return f"{kernel} cannot multiply by stored codes"
+    taken = names_taken(module, name)
+    return f"{type(module).__name__} has a {taken[0]!r} of its own" if taken else None
+
+
+def _why_not_stored(kernels: SiteKernels) -> str | None:
+    """Return why a kernel, or those of few rows and of many, cannot multiply by one stored weight, or None."""
+    names = kernels_of(kernels.fprop)
+    if HIGH_PRECISION in names:
+        which = "few" if names[0] == HIGH_PRECISION else "many"
+        return f"the plan keeps its calls with {which} rows in high precision. Plan it with by_rows=False to store it"
+    load = stored_kernel if kernels.op == "grouped_linear" else halves_of
+    for name in names:
+        if load(name) is None:
+            return f"{name} cannot multiply by stored codes"
+    if len({weight_spec(_recipe(name)) for name in names}) > 1:
+        few, many = names
+        return (
+            f"{few}, for few rows, and {many}, for more, read its weight in two forms, and one is stored. Plan it "
+            "with by_rows=False to store it"
+        )
     return None
 
 
-def _above(site: str) -> Iterable[str]:
-    while site:
-        site = site.rpartition(".")[0]
-        yield site
+def _is_turned(module: nn.Module, name: str, request: GemmRequest, spec: OperandSpec, seen: bool | None) -> bool | str:
+    """Return whether the model has a weight as [.., k, n]; or what keeps it from being stored, in words.
+
+    An nn.Linear is known, what has run was seen; else the shape tells, or the experts of transformers do. Where groups
+    of elements that share a scale are square, one way is as good as the other.
+    """
+    if isinstance(module, nn.Linear) and name == "weight":
+        return False
+    shape = tuple(cast(nn.Parameter, module._parameters[name]).shape)
+    ways = [turned for turned in (False, True) if _fits(shape[:-3:-1] if turned else shape[-2:], request, spec)]
+    if not ways or seen not in (None, *ways):
+        return (
+            f"it is {list(shape)}, and its products, of {request.n} x {request.k}, are with parts of it that are not "
+            "quantised by themselves when it is stored as a whole"
+        )
+    if seen is not None or len(ways) == 1:
+        return ways[0] if seen is None else seen
+    says = getattr(module, "is_transposed", None)
+    if isinstance(says, bool) and len(shape) == 3:
+        return says
+    if spec.group_rows == spec.group_k:
+        return False
+    return (
+        f"it is square, {list(shape)}, and which way its products read it shows when they run: convert the model, run "
+        "it once, and freeze it then"
+    )
 
 
-def _drop_shared(root: nn.Module, layers: dict[str, nn.Linear], kernels: Mapping[str, str]) -> dict[str, str]:
-    """Take out the layers whose weight has another use than in layers that store it alike; return why, by site."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
-    for name, module in root.named_modules():
-        for parameter in module._parameters.values():
+def _fits(sizes: tuple[int, ...], request: GemmRequest, spec: OperandSpec) -> bool:
+    """Whether products with n x k are with a matrix of these sizes, or with rows of it that share no scale."""
+    rows, depth = sizes
+    n, k, group = request.n, request.k, spec.group_rows
+    return depth == k and (rows == n or (rows > n and group is not None and n % group == 0))
+
+
+def _drop_shared(root: nn.Module, places: dict[str, _Place]) -> dict[str, str]:
+    """Take out the sites whose weight has another use than in sites that store it alike; return why, by site."""
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+    for fqn, module in root.named_modules():
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                owners[id(parameter)].append((clean_fqn(name), module))
-    stored = {id(module): weight_spec(_recipe(kernels[site])) for site, module in layers.items()}
+                owners[id(parameter)].append((clean_fqn(fqn), module, name))
+    ways = {(id(place.module), place.name): place.way for place in places.values()}
     left = {}
-    for site, module in list(layers.items()):
-        for name, other in owners[id(module.weight)]:
-            if stored.get(id(other)) != stored[id(module)]:
-                how = "stores it otherwise" if id(other) in stored else "needs it in high precision"
-                left[site] = f"it shares its weight with {name or 'the model itself'}, which {how}"
+    for site, place in places.items():
+        for fqn, module, name in owners[id(place.weight)]:
+            way = ways.get((id(module), name))
+            if way != place.way:
+                how = "needs it in high precision" if way is None else "stores it otherwise"
+                left[site] = f"it shares its weight with {fqn or 'the model itself'}, which {how}"
     for site in left:
-        del layers[site]
+        del places[site]
     return left
 
 
 def _recipe(kernel: str) -> str:
-    recipe = default_registry().get(kernel).recipe
+    """Return the recipe by which a weight is stored: of kernels for few rows and many, both store it alike."""
+    recipe = default_registry().get(kernels_of(kernel)[0]).recipe
     assert recipe is not None
     return recipe
+
+
+def _spec(kernel: str) -> OperandSpec:
+    return weight_spec(_recipe(kernel))
 
 
 def _bytes_of(model: nn.Module) -> int:
@@ -156,97 +272,16 @@ def _bytes_of(model: nn.Module) -> int:
     return sum(tensors.values())
 
 
-# --- what becomes of a layer ---
-
-
-def _store(layers: Mapping[str, nn.Linear], kernels: Mapping[str, str]) -> None:
-    """Quantise every weight once, and give up its Parameter."""
-    weights: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for site, module in layers.items():
-        recipe, weight = _recipe(kernels[site]), module.weight
-        if id(weight) not in weights:
-            with torch.no_grad():
-                codes, scale, _ = quantize_operand(weight.detach(), weight_spec(recipe))
-            weights[id(weight)] = weight, codes, scale  # with the Parameter: its id is taken while it is here
-        _, codes, scale = weights[id(weight)]
-        module.__class__ = _frozen_class(cast(Any, type(module)))
-        del module._parameters["weight"]
-        module.register_buffer("weight", codes)
-        module.register_buffer(_SCALE, scale)
-        setattr(module, FROZEN, (kernels[site], recipe, is_traceable(kernels[site])))
-
-
-def _forward(self: Any, input: Tensor) -> Tensor:
-    """Run the stored weight's product."""
-    if torch.is_grad_enabled() and input.requires_grad:
-        raise KernelError(
-            f"A frozen layer ({self.in_features} to {self.out_features} features) got an input that wants a gradient, "
-            "and there is no backward pass through a stored weight. Run it under torch.no_grad(); to train, load the "
-            "model again, use loka.convert, and freeze what comes out."
-        )
-    kernel, _, traceable = getattr(self, FROZEN)
-    x, bias = cast_for_autocast(input), self.bias
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out = stored_product(kernel, rows, self.weight, self.weight_scale, traceable=traceable)
-    if bias is not None:
-        out = out + cast_for_autocast(bias)
-    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
-
-
-def _apply(self: Any, base: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """Move codes and scales with the module; a cast of the model is not one of theirs."""
-    codes, scale = self.weight, self.weight_scale
-    base._apply(self, function, recurse)
-    if self.weight.dtype != codes.dtype:
-        self.weight, self.weight_scale = (each.to(self.weight.device) for each in (codes, scale))
-    return self
-
-
-def _load(self: Any, base: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Load codes and scales; a weight in high precision is quantised."""
-    given, codes = state.get(f"{prefix}weight"), self.weight
-    if isinstance(given, Tensor) and given.dtype in DTYPES and given.shape == codes.shape:
-        made = quantize_operand(given.to(codes.device), weight_spec(getattr(self, FROZEN)[1]))
-        state = {**state, f"{prefix}weight": made.data, f"{prefix}{_SCALE}": made.scale}
-    elif isinstance(given, Tensor) and given.dtype != codes.dtype:
-        args[-1].append(f"{prefix}weight is {given.dtype}; this frozen layer takes {codes.dtype} or high precision.")
-        return
-    base._load_from_state_dict(self, state, prefix, *args)
-
-
-@functools.cache
-def _frozen_class(base: Any) -> Any:
-    """Make the class that a linear layer of class `base` becomes."""
-
-    def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return _apply(self, base, fn, recurse)
-
-    def load(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _load(self, base, state_dict, prefix, *args)
-
-    def restore(self: Any, state: Any) -> None:
-        base.__setstate__(self, state)
-        halves_of(getattr(self, FROZEN)[0])  # now: Dynamo cannot trace how they are loaded
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        make, arguments, *state = base.__reduce_ex__(self, protocol)
-        if arguments[:1] == (made,):  # no name leads to the class: name what it is made from
-            make, arguments = _restore, (base,)
-        return make, arguments, *state
-
-    members = {
-        "forward": _forward,
-        "_apply": apply,
-        "_load_from_state_dict": load,
-        "__reduce_ex__": reduce,
-        "__setstate__": restore,
-        "__module__": __name__,
-    }
-    made = type(f"Frozen{base.__name__}", (base,), members)
-    return made
-
-
-def _restore(base: Any) -> Any:
-    """Make an empty frozen layer, for `copy` and for those who save whole models."""
-    made = _frozen_class(base)
-    return made.__new__(made)
+def _store(places: Mapping[str, _Place]) -> None:
+    """Quantise every weight once, and give up its Parameter before the next one is quantised."""
+    uses: dict[int, list[_Place]] = defaultdict(list)
+    for place in places.values():
+        uses[id(place.weight)].append(place)
+    modules: dict[int, tuple[nn.Module, dict[str, tuple[Storage, Tensors]]]] = {}
+    for same in uses.values():
+        tensors = made_of(same[0].weight.detach(), same[0].storage)
+        for place in same:
+            del place.module._parameters[place.name]
+            modules.setdefault(id(place.module), (place.module, {}))[1][place.name] = (place.storage, tensors)
+    for module, stored in modules.values():
+        store(module, stored)

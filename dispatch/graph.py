@@ -7,7 +7,7 @@ what was called. A weight operand is followed back through views and casts to th
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, fx
 from loka.dispatch.contractions import einsum, is_linear_einsum, is_linear_tensordot, tensordot
 from loka.dispatch.grouped import GroupedCall, grouped_matmul, is_grouped
 from loka.dispatch.linear import linear
+from loka.dispatch.norm_act import linear_norm_act
 from loka.dispatch.reroute import attention, attention_weights
 from loka.dispatch.routing import SiteKernels
+from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
 
 # Puts a product on the kernels of its weight's site: returns the node that replaces it.
@@ -31,7 +33,7 @@ class Operand:
 
     weight: fx.Node
     place: Place
-    op: Op = "linear"
+    ops: tuple[Op, ...] = ("linear",)  # that the site may be planned as
 
 
 # What leads from a weight operand back to its parameter without changing its numbers, other than by a cast.
@@ -161,7 +163,14 @@ def _match_grouped(node: fx.Node) -> list[Operand]:
     if call is None or sorted(dims) != [2, 3]:
         return []
     weight = call.right if dims[1] == 3 else call.left
-    return [Operand(weight, functools.partial(_place_grouped, call), "grouped_linear")]
+    return [Operand(weight, functools.partial(_place_grouped, call), ("grouped_linear",))]
+
+
+def _match_norm_act(node: fx.Node) -> list[Operand]:
+    """A linear layer with its norm and activation: they are placed together, however the product is planned."""
+    x, weight, bias, eps = (_argument(node, i, name) for i, name in enumerate(("x", "weight", "bias", "eps")))
+    placed = _if_matrix(weight, _place_norm_act, x, weight, bias, eps)
+    return [replace(operand, ops=("linear", "linear_norm_act")) for operand in placed]
 
 
 _FUNCTIONS: Final[dict[Any, Callable[[fx.Node], list[Operand]]]] = {
@@ -174,6 +183,8 @@ _FUNCTIONS: Final[dict[Any, Callable[[fx.Node], list[Operand]]]] = {
     torch.addmm: _match_addmm,
     torch.tensordot: _match_tensordot,
     torch.einsum: _match_einsum,
+    OPERATOR: _match_norm_act,
+    OPERATOR.default: _match_norm_act,
     F.multi_head_attention_forward: _match_attention,
     attention: _match_attention,
 }
@@ -222,4 +233,9 @@ def _place_attention(
 
 
 def _place_grouped(call: GroupedCall, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:
-    return graph.call_function(grouped_matmul, (call.left, call.right, call.offsets, kernels.as_tuple()))
+    operands = call.left, call.right, call.offsets
+    return graph.call_function(grouped_matmul, (*operands, kernels.as_tuple(), kernels.kept))
+
+
+def _place_norm_act(x: fx.Node, weight: fx.Node, bias: Any, eps: Any, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:
+    return graph.call_function(linear_norm_act, (x, weight, bias, eps, kernels.as_tuple()))

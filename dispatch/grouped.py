@@ -7,7 +7,7 @@ Rows are sorted by expert, `offsets` says where each expert's end. Kernels are g
 tensors, so that `torch.compile` traces into it, kernels that are counted, and one that raises is replaced.
 
 A few experts may be kept in high precision by a plan: their rows are computed once more, which needs the offsets on the
-host. Where code is traced there are none, and such a pass stays in high precision as a whole.
+host. Where code is traced, that is one operator.
 
 Models write such a product as `torch._grouped_mm`, which `torch.nn.functional.grouped_mm` calls, or as the operator
 that transformers puts in its place where torch cannot compile it. `GroupedCall` reads the arguments of all of them.
@@ -15,7 +15,7 @@ Dynamo shows `torch._grouped_mm` to no mode: a converted model keeps it in high 
 `loka`, which finds it in the graph.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loka.dispatch.by_rows import kernel_for
 from loka.dispatch.linear import HIGH_PRECISION, TRACED, execute
 from loka.formats import Pass
 from loka.kernel_registry import grouped as definition
@@ -48,10 +49,26 @@ def product(name: str, a: Tensor, b: Tensor, offsets: Tensor, which: Pass, kept:
     Those of the experts in `kept` are computed in that dtype.
     """
     out = execute(name, (a, b, offsets), which, _high_precision)
-    return out if not kept or name == HIGH_PRECISION else _with_kept(out, (a, b, offsets), which, kept)
+    if not kept or name == HIGH_PRECISION:
+        return out
+    if torch.compiler.is_compiling() or isinstance(a, TRACED):
+        traced: Tensor = _kept_in_graph(out, a, b, offsets, which, list(kept))
+        return traced
+    return _with_kept(out, (a, b, offsets), which, kept)
 
 
-def _with_kept(out: Tensor, operands: tuple[Tensor, Tensor, Tensor], which: Pass, kept: Kept) -> Tensor:
+@torch.library.custom_op("loka::kept_experts", mutates_args=())
+def _kept_in_graph(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, product: str, kept: list[int]) -> Tensor:
+    """Do that in one operator: which rows are an expert's is not known while a graph is made."""
+    return _with_kept(out.clone(), (a, b, offsets), product, kept)
+
+
+@_kept_in_graph.register_fake
+def _(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, product: str, kept: list[int]) -> Tensor:
+    return torch.empty_like(out)
+
+
+def _with_kept(out: Tensor, operands: tuple[Tensor, Tensor, Tensor], which: str, kept: Sequence[int]) -> Tensor:
     """Write the products of some experts over those of a kernel."""
     a, b, offsets = operands
     ends = offsets.tolist()
@@ -108,14 +125,11 @@ def grouped(  # noqa: PLR0913 - the product, a kernel per pass, and what they do
     offsets: [experts], the end of each expert's rows; rows after the last are zero, in the result and in the gradient.
     x and weight are of one dtype, and autocast leaves it: it does not know `torch._grouped_mm` either. Raises what the
     kernels raise, KernelError for offsets that descend or exceed the tokens where they are on the CPU. On a step that
-    is being sampled, high precision.
+    is being sampled, high precision. `fprop` may name a kernel for few tokens and one for many (`dispatch.by_rows`).
     """
-    kernels = (fprop, dgrad, wgrad)
+    kernels = (kernel_for(fprop, x.shape[:-1]), dgrad, wgrad)
     if not torch.compiler.is_dynamo_compiling() and steps_aside() and not isinstance(x, TRACED):
         kernels = (HIGH_PRECISION,) * 3
-    if any(kept) and (torch.compiler.is_dynamo_compiling() or isinstance(x, TRACED)):
-        fprop, dgrad, wgrad = (HIGH_PRECISION if out else name for out, name in zip(kept, kernels, strict=True))
-        kernels, kept = (fprop, dgrad, wgrad), NONE_KEPT
     device = x.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):

@@ -77,15 +77,22 @@ class Guard:
         return self.ladder.request.site, self.ladder.request.product
 
     @property
+    def suspects(self) -> bool:
+        """Whether the last reading has left something in the test of its error, or of an operand."""
+        return self.test.suspects or any(jumps.test.suspects for jumps in self._jumps.values())
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """The recipes to measure: its own; those above that it may move up to; those below where it may have to go."""
-        suspects = self.test.suspects or any(jumps.test.suspects for jumps in self._jumps.values())
-        low = range(len(self.ladder.rungs) if suspects else self.position + 1)
+        low = range(len(self.ladder.rungs) if self.suspects else self.position + 1)
         rungs = [self.ladder.rungs[index] for index in low if index >= self.position or self._may_climb(index)]
-        return tuple(dict.fromkeys(rung.recipe for rung in rungs if rung.recipe is not None))
+        return tuple(dict.fromkeys(name for rung in rungs for name in rung.recipes))
 
     def _may_climb(self, index: int) -> bool:
-        return self.flips < self.patience.max_flips and self.ladder.rungs[index].kernel not in self._dead
+        return self.flips < self.patience.max_flips and self._works(self.ladder.rungs[index])
+
+    def _works(self, rung: Rung) -> bool:
+        return not any(kernel in self._dead for kernel in rung.kernels)
 
     def saw(self, step: int, reading: Reading) -> Iterator[Event]:
         """Take one monitored step; yield what happens because of it."""
@@ -95,12 +102,12 @@ class Guard:
             self._first_alignment = reading.alignment
         if self.position:
             yield from self._climb(step, reading)
-        recipe = self.rung.recipe
-        if recipe is None:
+        if not self.rung.recipes:
             return
-        alarm = self.test.saw(reading.errors.get(recipe, math.nan), self.rung.limit)
+        recipe, found = _worst(self.rung, reading)
+        alarm = self.test.saw(found, self.rung.limit)
         if alarm or (outliers and self.test.suspects and self.test.last > 1):
-            error = f"{self.ladder.gate} {reading.errors[recipe]:.3g} under {recipe}"
+            error = f"{self.ladder.gate} {found:.3g} under {recipe}"
             why = f"{error} is {self.test.last:.3g} times its limit of {self.rung.limit:.3g}"
             beyond = f", beyond it for {self.test.steps} monitored steps on the whole"
             why += beyond if alarm else " since its operands have jumped"
@@ -108,10 +115,10 @@ class Guard:
 
     def fault(self, step: int, kernel: str, why: str) -> Iterator[Event]:
         """Take note that a kernel does not work; leave it where the product runs on it."""
-        if kernel in self._dead or all(rung.kernel != kernel for rung in self.ladder.rungs):
+        if kernel in self._dead or all(kernel not in rung.kernels for rung in self.ladder.rungs):
             return
         self._dead[kernel] = why
-        if self.rung.kernel == kernel:
+        if kernel in self.rung.kernels:
             yield self._demote(step, why, None)
 
     # --- moves ---
@@ -121,7 +128,7 @@ class Guard:
         self.test.clear()
         self._clean.clear()
         tail = ""
-        if left.kernel not in self._dead:
+        if self._works(left):
             tail = f". Back after {self.patience.clean_steps} clean monitored steps"
             if self.flips >= self.patience.max_flips:
                 tail = f". It stays there: it has come back {self.flips} times"
@@ -132,14 +139,15 @@ class Guard:
         last = len(self.ladder.rungs) - 1
         for index in range(self.position + 1, last):
             rung = self.ladder.rungs[index]
-            if rung.kernel not in self._dead and (reading is None or _is_clean(rung, reading)):
+            if self._works(rung) and (reading is None or _is_clean(rung, reading)):
                 return index
         return last
 
     def _climb(self, step: int, reading: Reading) -> Iterator[Event]:
         for index in range(self.position):
             rung = self.ladder.rungs[index]
-            if not self._may_climb(index) or math.isnan(reading.errors.get(str(rung.recipe), math.nan)):
+            recipe, found = _worst(rung, reading)
+            if not self._may_climb(index) or math.isnan(found):
                 continue
             self._clean[index] = self._clean.get(index, 0) + 1 if _is_clean(rung, reading) else 0
             if self._clean[index] < self.patience.clean_steps:
@@ -148,8 +156,7 @@ class Guard:
             self.position, self.flips = index, self.flips + 1
             self.test.clear()
             self._clean.clear()
-            error = reading.errors[str(rung.recipe)]
-            why = f"{self.ladder.gate} {error:.3g} under {rung.recipe}, within {CLEAN:g} of its limit for {clean} steps"
+            why = f"{self.ladder.gate} {found:.3g} under {recipe}, within {CLEAN:g} of its limit for {clean} steps"
             yield self._event(step, "promoted", f"from {left.words} back to {rung.words}: {why}")
             return
 
@@ -160,8 +167,7 @@ class Guard:
             times = self._jumps.setdefault(role, Jumps()).saw(operand.amax)
             if times is not None:
                 what = f"the largest value of {role} is {operand.amax:.3g}, {times:.3g} times what it was lately"
-                recipe = self.rung.recipe
-                error = reading.errors.get(recipe, math.nan) if recipe is not None else math.nan
+                recipe, error = _worst(self.rung, reading)
                 if not math.isnan(error):
                     what += f"; {self.ladder.gate} {error:.3g} under {recipe}, limit {self.rung.limit:.3g}"
                 yield self._event(step, "outliers", what)
@@ -184,7 +190,16 @@ class Guard:
 
 
 def _is_clean(rung: Rung, reading: Reading) -> bool:
-    return reading.errors.get(str(rung.recipe), math.nan) <= CLEAN * rung.limit
+    return _worst(rung, reading)[1] <= CLEAN * rung.limit
+
+
+def _worst(rung: Rung, reading: Reading) -> tuple[str, float]:
+    """Return the recipe of a rung that errs most, and by how much; NaN where one of them was not measured."""
+    found = {name: reading.errors.get(name, math.nan) for name in rung.recipes}
+    unknown = [name for name, error in found.items() if math.isnan(error)]
+    if unknown or not found:
+        return (unknown or [""])[0], math.nan
+    return max(found.items(), key=lambda each: each[1])
 
 
 def in_order(keys: Iterator[Key] | list[Key]) -> list[Key]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from loka.dispatch.by_rows import kernel_for
 from loka.dispatch.ladder import Ladder, Rung
-from loka.dispatch.linear import load
+from loka.dispatch.linear import HIGH_PRECISION, load
 from loka.dispatch.verify import Part, Verification, allowed_share, compare
 from loka.hardware import device_info
+from loka.kernel_registry.norm_act import norm_act
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
 from loka.numerics import product_error
@@ -48,11 +50,16 @@ class KernelCheck:
     def look(self, ladder: Ladder, rung: Rung, gemm: Gemm) -> Finding | None:
         """Run a rung's kernel on a product's operands; return what is wrong with it, None where nothing is."""
         request = ladder.request
-        spec = default_registry().get(rung.kernel) if rung.recipe is not None else None
-        if spec is None or spec.library == "emulated" or request.op != "linear" or not is_plain_product(gemm):
+        if request.op not in ("linear", "linear_norm_act") or not is_plain_product(gemm):
             return None
         if gemm.unmeasured or not gemm.a.numel() or not gemm.b.numel():
             return None
+        name = kernel_for(rung.kernel, gemm.a.shape[-2:-1])
+        spec = default_registry().get(name) if name != HIGH_PRECISION else None
+        if spec is None or spec.library == "emulated":
+            return None
+        if name != rung.kernel:  # that of the rows of this call
+            rung = replace(rung, kernel=name, recipes=(str(spec.recipe),))
         kernel = load(rung.kernel)
         if kernel is None:  # it has failed, and high precision runs in its place
             return None
@@ -66,7 +73,8 @@ class KernelCheck:
         except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way
             words = f"{rung.kernel} raised {type(error).__name__}: {error}"
             return Finding(kernel=rung.kernel, words=words, fatal=True)
-        if not bool(out.isfinite().all()) and bool(matmul(a, b).isfinite().all()):
+        exact = norm_act if spec.op == "linear_norm_act" else nn.Identity()
+        if not bool(out.isfinite().all()) and bool(exact(matmul(a, b)).isfinite().all()):
             wrong = int((~out.isfinite()).sum())
             words = f"{rung.kernel} gave {wrong} of {out.numel()} elements that are not finite, from finite operands"
             return Finding(kernel=rung.kernel, words=words, fatal=True)
@@ -76,7 +84,9 @@ class KernelCheck:
         self, ladder: Ladder, rung: Rung, kernel: Callable[..., Tensor], operands: tuple[Tensor, Tensor]
     ) -> Finding | None:
         a, b = operands
-        request, info = ladder.request, device_info(a.device)
+        # Of a layer with norm and activation, a kernel may compute the product alone: its row says what it is.
+        fused = default_registry().get(rung.kernel).op == "linear_norm_act"
+        request, info = replace(ladder.request, op="linear_norm_act" if fused else "linear"), device_info(a.device)
         blank = Verification(
             kernel=rung.kernel,
             recipe=str(rung.recipe),
@@ -93,7 +103,8 @@ class KernelCheck:
             if found.holds:
                 return None
             rows = slice(0, _ROWS)
-            error = product_error(actual[rows], matmul(a[rows].float(), b.float())).gated(ladder.gate)
+            exact = matmul(a[rows].float(), b.float())
+            error = product_error(actual[rows], norm_act(exact) if fused else exact).gated(ladder.gate)
         fatal = not error <= rung.limit
         words = f"{rung.kernel} does not compute what {rung.recipe} defines: {found.reason}"
         words += f"; its {ladder.gate} is {error:.3g}, limit {rung.limit:.3g}"

@@ -3,15 +3,19 @@ the end high precision. One ladder per (site, pass), each rung with the most tha
 
 The most is the plan's bound. A bound on the loss is a budget that forward products share, so there the most is the
 error that the product was given its share for, times a margin: what an error costs the loss grows with its square.
+
+A product that runs few rows and many on different kernels begins on both, and is watched for the recipes of both; where
+both are in FP8, the next rungs are single kernels for all rows, and where one is, kernels for its rows.
 """
 
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from loka.bounds import DEFAULT_ROW_ERROR, Bound, Limit
+from loka.dispatch.by_rows import by_rows, kernels_of, words
 from loka.dispatch.decide import Candidate, Code, Decision
 from loka.dispatch.linear import HIGH_PRECISION, load
 from loka.dispatch.plan import Plan
@@ -33,16 +37,29 @@ _MOST_OTHERS: Final[int] = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rung:
-    """A kernel that a product may run on. High precision has no recipe, and no limit."""
+    """A kernel, or one for few rows and one for many, that a product may run on.
+
+    High precision has no recipe, and no limit.
+    """
 
     kernel: str
-    recipe: str | None = None
+    recipes: tuple[str, ...] = ()  # of few rows and of many, each once
     limit: float = math.inf
+
+    @property
+    def recipe(self) -> str | None:
+        """Its recipe, or recipes, in a sentence; None in high precision."""
+        return " and ".join(self.recipes) or None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that have to work for it."""
+        return kernels_of(self.kernel)
 
     @property
     def words(self) -> str:
         """Its name in a sentence."""
-        return self.kernel or "high precision"
+        return words(self.kernel)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +77,8 @@ def ladders(plan: Plan, here: DeviceInfo) -> list[Ladder]:
     Where a planned kernel cannot run here, emulated ones stand in for all: that is what `emulate=True` has put in use.
     """
     planned = [decision for decision in plan.decisions if decision.recipe is not None]
-    emulate = any(_runnable(each.kernel, each, each.recipe, here) is None for each in planned)
+    parts = [part for decision in planned for part in decision.parts if part.recipe is not None]
+    emulate = any(_runnable(part.kernel, part, part.recipe, here) is None for part in parts)
     return [_ladder(decision, plan.bound, here, emulate=emulate) for decision in planned]
 
 
@@ -68,17 +86,45 @@ def _ladder(decision: Decision, bound: Bound, here: DeviceInfo, *, emulate: bool
     request = decision.request
     limit = bound.limit(request.product, request.site)
     usual = "relative_error" if limit.metric == "sqnr_db" else gate_for(request.n)
-    rungs = [
-        Rung(kernel=kernel, recipe=recipe, limit=_most(limit, error))
-        for name, recipe, error in _admissible(decision)
-        if (kernel := _runnable(name, decision, recipe, here, emulate=emulate)) is not None
-    ]
+    rungs = list(_rungs(decision, limit, here, emulate=emulate))
     unique = list({rung.kernel: rung for rung in rungs}.values())
     return Ladder(
         request=request,
         gate=decision.gate or usual,
         rungs=(*unique[: 1 + _MOST_OTHERS], Rung(kernel=HIGH_PRECISION)),
     )
+
+
+def _rungs(decision: Decision, limit: Limit, here: DeviceInfo, *, emulate: bool) -> Iterator[Rung]:
+    """Yield what runs here of the chosen kernel, or kernels, and of those to fall back on."""
+    if decision.ranges is None:
+        yield from _of_one(decision, limit, here, emulate=emulate)
+        return
+    most = decision.ranges[0].m_max
+    few, many = (list(_of_one(part, limit, here, emulate=emulate)) if part.recipe else [] for part in decision.ranges)
+    if few and many:
+        chosen = (few[0].kernel, many[0].kernel)
+        kernel = chosen[0] if chosen[0] == chosen[1] else by_rows(chosen[0], most, chosen[1])
+        recipes = tuple(dict.fromkeys((*few[0].recipes, *many[0].recipes)))
+        yield Rung(kernel=kernel, recipes=recipes, limit=max(few[0].limit, many[0].limit))
+        # For all rows: what was admissible for many, and was for few, even where it gains nothing there.
+        able = {rung.kernel for rung in few} | set(_slower_than_the_baseline(decision.ranges[0]))
+        yield from (rung for rung in many if rung.kernel in able)
+    for rung in few if not many else ():
+        yield replace(rung, kernel=by_rows(rung.kernel, most, HIGH_PRECISION))
+    for rung in many if not few else ():
+        yield replace(rung, kernel=by_rows(HIGH_PRECISION, most, rung.kernel))
+
+
+def _of_one(decision: Decision, limit: Limit, here: DeviceInfo, *, emulate: bool) -> Iterator[Rung]:
+    for name, recipe, error in _admissible(decision):
+        kernel = _runnable(name, decision, recipe, here, emulate=emulate)
+        if kernel is not None:
+            yield Rung(kernel=kernel, recipes=(recipe,), limit=_most(limit, error))
+
+
+def _slower_than_the_baseline(decision: Decision) -> Iterator[str]:
+    return (each.kernel for each in decision.rejected if each.code == "no_gain")
 
 
 def _admissible(decision: Decision) -> Iterator[tuple[str, str, float | None]]:

@@ -22,12 +22,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import _StopRecomputationError
 
+from loka.dispatch.by_rows import depends_on_rows, kernel_for
 from loka.dispatch.executions import record, record_traced
 from loka.dispatch.shared_input import forget_input, input_sides
 from loka.dispatch.weights import Weight, weight_of
 from loka.formats import Pass
 from loka.hardware import device_info
+from loka.kernel_registry import norm_act
 from loka.kernel_registry.layers import Layer, Made, Needs
+from loka.kernel_registry.norm_act import FusedLayer
 from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
@@ -43,6 +46,8 @@ TRACED: Final = (FakeTensor, FunctionalTensor)
 
 # Loaded kernels by name: a plain dict, which Dynamo can read while it traces a converted model. None: out of use.
 _loaded: dict[str, Callable[..., Tensor] | None] = {}
+# By the same names, kernels of the op `linear_norm_act` as layers run them; None: it is of another op.
+_fused: dict[str, FusedLayer | None] = {HIGH_PRECISION: None}
 
 
 def load(name: str) -> Callable[..., Tensor] | None:
@@ -54,7 +59,18 @@ def load(name: str) -> Callable[..., Tensor] | None:
         spec = default_registry().get(name)
         _loaded[name] = spec.load()
         _layers.setdefault(name, spec.load_layer())  # now: Dynamo cannot trace how it is loaded
+        load_fused(name)
     return _loaded[name]
+
+
+def load_fused(name: str) -> FusedLayer | None:
+    """Return a kernel of a linear layer with its norm and activation, None for one of another op; raises as `load`.
+
+    One that has failed in use is high precision from then on.
+    """
+    if name not in _fused:
+        _fused[name] = default_registry().get(name).load_fused()
+    return _fused[name]
 
 
 def product(name: str, a: Tensor, b: Tensor, which: Pass, kept: Weight | None = None) -> Tensor:
@@ -87,7 +103,7 @@ def execute(
     except torch.OutOfMemoryError:
         raise  # no fault of the kernel's, and high precision needs memory, too
     except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
-        out = _without(name, operands, error, which, high_precision)
+        out = without(name, operands, error, which, high_precision)
         name = HIGH_PRECISION
     record(HIGH_PRECISION if kernel is high_precision else name)
     return out
@@ -102,11 +118,12 @@ def quarantine(name: str, device: torch.device, error: BaseException) -> None:
     default_registry().quarantine(name, device_info(device), error)
     _loaded[name] = None
     _layers[name] = None
+    _fused[name] = None if load_fused(name) is None else norm_act.high_precision
 
 
-def _without(
-    name: str, operands: tuple[Tensor, ...], error: Exception, which: Pass, high_precision: Callable[..., Tensor]
-) -> Tensor:
+def without(
+    name: str, operands: tuple[Tensor, ...], error: Exception, which: Pass, high_precision: Callable[..., Any]
+) -> Any:
     """Redo a product in high precision and quarantine its kernel; raise where the operands are at fault."""
     try:
         out = high_precision(*operands, product=which, out_dtype=operands[0].dtype)
@@ -155,7 +172,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, name: str, held: Weight | None) -> Tensor:
         needs_x_grad, needs_weight_grad, *_ = ctx.needs_input_grad
         layer, needs = load_layer(name), Needs(needs_x_grad, needs_weight_grad)
-        if _is_traced(x):
+        if is_traced(x):
             out, kept = layer.forward(x, weight, needs)
         else:
             of_weight = None if held is None else held.sides(name, layer, weight, needs, x.dtype)
@@ -171,7 +188,7 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         kept = [None if spec is None else Operand(next(tensors), next(tensors), spec) for spec in ctx.specs]
-        if not _is_traced(grad):
+        if not is_traced(grad):
             forget_input()
         with torch.autocast(grad.device.type, enabled=False):
             gradients = load_layer(ctx.name).backward(grad, (kept[0], kept[1]))
@@ -180,6 +197,16 @@ class _Layer(torch.autograd.Function):
             if gradient is not None:
                 _count(ctx.name, grad, which)
         return *gradients, None, None
+
+
+# Either without what `apply` does for the transforms of torch.func: most of what a short call pays for being recorded.
+_record_product: Final[Any] = super(torch.autograd.Function, _Product).apply
+_record_layer: Final[Any] = super(torch.autograd.Function, _Layer).apply
+
+
+def _is_transformed() -> bool:
+    """Whether Dynamo, which knows functions by their `apply`, or a transform of torch.func sees what runs."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active()
 
 
 # Loaded layers by name, likewise; None where a kernel computes one pass at a time.
@@ -203,25 +230,26 @@ def _shares_casts(kernels: tuple[str, str, str], x: Tensor, weight: Tensor) -> b
     layer = _layers[name]
     if layer is None:
         return False
-    return layer.when_traced or not _is_traced(x)
+    return layer.when_traced or not is_traced(x)
 
 
-def _is_traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether a graph is being made of what runs."""
     return torch.compiler.is_dynamo_compiling() or isinstance(x, TRACED)
 
 
 def _with_shared_casts(x: Tensor, weight: Tensor, name: str, held: Weight | None) -> Tensor:
     """Compute a layer; where its kernel raises, in high precision, and from then on."""
-    if _is_traced(x):
+    if is_traced(x):
         traced: Tensor = _Layer.apply(x, weight, name, None)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return traced
     try:
-        out: Tensor = _Layer.apply(x, weight, name, held)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        apply: Any = _Layer.apply if _is_transformed() else _record_layer
+        out: Tensor = apply(x, weight, name, held)
     except (torch.OutOfMemoryError, _StopRecomputationError):
         raise  # no fault of the kernel's: the latter is how a checkpoint ends what it computes again
     except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
-        _without(name, (x.detach(), weight.detach()), error, "fprop", _high_precision)
+        without(name, (x.detach(), weight.detach()), error, "fprop", _high_precision)
         _layers[name] = None
         out = _Product.apply(x, weight, (HIGH_PRECISION,) * 3, None)  # type: ignore[no-untyped-call]  # likewise
     return out
@@ -240,8 +268,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, fprop: str, dgrad
     """Return input [..., K] times weight [N, K] transposed, plus a bias that broadcasts: shape [..., N].
 
     Follows autocast as `torch.nn.functional.linear` does. Raises what the kernels raise; a double backward is an error,
-    since a quantised product has no second derivative. On a step that is being sampled, high precision.
+    since a quantised product has no second derivative. On a step that is being sampled, high precision. `fprop` may
+    name a kernel for few rows and one for many (`dispatch.by_rows`).
     """
+    fprop = kernel_for(fprop, input.shape[:-1]) if depends_on_rows(fprop) else fprop
     if not torch.compiler.is_dynamo_compiling() and steps_aside() and not isinstance(input, TRACED):
         return _own_linear(input, weight, bias, (fprop, dgrad, wgrad))
     return _followed(input, weight, bias, (fprop, dgrad, wgrad))
@@ -302,7 +332,8 @@ def _linear(
         if _shares_casts(kernels, rows, weight):
             out = _with_shared_casts(rows, weight, kernels[0], kept)
         else:
-            out = _Product.apply(rows, weight, kernels, kept)  # type: ignore[no-untyped-call]  # torch does not annotate it
+            apply: Any = _Product.apply if _is_transformed() else _record_product
+            out = apply(rows, weight, kernels, kept)
     else:  # where nothing can ask for a gradient: an autograd.Function costs more than all the rest of the dispatch
         out = product(kernels[0], rows, weight, "fprop")
     if bias is not None:

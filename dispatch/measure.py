@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from loka.bounds import Bound
-from loka.dispatch.candidates import DISPATCHED
+from loka.dispatch.candidates import DISPATCHED, MIN_SPEEDUP
 from loka.dispatch.draws import Drawn, draw_operands
 from loka.dispatch.profile import TimeTable
 from loka.dispatch.shapes import Shape, shapes_of
@@ -109,7 +109,8 @@ def _to_time(
             if bound is None or any(_safe(product, spec, bound) for product in shape.products)
         ]
         if kernels:
-            contest = _Contest(shape, (registry.baseline(shape.request), *kernels))
+            baselines = (registry.baseline(shape.request), *registry.rivals(shape.request, info))
+            contest = _Contest(shape, (*baselines, *kernels))
             if any(known.lookup(spec.name, shape.request) is None for spec in contest.kernels):
                 found.append(contest)
     return found
@@ -141,11 +142,34 @@ def _time(
         spent_s = time.perf_counter() - start
         needed_s, left_s = (spent_s - begun_s) * (MIN_REPETITIONS + 1), left_s - spent_s
         if needed_s > left_s:
+            left_s = max(0.0, left_s)
             logger.warning("%s left untimed: it needs %.2g s, %.2g s are left", _label(request), needed_s, left_s)
             return []
         measured = measure(calls, device=device, budget_s=max(0.0, share_s - spent_s), inputs=len(drawn.pairs))
+    impossible = _faster_than_its_part(contest, measured)
+    if impossible:
+        logger.warning("%s left untimed: %s", _label(request), impossible)
+        return []
     info = device_info(device)
     return [timing_of(name, request, info, result, drawn.values) for name, result in measured.items()]
+
+
+def _faster_than_its_part(contest: _Contest, measured: Mapping[str, Measurement]) -> str:
+    """Say that times cannot be right: in fp32, emulation multiplies as the baseline does, and quantises before that.
+
+    Where other programs take the cores, threads of one product wait for each other, ten times as long as they work.
+    """
+    request, baseline = contest.shape.request, measured[contest.kernels[0].name].median_us
+    if (request.op, request.dtype) != ("linear", "float32"):
+        return ""  # in bf16, and of experts, emulation may take another way than the baseline
+    for spec in contest.kernels[1:]:
+        own = measured[spec.name].median_us if spec.name in measured else baseline
+        if spec.library == "emulated" and own * MIN_SPEEDUP < baseline:
+            return (
+                f"{spec.name} took {own:.3g} us, the product in high precision that it contains {baseline:.3g} us. "
+                "The machine is too busy to tell; try again on a quiet one, or with OMP_NUM_THREADS=1"
+            )
+    return ""
 
 
 def timing_of(kernel: str, request: GemmRequest, info: DeviceInfo, result: Measurement, values: str) -> Timing:

@@ -19,13 +19,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import torch.distributed as dist
 from torch import nn
 
-from loka.dispatch.convert import planned_sites
+from loka.dispatch.convert import plan_of, planned_sites
 from loka.dispatch.guard import Patience
 from loka.dispatch.job import all_or_none, check_plans
 from loka.dispatch.plan import Plan
@@ -50,7 +49,10 @@ _ALARMS: Final[frozenset[str]] = frozenset({"demoted", "kernel_fault", "kernel_d
 
 
 class Monitor(Probe):
-    """See `loka.monitor`. `events` is all that has happened, `changed` what runs on another kernel than planned."""
+    """What `loka.monitor` returns: a context manager around the training loop.
+
+    `events` is all that has happened, `changed` what runs on another kernel than planned.
+    """
 
     who: ClassVar[str] = "monitor"
 
@@ -64,7 +66,7 @@ class Monitor(Probe):
     ) -> None:
         self.events: list[Event] = []
         self._plan = plan
-        self._watch = PlanWatch(unwrap(model), plan, patience, Team(settings.process_group), self._tell_event)
+        self._watch = PlanWatch(unwrap(model), plan, patience, Team(settings.process_group), self._tell_all)
         super().__init__(model, db if db is not None else "", replace(settings, watch=self._watch))
         self._records = db is not None and self._watch.team.leads
         self._book: RunWriter | None = None
@@ -89,6 +91,11 @@ class Monitor(Probe):
         group = self._settings.process_group
         self._book = opened() if group is None else all_or_none(opened, group)
         return _Desk(self)
+
+    def _tell_all(self, event: Event) -> None:
+        """Tell of an event that the watch has found, listeners too."""
+        self._tell_event(event)
+        self._steps.audience.event(event)
 
     def _tell_event(self, event: Event) -> None:
         """Keep, log and record an event."""
@@ -131,7 +138,7 @@ class Monitor(Probe):
         """Warn where the monitor did not see, or stopped seeing, what it was to guard."""
         if ended:
             warnings.warn(ended, LokaWarning, stacklevel=4)
-        elif not self._steps.products_seen:
+        elif not self._steps.products_seen and self._watch.guards:
             warnings.warn(
                 f"Nothing was monitored. {self._nothing_seen(displaced=displaced)}", LokaWarning, stacklevel=4
             )
@@ -180,15 +187,18 @@ def monitor(  # noqa: PLR0913 - the public keyword API; checked and bundled at o
 ) -> Monitor:
     """Watch over a plan while a training runs on it: `with loka.monitor(model, plan, "run.db"): ...`.
 
-    model: the very object that the loop calls, converted with `loka.convert`, or compiled with `backend="loka"` and
-    this plan. db: the probe database that the plan was made from; events are added to its run, or to a run of their own
-    where it is not in there; without it they are logged and kept in `events`. every: one step in so many is monitored,
-    in high precision. overhead: the share of the run's own time that this may add; over budget, fewer products are
-    looked at in a step, then fewer steps. A product that left its limit comes back after `clean_steps` clean monitored
-    steps in a row, `max_flips` times at most. process_group: its ranks decide together and change kernels alike; each
-    of them has to monitor, and to take the same steps. Raises ArgumentError, PlanError, DatabaseError.
+    - `model`: the very object that the loop calls, converted, or compiled with `backend="loka"` and this plan.
+    - `db`: the probe database that the plan was made from. Events are added to its run, or to a run of their own where
+      it is not in there; without `db` they are logged and kept in `events`.
+    - `every`: one step in so many is monitored, in high precision.
+    - `overhead`: the share of the run's own time that this may add; over it, fewer products per step, then fewer steps.
+    - `clean_steps`, `max_flips`: a product that left its limit comes back after so many clean monitored steps in a row,
+      so many times at most.
+    - `process_group`: its ranks decide together and change kernels alike. Each has to monitor, and take the same steps.
+
+    Raises ArgumentError, PlanError, DatabaseError.
     """
-    plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+    plan = plan_of(plan)
     for name, value in (("clean_steps", clean_steps), ("max_flips", max_flips)):
         if isinstance(value, bool) or not isinstance(value, int) or value < (name == "clean_steps"):
             raise ArgumentError(f"monitor({name}={value!r}): a whole number, e.g. {name}=20. 0 flips: never back.")
@@ -203,7 +213,7 @@ def monitor(  # noqa: PLR0913 - the public keyword API; checked and bundled at o
         every=every,
         overhead=overhead,
         recipes=None,
-        filter_fn=lambda module, site: site in watched,
+        filter_fn=(lambda module, site: site in watched) if watched else None,
         loss=None,
     )
     patience = Patience(clean_steps=operator.index(clean_steps), max_flips=operator.index(max_flips))
@@ -215,7 +225,10 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
     plan.check_model(model)
     name = type(unwrap(model)).__name__
     if not any(decision.recipe is not None for decision in plan.decisions):
-        raise ArgumentError(f"This plan leaves every product of {name} in high precision: there is nothing to monitor.")
+        # On a device where nothing gains this is the honest plan, and the script that monitors it goes on.
+        told = f"This plan leaves every product of {name} in high precision: there is nothing to monitor."
+        warnings.warn(told, LokaWarning, stacklevel=3)
+        return
     compiled = any(
         hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None
         for module in model.modules()

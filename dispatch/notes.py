@@ -4,6 +4,7 @@ from collections import Counter
 
 from loka.bounds import DEFAULT_ROW_ERROR, GRADIENT_BIAS, Bound, Limit
 from loka.dispatch.decide import Decision
+from loka.dispatch.epilogue_decisions import FUSED_OP
 from loka.dispatch.loss_budget import Spending
 from loka.dispatch.options import PlanOptions
 from loka.formats import PASSES
@@ -21,6 +22,8 @@ def plan_notes(
     notes = [
         _outcome(evidence, bound, decisions, options),
         *_about_times(decisions, options),
+        _about_epilogues(evidence, decisions),
+        *_about_rows(decisions),
         *_about_sites(evidence, bound),
         *_about_evidence(evidence, bound, decisions),
         *_about_loss(spending),
@@ -62,6 +65,19 @@ def _outcome(evidence: RunEvidence, bound: Bound, decisions: tuple[Decision, ...
     )
 
 
+def _about_epilogues(evidence: RunEvidence, decisions: tuple[Decision, ...]) -> str:
+    """Say how many layers run norm and activation in the kernel of their product; nothing where none does."""
+    fused = [each.recipe for each in decisions if each.request.op == FUSED_OP]
+    low = sum(recipe is not None for recipe in fused)
+    parts = [f"{low} in FP8"] if low else []
+    if len(fused) > low:
+        parts.append(
+            f"{len(fused) - low} in high precision, which is faster there than FP8 with both behind the product"
+        )
+    layers = f"{len(fused)} of {len(evidence.epilogues)} layers with norm and activation"
+    return f"{layers} run all three in one kernel: {', '.join(parts)}." if fused else ""
+
+
 def _safe_by_pass(evidence: RunEvidence, bound: Bound) -> str:
     """Return e.g. `14 of 18 fprop, 3 of 18 dgrad products`; empty where nothing is safe."""
     total = Counter(product.product for product in evidence.products)
@@ -99,11 +115,23 @@ def _about_times(decisions: tuple[Decision, ...], options: PlanOptions) -> list[
             notes.append("That profile is an example: its times were not measured on any device.")
     untimed = _lost(decisions, "untimed")
     if untimed:
-        advice = " Give it a larger budget_s." if options.measures else ""
+        advice = " Give it more seconds: budget_s=, or loka plan --budget." if options.measures else ""
         notes.append(
             f"A kernel within the bound is of unknown speed on {untimed} of {len(decisions)} products.{advice}"
         )
     return notes
+
+
+def _about_rows(decisions: tuple[Decision, ...]) -> list[str]:
+    """Say how many products run few rows and many on different kernels, and what few are."""
+    split = [each.ranges[0].m_max for each in decisions if each.ranges is not None]
+    if not split:
+        return []
+    most = f"{min(split)}" if len({*split}) == 1 else f"{min(split)} to {max(split)}"
+    return [
+        f"Few rows and many run on different kernels on {len(split)} of {len(decisions)} products, up to {most} rows "
+        "being few; their errors are those of all calls."
+    ]
 
 
 def _about_sites(evidence: RunEvidence, bound: Bound) -> list[str]:

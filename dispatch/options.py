@@ -27,6 +27,7 @@ class PlanArguments(TypedDict, total=False):
     budget_s: float
     on_progress: Progress | None
     filter: Filter | None
+    by_rows: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,7 @@ class PlanOptions:
     budget_s: float = DEFAULT_BUDGET_S
     on_progress: Progress | None = None
     filter: Filter | None = None
+    by_rows: bool = True
 
     @classmethod
     def of(  # noqa: PLR0913 - one keyword per setting
@@ -52,6 +54,7 @@ class PlanOptions:
         budget_s: float = DEFAULT_BUDGET_S,
         on_progress: Progress | None = None,
         filter: Filter | None = None,
+        by_rows: bool = True,
     ) -> Self:
         """Return the options that these arguments stand for; raise PlanError for a file that is no profile."""
         profile = device_profile
@@ -65,6 +68,7 @@ class PlanOptions:
             budget_s=budget_s,
             on_progress=on_progress,
             filter=filter,
+            by_rows=by_rows,
         )
 
     @property

@@ -8,7 +8,7 @@ The same decisions make the same bytes, whatever order they come in, and the sam
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from loka import document
 from loka.bounds import Bound
+from loka.dispatch.by_rows import by_rows, depends_on_rows
 from loka.dispatch.decide import Decision
 from loka.errors import PlanError, nearest
 from loka.formats import PASSES, Pass, pass_name
@@ -28,7 +29,7 @@ KIND: Final[str] = "loka-plan"
 _MAX_DIFFERENCES: Final[int] = 3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Plan:
     """Decisions for one model.
 
@@ -77,6 +78,12 @@ class Plan:
         """Read a plan; raise PlanError for anything that is not one. Unknown kernels pass: see `kernel_problems`."""
         return document.decode(cls, document.read(path, kind=KIND, schema=SCHEMA), str(path))
 
+    def __repr__(self) -> str:
+        """Say what it is for; the decisions, thousands of lines, are in `text()`."""
+        sites = len({decision.request.site for decision in self.decisions})
+        share = f"{self.fp8_share():.0%} of the operations in FP8"
+        return f"<Plan for {self.model}: {len(self.decisions)} decisions on {sites} sites, {share}, bound {self.bound}>"
+
     @property
     def hash(self) -> str:
         """SHA-256, in hex, of everything but `created`."""
@@ -93,10 +100,13 @@ class Plan:
         return self._index[key]
 
     def fp8_share(self) -> float:
-        """Return the share of floating-point operations, in 0..1, that the plan runs in FP8 (one call per decision)."""
-        flops = [decision.request.flops for decision in self.decisions]
-        total = sum(flops)
-        low = sum(count for count, each in zip(flops, self.decisions, strict=True) if each.recipe is not None)
+        """Return the share of floating-point operations, in 0..1, that the plan runs in FP8.
+
+        Of one call per decision; where few rows and many are decided apart, one of either.
+        """
+        parts = [(part.request.flops, part.recipe) for decision in self.decisions for part in decision.parts]
+        total = sum(flops for flops, _ in parts)
+        low = sum(flops for flops, recipe in parts if recipe is not None)
         return low / total if total else 0.0
 
     def check_model(self, model: nn.Module) -> None:
@@ -134,7 +144,7 @@ class Plan:
     def kernel_problems(self, registry: Registry, device: DeviceInfo) -> tuple[str, ...]:
         """Return one sentence per planned kernel that is unknown here, another one, or cannot run on `device`."""
         problems = []
-        planned = {(decision.kernel, decision.recipe) for decision in self.decisions}
+        planned = {(part.kernel, part.recipe) for decision in self.decisions for part in decision.parts}
         for name, recipe in sorted(planned, key=lambda each: (each[0], each[1] or "")):
             if name not in registry:
                 problems.append(f"the kernel {name} is unknown here.{nearest(name, registry.names())}")
@@ -164,8 +174,8 @@ def _position(decision: Decision) -> tuple[str, int]:
     return decision.request.site, PASSES.index(decision.request.product)
 
 
-def _problem(decision: Decision) -> str | None:
-    """Return what contradicts itself inside one decision, or None."""
+def _problem(decision: Decision) -> str:
+    """Return what contradicts itself inside one decision, or ""."""
     request = decision.request
     if not request.site or not decision.kernel:
         return "it names no site" if not request.site else "it names no kernel"
@@ -178,4 +188,31 @@ def _problem(decision: Decision) -> str | None:
     kept = decision.kept_experts
     if kept and (decision.recipe is None or kept[0] < 0 or any(b <= a for a, b in pairwise(kept))):
         return "kept_experts are ascending numbers of experts, beside a kernel with a recipe"
-    return None
+    return _problem_of_ranges(decision)
+
+
+def _problem_of_ranges(decision: Decision) -> str:
+    """Return what contradicts itself in a decision on few rows and many, or in one that names two kernels; or ""."""
+    request, ranges = decision.request, decision.ranges
+    if ranges is None:
+        return (
+            "its kernel is one of few rows and one of many, without ranges" if depends_on_rows(decision.kernel) else ""
+        )
+    if len(ranges) != 2 or any(part.ranges is not None or depends_on_rows(part.kernel) for part in ranges):
+        return "ranges are two, of few rows and of many, with a kernel each"
+    few, many = ranges
+    if request.product != "fprop" or few.kernel == many.kernel:
+        return "ranges are those of a forward product on two kernels"
+    for part in ranges:
+        if replace(part.request, m=request.m) != request or part.baseline != decision.baseline:
+            return "a range is of another product"
+        if problem := _problem(part):
+            return f"of one of its ranges, {problem}"
+    if (few.m_min, few.m_max + 1, many.m_max) != (decision.m_min, many.m_min, decision.m_max):
+        return "its ranges do not follow on each other from the least rows to the most"
+    if len({part.kept_experts for part in ranges if part.recipe is not None}) > 1 or decision.kept_experts:
+        return "its ranges keep different experts"
+    recipes = dict.fromkeys(str(part.recipe) for part in ranges if part.recipe is not None)
+    if decision.kernel != by_rows(few.kernel, few.m_max, many.kernel) or decision.recipe != ", ".join(recipes):
+        return "its kernel and recipe are not those of its ranges"
+    return ""

@@ -55,6 +55,11 @@ class PlanWatch:
         guard = self.guards.get((site, product))
         return () if guard is None else [recipe(name) for name in guard.wanted]
 
+    def waits_for(self, site: str, product: Pass) -> bool:
+        """Have a product that is under suspicion measured in every sample until that is settled."""
+        guard = self.guards.get((site, product))
+        return guard is not None and guard.suspects
+
     def look(self, site: str, product: Pass, gemm: Gemm) -> None:
         """Try the kernel in use on the operands of this step."""
         guard = self.guards[site, product]
@@ -130,7 +135,7 @@ class PlanWatch:
 
     def _in_use(self) -> list[str]:
         """Return the kernels that products run on, or may come to run on."""
-        names = {rung.kernel for guard in self.guards.values() for rung in guard.ladder.rungs}
+        names = {kernel for guard in self.guards.values() for rung in guard.ladder.rungs for kernel in rung.kernels}
         return sorted(names - {HIGH_PRECISION} - self._told)
 
     def _out_of_use(self, kernel: str) -> str | None:

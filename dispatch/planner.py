@@ -3,16 +3,17 @@
 The same evidence and the same times make the same plan, byte for byte; `created` is therefore the time of the run that
 the plan rests on. A plan in which nothing gains says so in its first note. Under a bound on the loss, forward products
 share one budget (`loss_budget`); every other product, and every product under a bound on the error, is decided alone,
-before the passes of each layer are looked at together (`composition`).
+before the passes of each layer are looked at together (`composition`), and layers with norm and activation
+(`epilogue`).
 """
 
 import gc
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -20,26 +21,28 @@ import torch
 import torch.distributed as dist
 from sqlalchemy import Engine
 
-from loka.bounds import DEFAULT_ROW_ERROR, Bound
+from loka.bounds import DEFAULT_ROW_ERROR, Bound, checked_bound
 from loka.dispatch.candidates import Considered, consider, request_of
 from loka.dispatch.composition import composed
 from loka.dispatch.decide import Decision, conclude
+from loka.dispatch.epilogue import Basis, epilogue_shapes, with_epilogues
 from loka.dispatch.families import family_shapes, measure_families
 from loka.dispatch.job import plan_together
 from loka.dispatch.kept_experts import keeping, without_unsafe_experts
 from loka.dispatch.layers import PRODUCTS_SHARE, layer_shapes, measure_layers
-from loka.dispatch.loss_budget import Spending, share_out
-from loka.dispatch.measure import measure_products
+from loka.dispatch.loss_budget import Ration, Spending, share_out
+from loka.dispatch.measure import measure_products, measure_shapes
 from loka.dispatch.notes import plan_notes
 from loka.dispatch.options import DEFAULT_BUDGET_S, Filter, PlanOptions
 from loka.dispatch.plan import Plan
 from loka.dispatch.profile import DeviceProfile, TimeTable
+from loka.dispatch.row_ranges import Grounds, Product, by_row_ranges
 from loka.errors import DatabaseError, EvidenceError
 from loka.formats import PASSES, Pass
 from loka.kernel_registry.registry import Registry, default_registry
 from loka.probes.database import open_database, read_learned, read_timings, write_timings
 from loka.probes.evidence import RunEvidence, collect_evidence
-from loka.probes.records import Timing
+from loka.probes.records import LearnedRecord, Timing
 from loka.selection import select
 from loka.timing import Progress
 from loka.version import VERSION
@@ -63,6 +66,7 @@ def plan(  # noqa: PLR0913 - the public keyword API, written out for its users; 
     budget_s: float = DEFAULT_BUDGET_S,
     on_progress: Progress | None = None,
     filter: Filter | None = None,
+    by_rows: bool = True,
     registry: Registry | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Plan:
@@ -72,11 +76,15 @@ def plan(  # noqa: PLR0913 - the public keyword API, written out for its users; 
     default CUDA if there is one. Missing times are measured there for about `budget_s` seconds and kept in the
     database, unless `measure` is False, or times come from a `device_profile` (a record or its path), or emulated
     kernels are to count as `assume_speedup` times faster than the baseline. filter: sites that may leave it.
+    by_rows: where calls differ in rows as decode and prefill do, a forward product may get a kernel for few rows and
+    one for many (`dispatch.row_ranges`); False keeps one for all.
     bound=Bound(loss=2e-4) needs a run that saw a backward pass, best under `probe(loss=...)`: all forward products
     together then stay within that share of the loss. process_group: rank 0 decides, and all its ranks, each of which
     has to call this, get the same plan; a rank with other versions or another device is an error on all of them.
-    Raises EvidenceError, DatabaseError, PlanError for a bad profile, ArgumentError for a filter that matches nothing.
+    Raises EvidenceError, DatabaseError, PlanError for a bad profile, ArgumentError for a filter that matches nothing
+    and for a bound that is none.
     """
+    bound = checked_bound(bound)
     registry = default_registry() if registry is None else registry
     options = PlanOptions.of(
         device=device,
@@ -86,6 +94,7 @@ def plan(  # noqa: PLR0913 - the public keyword API, written out for its users; 
         budget_s=budget_s,
         on_progress=on_progress,
         filter=filter,
+        by_rows=by_rows,
     )
     if process_group is not None:
         return plan_together(partial(_plan, db, bound, run, registry, options), process_group)
@@ -149,28 +158,47 @@ def _timings(
         learned=learned,
         on_progress=options.on_progress,
     )
-    together_s = options.budget_s * (1 - PRODUCTS_SHARE) / 2
-    measured += measure_layers(
-        layer_shapes(evidence, learned),
-        registry,
-        options.device,
-        budget_s=together_s,
-        known=(*known, *measured),
-        on_progress=options.on_progress,
-    )
-    measured += measure_families(
-        family_shapes(evidence, learned),
-        registry,
-        options.device,
-        budget_s=together_s,
-        known=(*known, *measured),
-        on_progress=options.on_progress,
-    )
+    measured += _measure_together(evidence, learned, bound, registry, options, (*known, *measured))
     try:
         write_timings(engine, measured)
     except DatabaseError as error:  # a plan from a database that can only be read is still a plan
         logger.warning("the %d times just measured are not kept: %s", len(measured), error)
     return (*known, *measured)
+
+
+def _measure_together(
+    evidence: RunEvidence,
+    learned: tuple[LearnedRecord, ...],
+    bound: Bound,
+    registry: Registry,
+    options: PlanOptions,
+    known: tuple[Timing, ...],
+) -> list[Timing]:
+    """Time what takes less together: layers, families of them, and layers with norm and activation."""
+    kinds = 3 if evidence.epilogues else 2
+    budget_s = options.budget_s * (1 - PRODUCTS_SHARE) / kinds
+    where, progress = options.device, options.on_progress
+    measured = measure_layers(
+        layer_shapes(evidence, learned), registry, where, budget_s=budget_s, known=known, on_progress=progress
+    )
+    measured += measure_families(
+        family_shapes(evidence, learned),
+        registry,
+        where,
+        budget_s=budget_s,
+        known=(*known, *measured),
+        on_progress=progress,
+    )
+    measured += measure_shapes(
+        epilogue_shapes(evidence, learned),
+        registry,
+        where,
+        budget_s=budget_s,
+        bound=bound,
+        known=(*known, *measured),
+        on_progress=progress,
+    )
+    return measured
 
 
 def decide_all(
@@ -249,8 +277,33 @@ def decide_products(
         apart = tuple(
             keeping(conclude(each, rations.get(position)), kept) for position, (each, kept) in enumerate(left_out)
         )
-        decisions = composed(apart, considered, rations, registry, times, info, evidence.families)
+        if options.by_rows:
+            apart = _by_rows(apart, considered, rations, evidence, Grounds(bound, registry, times, info))
+        together = composed(apart, considered, rations, registry, times, info, evidence.families)
+        decisions = with_epilogues(apart, together, Basis(considered, rations, registry, times, info), evidence)
     return Decided(considered=considered, decisions=decisions, spending=spending)
+
+
+def _by_rows(
+    decisions: tuple[Decision, ...],
+    considered: tuple[Considered, ...],
+    rations: Mapping[int, Ration],
+    evidence: RunEvidence,
+    grounds: Grounds,
+) -> tuple[Decision, ...]:
+    """Return the decisions, those on products that only run forward split by rows where that gains."""
+    trained = {each.request.site for each in considered if each.request.product != "fprop"}
+    alone = [at for at, each in enumerate(considered) if each.request.site not in trained]
+    products = [
+        Product(
+            considered[at],
+            decisions[at],
+            replace(grounds, experts=evidence.experts.get(_key(considered[at])), ration=rations.get(at)),
+        )
+        for at in alone
+    ]
+    found = dict(zip(alone, by_row_ranges(products), strict=True))
+    return tuple(found.get(at, decision) for at, decision in enumerate(decisions))
 
 
 def _key(considered: Considered) -> tuple[str, Pass]:

@@ -7,6 +7,7 @@ Where the rows of a product vary, its time is the mean over the row counts that 
 its share of them. Row counts that were never timed are left out where the others carry nearly all the calls and rows.
 """
 
+import functools
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -125,6 +126,7 @@ def time_key(kernel: str, request: GemmRequest) -> _Key:
     return (kernel, request.product, request.batch, request.m, request.n, request.k, request.dtype)
 
 
+@functools.lru_cache(maxsize=4096)  # asked for every candidate of a product, each time at the same rows
 def at_rows(request: GemmRequest, rows: int) -> GemmRequest:
     """Return the same product with other rows: m, of wgrad k."""
     return replace(request, k=rows) if request.product == "wgrad" else replace(request, m=rows)

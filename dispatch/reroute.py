@@ -6,6 +6,7 @@ operand is a planned Parameter, or a view or cast of one, `dispatch.linear` comp
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from loka.dispatch.contractions import einsum, tensordot
+from loka.dispatch.contractions import einsum_with, tensordot_with
 from loka.dispatch.grouped import GroupedCall, grouped_matmul, is_grouped
 from loka.dispatch.linear import linear, open_checkpoint
+from loka.dispatch.norm_act import linear_norm_act
 from loka.dispatch.routing import SiteKernels
+from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
 from loka.stepping_aside import steps_aside
 
@@ -33,12 +36,29 @@ class Route:
     site: str
     kernels: SiteKernels
     reached: bool = False
+    turned: bool | None = None  # whether the model has the weight as [.., k, n], once that has been seen
 
     def of(self, weight: Tensor) -> Kernels:
         """Return the kernels of a product with this weight: one matrix of a stack may be kept in high precision."""
         if not any(self.kernels.kept):
             return self.kernels.as_tuple()
         return self.kernels.of_expert(_expert_of(weight)).as_tuple()
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute input [.., k] times a matrix [n, k] of this site, transposed."""
+        self._note_layout(weight)
+        return linear(input, weight, bias, *self.of(weight))
+
+    def grouped(self, left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+        """Compute `torch._grouped_mm` with the weights of this site's experts on either side, and rows on the other."""
+        self._note_layout(right.mT if right.dim() == 3 else left)
+        return grouped_matmul(left, right, offsets, self.kernels.as_tuple(), self.kernels.kept)
+
+    def _note_layout(self, weight: Tensor) -> None:
+        """Note which way the model has a weight that its products have as [.., n, k]."""
+        if not torch.compiler.is_dynamo_compiling():
+            down, across = weight.stride()[-2:]
+            self.turned = self.turned if down == across else down < across
 
 
 def _expert_of(weight: Tensor) -> int | None:
@@ -80,7 +100,7 @@ class Reroute(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Options | None = None) -> Any:
         kwargs = kwargs or {}
-        reroute = _reroute_grouped if is_grouped(func) else _PRODUCTS.get(func)
+        reroute = _reroute_grouped if is_grouped(func) else PRODUCTS.get(func)
         outcome = reroute(self._find, args, kwargs) if reroute is not None else None
         if outcome is not None and outcome[1] is not None:
             outcome[0].reached = True
@@ -121,20 +141,20 @@ def _resolve(module: nn.Module, name: str) -> Tensor:
 def _reroute_linear(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     input, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
     route = find(weight)
-    return None if route is None else (route, linear(input, weight, bias, *route.of(weight)))
+    return None if route is None else (route, route.linear(input, weight, bias))
 
 
 def _reroute_matmul(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     left = args[0] if args else kwargs.get("input")
     right = args[1] if len(args) > 1 else next((kwargs[key] for key in ("other", "mat2", "vec") if key in kwargs), None)
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or "out" in kwargs:
+    if left is None or right is None or "out" in kwargs:
         return None
     if (route := find(right)) is not None:
-        return route, linear(left, right.mT, None, *route.of(right))
+        return route, route.linear(left, right.mT, None)
     if (route := find(left)) is not None:
         if right.dim() == 1:
-            return route, linear(right, left, None, *route.of(left))
-        return route, linear(right.mT, left, None, *route.of(left)).mT
+            return route, route.linear(right, left, None)
+        return route, route.linear(right.mT, left, None).mT
     return None
 
 
@@ -146,7 +166,7 @@ def _reroute_addmm(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     bias, left, right = _bind(("input", "mat1", "mat2"), args, kwargs)
     if kwargs.keys() & {"alpha", "beta", "out"} or (route := find(right)) is None:
         return None
-    return route, linear(left, right.mT, bias, *route.of(right))
+    return route, route.linear(left, right.mT, bias)
 
 
 def _reroute_tensordot(find: Find, args: Arguments, kwargs: Options) -> Outcome:
@@ -154,7 +174,7 @@ def _reroute_tensordot(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     dims = 2 if dims is None else dims
     for weight, is_left in ((right, False), (left, True)):
         if (route := find(weight)) is not None:
-            return route, tensordot(left, right, dims, route.of(weight), weight_is_left=is_left)
+            return route, tensordot_with(route.linear, left, right, dims, weight_is_left=is_left)
     return None
 
 
@@ -165,7 +185,7 @@ def _reroute_einsum(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     left, right = operands
     for weight, is_left in ((right, False), (left, True)):
         if (route := find(weight)) is not None:
-            return route, einsum(args[0], left, right, route.of(weight), weight_is_left=is_left)
+            return route, einsum_with(route.linear, args[0], (left, right), weight_is_left=is_left)
     return None
 
 
@@ -178,8 +198,14 @@ def _reroute_grouped(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     route = find(call.right, "grouped_linear") or find(call.left, "grouped_linear")
     if route is None:
         return None
-    kernels = route.kernels
-    return route, grouped_matmul(call.left, call.right, call.offsets, kernels.as_tuple(), kernels.kept)
+    return route, route.grouped(call.left, call.right, call.offsets)
+
+
+def _reroute_norm_act(find: Find, args: Arguments, kwargs: Options) -> Outcome:
+    """Dynamo alone shows the operator: eager modules that are no part of a plan multiply in the open."""
+    input, weight, bias, eps = _bind(("x", "weight", "bias", "eps"), args, kwargs)
+    route = find(weight)
+    return None if route is None else (route, linear_norm_act(input, weight, bias, eps, route.of(weight)))
 
 
 def _bind(names: tuple[str, ...], args: Arguments, kwargs: Options) -> list[Any]:
@@ -226,8 +252,9 @@ def _reroute_attention(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     return next(iter(routes.values())), result
 
 
-_PRODUCTS: Final[dict[Any, Callable[[Find, Arguments, Options], Outcome]]] = {
+PRODUCTS: Final[dict[Any, Callable[[Find, Arguments, Options], Outcome]]] = {
     F.linear: _reroute_linear,
+    operator.matmul: _reroute_matmul,  # what Dynamo hands over while it exports
     torch.matmul: _reroute_matmul,
     torch.mm: _reroute_matmul,
     torch.mv: _reroute_matmul,
@@ -240,6 +267,7 @@ _PRODUCTS: Final[dict[Any, Callable[[Find, Arguments, Options], Outcome]]] = {
     Tensor.addmm: _reroute_addmm,
     torch.tensordot: _reroute_tensordot,
     torch.einsum: _reroute_einsum,
+    OPERATOR: _reroute_norm_act,
     F.multi_head_attention_forward: _reroute_attention,
 }
 _CASTS: Final = frozenset(

@@ -13,6 +13,8 @@ from typing import Final
 import torch
 from torch import nn
 
+from loka.dispatch.by_rows import by_rows
+from loka.dispatch.decide import Decision
 from loka.dispatch.grouped import NONE_KEPT, Kept, KeptByPass
 from loka.dispatch.linear import HIGH_PRECISION, load
 from loka.dispatch.plan import Plan
@@ -28,6 +30,8 @@ log: Final = logging.getLogger("loka.dispatch")
 @dataclass(frozen=True, slots=True)
 class SiteKernels:
     """Names of the kernels of one site, in the order of `dispatch.linear`; "" is high precision.
+
+    That of fprop may be one for few rows and one for many (`dispatch.by_rows`).
 
     All are of one op: a product of the site that is written as another one does not go to them. `kept` are, pass by
     pass, the experts of a layer whose products stay in high precision.
@@ -81,23 +85,57 @@ def site_kernels(
     names: dict[str, dict[str, str]] = {}
     kept: dict[str, dict[Pass, Kept]] = {}
     ops: dict[str, Op] = {}
+    high: dict[str, str] = {}
     for decision in plan.decisions:
         request = decision.request
         op = ops.setdefault(request.site, request.op)  # of the forward product, which comes first
-        if decision.recipe is None or request.op != op:
+        # Gradients of a layer with its norm and activation in one kernel are products of a linear layer.
+        if decision.recipe is None and request.op == "linear_norm_act":
+            high[request.site] = decision.kernel
+        if decision.recipe is None or request.op not in (op, _gradients_of(op)):
             continue
+        low = [part for part in decision.parts if part.recipe is not None]
         since = changed.get((request.site, request.product))
         if since is not None:
             names.setdefault(request.site, {})[request.product] = since
             continue
-        kernel = runnable(decision.kernel, decision.recipe, request, here, emulate=emulate)
-        load(kernel)  # now, where it can be refused, and not in the middle of a step
+        kernel = _kernel_of(decision, here, emulate=emulate)
         names.setdefault(request.site, {})[request.product] = kernel
-        kept.setdefault(request.site, {})[request.product] = decision.kept_experts
+        kept.setdefault(request.site, {})[request.product] = low[0].kept_experts  # of ranges, both keep the same
         _tell(request.site, request.product, kernel, decision.why)
+    for site in high.keys() & names.keys():
+        names[site].setdefault("fprop", _fused_baseline(high[site], here))
     return {
         site: SiteKernels(**kernels, op=ops[site], kept=_by_pass(kept.get(site, {}))) for site, kernels in names.items()
     }
+
+
+def _fused_baseline(kernel: str, here: DeviceInfo) -> str:
+    """Return the kernel that a layer with norm and activation runs on in high precision here, loaded; "": op by op."""
+    registry = default_registry()
+    spec = registry.get(kernel) if kernel in registry else None
+    if spec is None or not spec.is_baseline or not spec.fused or registry.unavailable(spec, here):
+        return HIGH_PRECISION
+    load(kernel)
+    return kernel
+
+
+def _gradients_of(op: Op) -> Op:
+    return "linear" if op == "linear_norm_act" else op
+
+
+def _kernel_of(decision: Decision, here: DeviceInfo, *, emulate: bool) -> str:
+    """Return what a decision for FP8 runs on here, loaded; the name of two kernels where it has ranges of rows."""
+    names = []
+    for part in decision.parts:
+        kernel = HIGH_PRECISION
+        if part.recipe is not None:
+            kernel = runnable(part.kernel, part.recipe, part.request, here, emulate=emulate)
+            load(kernel)  # now, where it can be refused, and not in the middle of a step
+        names.append(kernel)
+    if decision.ranges is None or len(set(names)) == 1:  # one emulated kernel may stand in for both
+        return names[0]
+    return by_rows(names[0], decision.ranges[0].m_max, names[1])
 
 
 def _by_pass(kept: Mapping[Pass, Kept]) -> KeptByPass:
@@ -117,7 +155,12 @@ def _tell(*decision: str) -> None:
 
 
 def runnable(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo, *, emulate: bool) -> str:
-    """Return the kernel, or the emulated one of its recipe; raise PlanError where neither serves the product here."""
+    """Return the kernel, or the emulated one of its recipe; raise PlanError where neither serves the product here.
+
+    A layer with norm and activation is served by kernels of the op `linear`, too: both then follow the product.
+    """
+    if request.op == "linear_norm_act" and kernel in default_registry():
+        request = replace(request, op=_product_op(default_registry().get(kernel).op))
     reason = _why_not(kernel, recipe, request, here)
     if reason is None:
         return kernel
@@ -132,6 +175,10 @@ def runnable(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo, *
     return stand_in
 
 
+def _product_op(op: Op) -> Op:
+    return "linear" if op in ("linear", "linear_layer") else "linear_norm_act"
+
+
 def _why_not(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo) -> str | None:
     """Return why a kernel cannot serve a product under a recipe here, or None. Plans come from elsewhere."""
     registry = default_registry()
@@ -140,6 +187,8 @@ def _why_not(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo) -
     spec = registry.get(kernel)
     if spec.recipe != recipe:
         return f"its recipe here is {spec.recipe}, not {recipe}"
+    if spec.op == "linear_norm_act" and not spec.fused:
+        return "it has no form in which a layer runs it, with a bias and a backward pass"
     return registry.unavailable(spec, here) or registry.cannot(spec, request, here)
 
 

@@ -9,8 +9,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from loka.dispatch.by_rows import kernel_for, kernels_of
 from loka.dispatch.executions import record, record_traced
-from loka.dispatch.linear import HIGH_PRECISION, TRACED, load, quarantine
+from loka.dispatch.linear import HIGH_PRECISION, TRACED, cast_for_autocast, load, quarantine
 from loka.dispatch.weights import halves_of
 from loka.errors import KernelError
 from loka.formats import RECIPES, OperandSpec
@@ -29,11 +30,12 @@ def weight_spec(recipe: str) -> OperandSpec:
 
 def is_traceable(name: str) -> bool:
     """Whether `torch.compile` may trace through a kernel."""
-    return default_registry().get(name).traceable
+    return all(default_registry().get(each).traceable for each in kernels_of(name))
 
 
 def stored_product(name: str, a: Tensor, codes: Tensor, scale: Tensor, *, traceable: bool) -> Tensor:
     """Compute out[m, n] = sum_k a[m, k] * b[n, k] in the dtype of `a`, for a b that is there as codes and scales."""
+    name = kernel_for(name, a.shape[:-1])
     if torch.compiler.is_compiling() or isinstance(a, TRACED):
         if not torch.compiler.is_dynamo_compiling():
             record_traced(name, "fprop")
@@ -50,6 +52,18 @@ def stored_product(name: str, a: Tensor, codes: Tensor, scale: Tensor, *, tracea
         name = HIGH_PRECISION
     record(name)
     return out
+
+
+def stored_linear(
+    input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, kernel: str, traceable: bool
+) -> Tensor:
+    """Compute input [.., k] times a stored weight [n, k], transposed, plus a bias that broadcasts; follows autocast."""
+    x = cast_for_autocast(input)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out = stored_product(kernel, rows, codes, scale, traceable=traceable)
+    if bias is not None:
+        out = out + cast_for_autocast(bias)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], codes.shape[0])
 
 
 def _multiply(name: str, a: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loka.formats import Pass
 from loka.kernel_registry.layers import Layer, Needs, Sides
+from loka.kernel_registry.norm_act import FusedLayer
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import Kernel, Prepared, PreparedKernel
 
@@ -124,6 +125,16 @@ class Weight:
             return halves.multiply(a, operand, product=product, out_dtype=out_dtype)
 
         return call
+
+    def prepared(self, name: str, weight: Tensor, layer: FusedLayer) -> Prepared | None:
+        """Return this weight [n, k] as a kernel with norm and activation reads it, from what is kept; None: plain."""
+        made_for = (name, weight.dtype, _stream(weight))
+        operand = self._find("fprop", made_for)
+        if not isinstance(operand, Prepared):
+            operand = layer.prepare(weight.detach())
+            if operand is not None:
+                self._keep("fprop", _Kept(made_for, self._values, operand, weight.numel()))
+        return operand
 
     def sides(self, name: str, layer: Layer, weight: Tensor, needs: Needs, out_dtype: torch.dtype) -> Sides:
         """Return this weight [n, k] as a kernel of all passes reads it, from what is kept."""

@@ -53,6 +53,8 @@ def _defined(module: str, op: Op, recipe: str) -> KernelSpec:
         op=op,
         recipe=recipe,
         implementation=f"{_HERE}.{module}:{recipe}",
+        fused=f"{_HERE}.{module}:{recipe}_layer" if op == "linear_norm_act" else "",
+        stored=f"{_HERE}.{module}:{recipe}_stored" if op == "grouped_linear" else "",
         passes=("fprop",) if op == "linear_norm_act" else PASSES,
         traceable=op != "grouped_linear",  # it reads the offsets
     )
@@ -92,10 +94,23 @@ def _triton(kernel: str, op: Op, recipe: str, function: str) -> KernelSpec:
         recipe=recipe,
         implementation=f"{_HERE}.triton.{function}",
         prepared=f"{_HERE}.triton.{function}_halves" if op == "linear" else "",
+        stored=f"{_HERE}.triton.{function}_stored" if op == "grouped_linear" else "",
         min_capability=FP8_CAPABILITY,
         module="triton",
         interpreter="TRITON_INTERPRET",
         source="FP8 tensor cores: compute capability 8.9, PTX ISA, mma with e4m3 and e5m2",
+    )
+
+
+def _fused(recipe: str | None) -> KernelSpec:
+    """Return our row of a linear layer with norm and activation; without a recipe, in the dtype of its operands."""
+    apart = _triton("linear_norm_act", "linear_norm_act", "rowwise", f"norm_act:{recipe or 'native'}")
+    return replace(
+        apart,
+        name=f"triton.linear_norm_act.{recipe}" if recipe is not None else "triton.native.linear_norm_act",
+        recipe=recipe,
+        passes=_FPROP,
+        fused=f"{apart.implementation}_layer",
     )
 
 
@@ -255,14 +270,16 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
     _triton("many_linear", "many_linear", "blockwise", "many_linear:blockwise"),
     _triton("grouped", "grouped_linear", "rowwise", "grouped_linear:rowwise"),
     _triton("grouped", "grouped_linear", "blockwise", "grouped_linear:blockwise"),
-    replace(_triton("linear_norm_act", "linear_norm_act", "tensorwise", "norm_act:tensorwise"), passes=("fprop",)),
-    replace(_triton("linear_norm_act", "linear_norm_act", "rowwise", "norm_act:rowwise"), passes=("fprop",)),
-    replace(_triton("linear_norm_act", "linear_norm_act", "blockwise", "norm_act:blockwise"), passes=("fprop",)),
+    _fused(None),
+    _fused("tensorwise"),
+    _fused("rowwise"),
+    _fused("blockwise"),
     KernelSpec(
         name="torch.scaled_grouped_mm.rowwise",
         op="grouped_linear",
         recipe="rowwise",
         implementation=f"{_HERE}.torch_grouped:rowwise",
+        stored=f"{_HERE}.torch_grouped:rowwise_stored",
         device_types=("cuda",),
         min_capability=HOPPER_CAPABILITY,
         below_capability=BLACKWELL_CAPABILITY,
@@ -275,6 +292,7 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
         op="grouped_linear",
         recipe="blockwise",
         implementation=f"{_HERE}.deepgemm_grouped:blockwise",
+        stored=f"{_HERE}.deepgemm_grouped:blockwise_stored",
         passes=("fprop", "dgrad"),
         device_types=("cuda",),
         min_capability=HOPPER_CAPABILITY,

@@ -23,22 +23,35 @@ from loka.formats import BLOCK, PASS_OPERANDS, RECIPES, Pass
 from loka.kernel_registry.grouped import result_shape
 from loka.kernel_registry.grouped_tokens import quantize_experts, spread
 from loka.kernel_registry.opaque import opaque_grouped
-from loka.kernel_registry.operands import quantize_operand
+from loka.kernel_registry.operands import Operand, quantize_operand
 from loka.kernel_registry.torch_grouped import append_zeros
 
 
 @opaque_grouped
 def blockwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply rows a [tokens, k] and weights b [experts, n, k]; a scale per 1x128 elements, 128x128 of a weight."""
-    multiply, alignment = _library()
-    tokens, n = result_shape(a, b, offsets, product)
+    shape = result_shape(a, b, offsets, product)
     if 0 in (*a.shape, *b.shape):
-        return a.new_zeros((tokens, n), dtype=out_dtype)
+        return a.new_zeros(shape, dtype=out_dtype)
     specs = [RECIPES["blockwise"].operand(role) for role in PASS_OPERANDS[product]]
-    data_a, scale_a, _ = quantize_operand(a, specs[0])
-    data_b, scale_b = quantize_experts(b, specs[1])
+    return _multiply(quantize_operand(a, specs[0]), quantize_experts(b, specs[1]), offsets, out_dtype)
+
+
+def blockwise_stored(a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """Do it in the forward pass with weights that are stored (`spec.StoredGroupedKernel`)."""
+    shape = result_shape(a, codes, offsets, "fprop")
+    if 0 in (*a.shape, *codes.shape):
+        return a.new_zeros(shape, dtype=out_dtype)
+    spec = RECIPES["blockwise"].operand("input")
+    return _multiply(quantize_operand(a, spec), (codes, scale), offsets, out_dtype)
+
+
+def _multiply(a: Operand, b: tuple[Tensor, Tensor], offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    multiply, alignment = _library()
+    (data_a, scale_a, _), (data_b, scale_b) = a, b
+    tokens, n = data_a.shape[0], data_b.shape[1]
     where = spread(offsets, tokens, alignment)
-    more_n, more_k = -n % BLOCK, -a.shape[1] % BLOCK
+    more_n, more_k = -n % BLOCK, -data_a.shape[1] % BLOCK
     rows = where.scatter(append_zeros(data_a, 0, more_k))
     scales = scale_a.new_ones((where.rows + 1, scale_a.shape[1])).index_copy_(0, where.place, scale_a)[: where.rows]
     out = rows.new_empty((where.rows, n + more_n), dtype=torch.bfloat16)

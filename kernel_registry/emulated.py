@@ -32,6 +32,16 @@ def emulate(recipe: Recipe, a: Tensor, b: Tensor, *, product: Pass, out_dtype: t
     return _multiply(recipe, a, _prepare(recipe, b, product, out_dtype), product, out_dtype)
 
 
+def prepared(recipe: Recipe, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
+    """Return operand b [n, k] quantised, for `emulate_prepared` into this dtype."""
+    return Prepared(_prepare(recipe, b, product, out_dtype), b.shape[0])
+
+
+def emulate_prepared(recipe: Recipe, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Return what `emulate` does, of a b that `prepared` has made."""
+    return _multiply(recipe, a, b.tensors, product, out_dtype)
+
+
 def _prepare(recipe: Recipe, b: Tensor, product: Pass, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Return the values that b stands for, or its codes in bf16 and their scales, where these serve the product."""
     spec = recipe.operand(PASS_OPERANDS[product][1])
@@ -80,7 +90,7 @@ class Halves:
 
     def prepare(self, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
         """Quantise b [n, k]."""
-        return Prepared(_prepare(self._recipe, b, product, out_dtype), b.shape[0])
+        return prepared(self._recipe, b, product=product, out_dtype=out_dtype)
 
     def lay_out(self, codes: Tensor, scale: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
         """Read a b that is stored as codes [n, k] and scales."""
@@ -91,7 +101,7 @@ class Halves:
 
     def multiply(self, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Multiply a [m, k] and b [n, k]."""
-        return _multiply(self._recipe, a, b.tensors, product, out_dtype)
+        return emulate_prepared(self._recipe, a, b, product=product, out_dtype=out_dtype)
 
 
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:

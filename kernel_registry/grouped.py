@@ -11,13 +11,14 @@ other kernels are compared with.
 
 import itertools
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from loka.errors import KernelError
 from loka.formats import RECIPES, Pass
-from loka.kernel_registry.emulated import emulate
+from loka.kernel_registry.emulated import Halves, emulate
 from loka.kernel_registry.opaque import opaque_grouped
 from loka.kernel_registry.torch_mm import matmul
 
@@ -59,6 +60,30 @@ def mxfp8(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: to
 def native(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply expert by expert in the dtype the operands have, any that torch multiplies."""
     return _per_expert(matmul, a, b, offsets, product=product, out_dtype=out_dtype)
+
+
+class Stored:
+    """The forward products of one recipe with weights that are stored (`spec.StoredGroupedKernel`)."""
+
+    def __init__(self, recipe: str) -> None:
+        self._halves = Halves(recipe)
+
+    def __call__(self, a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        """Multiply each expert's rows by its codes and scales."""
+        out = a.new_zeros(result_shape(a, codes, offsets, "fprop"), dtype=out_dtype)
+        for expert, (start, end) in enumerate(spans(offsets, a.shape[0])):
+            if start == end:
+                continue
+            b = self._halves.lay_out(codes[expert], scale[expert], product="fprop", out_dtype=out_dtype)
+            out[start:end] = self._halves.multiply(a[start:end], b, product="fprop", out_dtype=out_dtype)
+        return out
+
+
+tensorwise_stored: Final = Stored("tensorwise")
+rowwise_stored: Final = Stored("rowwise")
+blockwise_stored: Final = Stored("blockwise")
+blockwise_pow2_stored: Final = Stored("blockwise_pow2")
+mxfp8_stored: Final = Stored("mxfp8")
 
 
 def spans(offsets: Tensor, tokens: int) -> list[tuple[int, int]]:

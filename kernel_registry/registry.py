@@ -91,6 +91,16 @@ class Registry:
             f"register a kernel for {request.op} with recipe None."
         )
 
+    def rivals(self, request: GemmRequest, device: DeviceInfo) -> tuple[KernelSpec, ...]:
+        """Return the baselines that run a layer in one kernel on `device`, beside the first one: it may be slower."""
+        first = self.baseline(request)
+        return tuple(
+            spec
+            for spec in self._specs.values()
+            if spec.is_baseline and spec.fused and spec is not first
+            if self.cannot(spec, request, device) is None and self.unavailable(spec, device) is None
+        )
+
     def unavailable(self, spec: KernelSpec, device: DeviceInfo) -> str | None:
         """Return why a kernel cannot run on `device`, or None; asked once per kernel and device, then remembered."""
         key = (spec.name, device)

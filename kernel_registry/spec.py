@@ -30,6 +30,7 @@ from loka.hardware import DeviceInfo
 
 if TYPE_CHECKING:
     from loka.kernel_registry.layers import Layer
+    from loka.kernel_registry.norm_act import FusedLayer
 
 # What Triton takes for yes in an environment variable (triton/knobs.py).
 _TRUE: Final[tuple[str, ...]] = ("1", "true", "yes", "on", "y")
@@ -85,6 +86,16 @@ class PreparedKernel(Protocol):
         """Compute out[m, n] = sum_k a[m, k] * b[n, k]."""
 
 
+class StoredGroupedKernel(Protocol):
+    """The forward product of a grouped kernel with weights that are there as codes and scales, each expert's its own.
+
+    The numbers are those of the kernel itself on what `loka.quantize.quantize` made them of, bit for bit.
+    """
+
+    def __call__(self, a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        """Compute it; codes [experts, n, k], fp32 scale [experts, groups of n, groups of k]."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GemmRequest:
     """One product to be served: out[m, n] = sum_k a[m, k] * b[n, k], `batch` times, with operands of `dtype`."""
@@ -131,10 +142,11 @@ class KernelSpec:
     (0: no demand); `pads_to` is what the kernel itself fills them up to with zeros, once the scales are known; `layout`
     says how the library wants operands and scales. `prepared` is the lazy "module:object" of its two halves, a
     `PreparedKernel`, where it has them; `layer` that of a `layers.Layer`, whose passes `implementation` computes one by
-    one. No `dtypes` means any; `module` must be importable; `requires` is a lazy "module:function" that is called
-    without arguments and returns what else is missing, or None; `source` says
-    where each constant comes from. `defect` is why nothing can be done with this row at all: it stands for a plugin
-    that failed to load.
+    one; `fused` that of a `norm_act.FusedLayer`, without which a kernel of the op `linear_norm_act` can be timed and
+    not planned; `stored`, of a grouped kernel, that of a `StoredGroupedKernel`. No `dtypes` means any; `module` must be
+    importable; `requires` is a lazy "module:function" that is called without arguments and returns what else is
+    missing, or None; `source` says where each constant comes from. `defect` is why nothing can be done with this row at
+    all: it stands for a plugin that failed to load.
     """
 
     name: str
@@ -143,6 +155,8 @@ class KernelSpec:
     implementation: str  # "module:function"
     prepared: str = ""  # "module:object"
     layer: str = ""  # "module:object"
+    fused: str = ""  # "module:object"
+    stored: str = ""  # "module:object"
     passes: tuple[Pass, ...] = PASSES
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     device_types: tuple[str, ...] = ("cpu", "cuda")
@@ -236,9 +250,17 @@ class KernelSpec:
         """Return the two halves of a kernel, None where it has none; raise KernelError as `load` does."""
         return cast(PreparedKernel, self._import(self.prepared)) if self.prepared else None
 
+    def load_stored(self) -> StoredGroupedKernel | None:
+        """Return the product of a grouped kernel with stored weights, None where it has none; raises as `load`."""
+        return cast(StoredGroupedKernel, self._import(self.stored)) if self.stored else None
+
     def load_layer(self) -> "Layer | None":
         """Return all passes of a linear layer together, None where this is no such kernel."""
         return cast("Layer", self._import(self.layer)) if self.layer else None
+
+    def load_fused(self) -> "FusedLayer | None":
+        """Return a linear layer with its norm and activation as layers run it, None where this is no such kernel."""
+        return cast("FusedLayer", self._import(self.fused)) if self.fused else None
 
     def _import(self, path: str) -> Callable[..., object]:
         module, _, function = path.partition(":")

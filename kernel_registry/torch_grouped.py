@@ -25,7 +25,7 @@ from loka.formats import PASS_OPERANDS, RECIPES, Pass
 from loka.kernel_registry.grouped import result_shape
 from loka.kernel_registry.grouped_tokens import quantize_experts, quantize_tokens, spread
 from loka.kernel_registry.opaque import opaque_grouped
-from loka.kernel_registry.operands import quantize_operand
+from loka.kernel_registry.operands import Operand, quantize_operand
 
 # torch's stubs do not know it.
 scaled_grouped_mm: Final[Callable[..., Tensor]] = functional.scaled_grouped_mm  # type: ignore[attr-defined]
@@ -59,8 +59,24 @@ def rowwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: 
     shape = result_shape(a, b, offsets, product)
     if 0 in (*a.shape, *b.shape, *shape):
         return a.new_zeros(shape, dtype=out_dtype)
-    gemm = wgrad_operands(a, b, offsets) if product == "wgrad" else token_operands(a, b, offsets, product)
-    out = scaled_grouped_mm(
+    if product == "wgrad":
+        return _scaled(wgrad_operands(a, b, offsets))[:, : shape[1], : shape[2]].to(out_dtype)
+    out = _scaled(token_operands(a, b, offsets, product))
+    return zero_unrouted(out[:, : shape[1]].to(out_dtype), offsets)
+
+
+def rowwise_stored(a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """Do it in the forward pass with weights that are stored (`spec.StoredGroupedKernel`)."""
+    shape = result_shape(a, codes, offsets, "fprop")
+    if 0 in (*a.shape, *codes.shape):
+        return a.new_zeros(shape, dtype=out_dtype)
+    spec = RECIPES["rowwise"].operand("input")
+    out = _scaled(_of_tokens(quantize_operand(a, spec), (codes, scale), offsets))
+    return zero_unrouted(out[:, : shape[1]].to(out_dtype), offsets)
+
+
+def _scaled(gemm: "ScaledOperands") -> Tensor:
+    return scaled_grouped_mm(
         gemm.a,
         gemm.b,
         gemm.scale_a,
@@ -72,9 +88,6 @@ def rowwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: 
         # Fast accumulation keeps about 14 bits of a sum, which no recipe of this name promises.
         use_fast_accum=False,
     )
-    if product == "wgrad":
-        return out[:, : shape[1], : shape[2]].to(out_dtype)
-    return zero_unrouted(out[:, : shape[1]].to(out_dtype), offsets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,9 +104,13 @@ class ScaledOperands:
 def token_operands(a: Tensor, b: Tensor, offsets: Tensor, product: Pass) -> ScaledOperands:
     """Quantise rows a [tokens, k] and weights b [experts, n, k], filled up to multiples of 16 features."""
     specs = [RECIPES["rowwise"].operand(role) for role in PASS_OPERANDS[product]]
-    data_a, scale_a, _ = quantize_operand(a, specs[0])
-    data_b, scale_b = quantize_experts(b, specs[1])
-    more_n, more_k = -b.shape[1] % _ALIGNMENT, -a.shape[1] % _ALIGNMENT
+    return _of_tokens(quantize_operand(a, specs[0]), quantize_experts(b, specs[1]), offsets)
+
+
+def _of_tokens(a: Operand, b: tuple[Tensor, Tensor], offsets: Tensor) -> ScaledOperands:
+    data_a, scale_a, _ = a
+    data_b, scale_b = b
+    more_n, more_k = -data_b.shape[1] % _ALIGNMENT, -data_a.shape[1] % _ALIGNMENT
     return ScaledOperands(
         a=append_zeros(data_a, 0, more_k),
         b=append_zeros(data_b, more_n, more_k).mT,

@@ -89,9 +89,20 @@ PerSite = Union[Mapping[str, "Bound"], Iterable[SiteBound]]  # noqa: UP007 - a f
 class Bound:
     """An accuracy bound: `row_error` or `sqnr_db` per GEMM, or `loss`, a share of the model's loss to spend over sites.
 
-    Exactly one of the three is given. `per_site` maps patterns to bounds of their own, on anything but the loss.
-    `confidence` is family-wise over all rows of a report; of a budget of loss, it is that of the sum. Raises
-    ArgumentError.
+    Exactly one of these is given:
+
+    - `row_error`: the most that the mean over output rows of |y_fp8 - y| / |y| may be, of each product by itself.
+    - `sqnr_db`: the same as a ratio of signal to noise, the least that it may be, in dB.
+    - `loss`: a share of the loss, e.g. 2e-4, for all products of the model together.
+
+    Beside it:
+
+    - `per_site`: patterns (see `loka.selection`) of sites, each with a `row_error` or `sqnr_db` of its own:
+      `{"head*": Bound(row_error=0.01)}`.
+    - `confidence`: in [0.5, 1), by default 0.95; family-wise over all rows of a report; of a budget of loss, that of
+      the sum.
+
+    Raises ArgumentError.
     """
 
     row_error: float | None = None
@@ -109,7 +120,7 @@ class Bound:
         confidence: float = DEFAULT_CONFIDENCE,
         per_site: PerSite = (),
     ) -> None:
-        """Refuse a bound that says nothing, or two things."""
+        """Bounds are checked at once: one that says nothing, or two things, is refused."""
         _only_limit({"row_error": row_error, "sqnr_db": sqnr_db, "loss": loss})
         if not (isinstance(confidence, int | float) and 0.5 <= confidence < 1.0):
             raise ArgumentError(f"Bound(confidence={confidence!r}): confidence lies in [0.5, 1), e.g. 0.95.")
@@ -150,6 +161,15 @@ class Bound:
         """Return e.g. `row_error <= 0.05 (row_error <= 0.01 on 'head*') at 95 % confidence`."""
         own = f" ({', '.join(map(str, self.per_site))})" if self.per_site else ""
         return f"{_shown(self.metric, self.value)}{own} at {100 * self.confidence:g} % confidence"
+
+
+def checked_bound(bound: object) -> Bound:
+    """Return a bound that was given as an argument; raise ArgumentError, with how to write one, for anything else."""
+    if not isinstance(bound, Bound):
+        raise ArgumentError(
+            f"bound={bound!r} is not a bound. Write {', '.join(f'loka.Bound({each})' for each in _EXAMPLES.values())}."
+        )
+    return bound
 
 
 def parse_bound(text: str, per_site: Iterable[str] = ()) -> Bound:

@@ -18,6 +18,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, fx
 
+from loka.dispatch.convert import plan_of
 from loka.dispatch.effect import changed_kernels, note_graph
 from loka.dispatch.executions import counted, graph_kernels
 from loka.dispatch.graph import operands, origin, shape_of
@@ -82,7 +83,7 @@ def _plan(given: Plan | str | PathLike[str] | None) -> Plan:
             'options={"plan": "plan.json"}) with a file from `loka plan`; a mode goes into the options, too: '
             '{"plan": "plan.json", "mode": "max-autotune"}.'
         )
-    return given if isinstance(given, Plan) else Plan.load(given)
+    return plan_of(given)
 
 
 def rewrite(gm: fx.GraphModule, plan: Plan, *, emulate: bool = False) -> tuple[str, ...]:
@@ -93,8 +94,12 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, emulate: bool = False) -> tuple[s
     """
     parameters = _planned_parameters(gm.graph, plan)
     planned = site_kernels(plan, _device(parameters), emulate=emulate, changed=changed_kernels(plan))
-    # Which rows are a kept expert's is not known while a graph is made: such a pass stays in high precision.
-    routes = {site: kernels.of_expert(None) for site, kernels in planned.items()}
+    # Where each expert's product is one of its own, it is not known while a graph is made whose it is: a pass in which
+    # one is to stay in high precision does.
+    routes = {
+        site: kernels if kernels.op == "grouped_linear" else kernels.of_expert(None)
+        for site, kernels in planned.items()
+    }
     found = []
     for node in list(gm.graph.nodes):
         current: fx.Node | None = node
@@ -113,7 +118,7 @@ def _place(
     """Replace a product whose weight is planned; return its site and the new node."""
     for operand in operands(node):
         site = _site(node, parameters, parameters.names.get(origin(operand.weight)), routes)
-        if site is None or routes[site].op != operand.op:
+        if site is None or routes[site].op not in operand.ops:
             continue
         with graph.inserting_before(node):
             new = operand.place(graph, routes[site])
@@ -162,7 +167,7 @@ def _device(parameters: "_Parameters") -> torch.device:
 # --- which parameter is this? ---
 
 # Dynamo's sources read e.g. L['self']._modules['0']._parameters['weight'], or G['model'].up in a module stack.
-_SOURCE_PART: Final = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
+_SOURCE_PART: Final = re.compile(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
 _INTERNAL: Final = ("_modules", "_parameters", "_buffers")
 _FIRST_INTERNAL: Final = re.compile(rf"\.(?:{'|'.join(_INTERNAL)})\[")
 

@@ -26,8 +26,8 @@ from loka.dispatch.plan import Plan
 from loka.dispatch.planner import plan as make_plan
 from loka.errors import ArgumentError
 from loka.probes.session import probe
-from loka.reports.build import report_of
-from loka.reports.render import FORMATS
+from loka.reports.build import built_of
+from loka.reports.render import rendered
 from loka.reports.table import print_table
 from loka.workloads.open_bandit import ClickLog, batches, load_open_bandit, split_by_time
 from loka.workloads.quality import log_loss, normalized_entropy
@@ -75,7 +75,8 @@ def run_demo(out: Path, console: Console) -> None:
     console.rule("1  Probe a training run")
     console.print(
         f"A Wukong ({sum(p.numel() for p in model.parameters()):,} parameters) on {rows:,} real impressions, split by "
-        f"time; one step in {_EVERY} is probed."
+        f"time; one step in {_EVERY} is probed, which may double the time. A real training keeps the defaults: one "
+        "step in 100, and 1 % of the time."
     )
     database = folder / "run.db"
     with (
@@ -86,10 +87,10 @@ def run_demo(out: Path, console: Console) -> None:
 
     console.rule("2  Which GEMMs are safe, and is FP8 faster here?")
     measured, assumed = _plans(database, folder, console)
-    report = report_of(database, _BOUND)
+    built = built_of(database, _BOUND)
     for name in ("json", "html"):
-        (folder / f"report.{name}").write_text(FORMATS[name](report), encoding="utf-8")
-    print_table(report, console)
+        (folder / f"report.{name}").write_text(rendered(built, name), encoding="utf-8")
+    print_table(built.report, console)
     console.print()
     console.print(f"[bold]On this machine:[/] {escape(measured.notes[0])}")
 
@@ -124,7 +125,7 @@ def _folder(out: Path) -> Path:
 @contextmanager
 def _bar(console: Console, what: str, total: int) -> Iterator[Tick]:
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.update(task, advance=1)
 

@@ -118,6 +118,8 @@ def decode(cls: type[T], data: object, where: str) -> T:
     except _MismatchError as error:
         place = "".join(reversed(error.path))
         raise PlanError(f"{where}{place}: {error}. Make the file anew, or correct this entry.") from error
+    except RecursionError as error:
+        raise PlanError(f"{where} is nested too deeply. Make the file anew.") from error
 
 
 def _refuse_constant(name: str) -> object:
@@ -251,9 +253,14 @@ def _mapping(arguments: tuple[Any, ...]) -> _Decoder:
 
 
 def _record(cls: type) -> _Decoder:
-    hints = typing.get_type_hints(cls)
     fields = [field for field in dataclasses.fields(cls) if field.init]
-    plan = {_KEYS.get(field.name, field.name): (field.name, _decoder(hints[field.name])) for field in fields}
+
+    @functools.cache
+    def decoders() -> dict[str, tuple[str, _Decoder]]:
+        """Return what reads each key, made when it is first needed: a record may hold others of its own kind."""
+        hints = typing.get_type_hints(cls)
+        return {_KEYS.get(field.name, field.name): (field.name, _decoder(hints[field.name])) for field in fields}
+
     needed = [
         _KEYS.get(field.name, field.name)
         for field in fields
@@ -263,6 +270,7 @@ def _record(cls: type) -> _Decoder:
     def decode_record(value: Any) -> Any:
         if type(value) is not dict:
             raise _MismatchError(f"an object is needed, not {_shown(value)}")
+        plan = decoders()
         for key in needed:
             if key not in value:
                 raise _MismatchError(f"the key {key!r} is missing")

@@ -26,7 +26,7 @@ _PACKAGES: Final[tuple[str, ...]] = (
 )
 
 # Variables of the environment that LoKA reads.
-_SETTINGS: Final[tuple[str, ...]] = ("LOKA_TUNING",)
+_SETTINGS: Final[tuple[str, ...]] = ("LOKA_TUNING", "XDG_CACHE_HOME", "TRITON_INTERPRET")
 
 
 def environment_facts() -> dict[str, str]:

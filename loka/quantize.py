@@ -346,6 +346,9 @@ def saturated_share(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) ->
 
 
 def dequantize(data: Tensor, scale: Tensor, spec: OperandSpec) -> Tensor:
-    """Return the fp32 values of `quantize`'s result; data [..., rows, k], scale as returned there."""
+    """Return the fp32 values of `quantize`'s result; data [..., rows, k], scale as returned there.
+
+    A transposed view comes out transposed, as of `fake_quantize`.
+    """
     grouped = _grouped(data.float(), spec)
-    return _ungrouped(grouped * scale.unsqueeze(-1).unsqueeze(-3), data.shape).contiguous()
+    return _ungrouped(grouped * scale.unsqueeze(-1).unsqueeze(-3), data.shape)

@@ -4,9 +4,11 @@
 
 This composition is the definition, and what runs on a CPU, where Inductor fuses what follows the product. On a GPU with
 FP8 (capability 8.9 and later) blocks of 256 and HardSwish run in the Triton epilogue of the kernel registry, which
-writes nothing in between: forward, and a backward that keeps y alone. Where somebody watches the products (a converted
-model, a probed step), the product is an ordinary linear layer of its own, on the kernel that is planned for it, and the
-rest follows; so it is under autocast, whose rules differ from op to op.
+writes nothing in between: forward, and a backward that keeps y alone. Where somebody watches the products (a probed
+step), the product is an ordinary linear layer of its own, and the rest follows; so it is under autocast, whose rules
+differ from op to op. A plan may run the whole in one FP8 kernel: `loka.convert` gives the module a forward that does,
+and `backend="loka"` finds it in the graph, where blocks of 256 and HardSwish are one operator that any compiler traces
+into.
 """
 
 import functools
@@ -16,10 +18,19 @@ from typing import Any, Final, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from loka.errors import ArgumentError, nearest
 from loka.hardware import FP8_CAPABILITY, has_capability
-from loka.kernel_registry.norm_act import NORM_BLOCK, block_norm
+from loka.kernel_registry.norm_act import (
+    FUSED_ACTIVATION,
+    NORM_BLOCK,
+    OPERATOR,
+    block_norm,
+    defines_operator,
+    is_norm_act,
+)
 from loka.mods.source.stand_ins import squared_relu
 from loka.stepping_aside import steps_aside
 
@@ -29,6 +40,8 @@ _ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "squared_relu": squared_relu,
     "none": lambda x: x,
 }
+# Parameters and what stands for tensors while a graph is made; others have rules of their own.
+_PLAIN: Final = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,11 +63,23 @@ def linear_norm_act(
             f"linear_norm_act got block={block!r} and activation={activation!r}. A block is a positive number of "
             f"features, and activations are {', '.join(_ACTIVATIONS)}.{nearest(str(activation), _ACTIVATIONS)}"
         )
-    if block == NORM_BLOCK and activation == "hard_swish" and _runs_fused(x, weight, bias):
+    if block == NORM_BLOCK and activation == FUSED_ACTIVATION:
+        # What is exported is to run without this library.
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            found: Tensor = OPERATOR(x, weight, bias, eps)
+            return found
+        return _fusable(x, weight, bias, eps)
+    return _ACTIVATIONS[activation](block_norm(F.linear(x, weight, bias), block, eps))
+
+
+@defines_operator
+def _fusable(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float | None) -> Tensor:
+    """Compute blocks of 256 and HardSwish, in the fused kernel where it takes these tensors."""
+    if _runs_fused(x, weight, bias):
         from loka.kernel_registry.triton.epilogue import linear_norm_swish  # only where there is a GPU to run it
 
         return linear_norm_swish(x, weight, bias, eps=eps)
-    return _ACTIVATIONS[activation](block_norm(F.linear(x, weight, bias), block, eps))
+    return F.hardswish(block_norm(F.linear(x, weight, bias), NORM_BLOCK, eps))
 
 
 def _runs_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -64,7 +89,7 @@ def _runs_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if any(each.dtype != x.dtype or each.device != x.device for each in operands):
         return False
-    plain = all(type(each) in (Tensor, nn.Parameter) for each in operands)
+    plain = all(type(each) in _PLAIN for each in operands)
     watched = torch._C._is_torch_function_mode_enabled() or torch.is_autocast_enabled(x.device.type)
     aside = not torch.compiler.is_dynamo_compiling() and steps_aside()
     return plain and not watched and not aside
@@ -117,6 +142,7 @@ class FusedLinearNormAct(nn.Module):
         self.register_parameter("bias", linear.bias)
         self.block, self.activation, self.eps = block, activation, eps
 
+    @is_norm_act
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out_features] of input [..., in_features]."""
         return linear_norm_act(input, self.weight, self.bias, self.block, self.activation, self.eps)

@@ -1,17 +1,18 @@
 """The overhead budget: how much extra work a sampled step may do, and whether the next one may happen at all.
 
 Time that the run spends on its own earns credit at the rate of the budget; the probe's work spends it. The first
-samples happen as scheduled, each with what its interval will have earned; later ones wait until the credit covers them,
-so the measured overhead settles at or below the budget however small the model is.
+samples happen as `scheduled`, each with what its interval will have earned; later ones wait until the credit covers
+them, so the measured overhead settles at or below the budget however small the model is.
 """
 
 import statistics
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
-# Samples that happen on schedule before the credit decides, so that a short run has evidence too.
+# Samples that happen on schedule before the credit decides, so that a short run has evidence too. They may overdraw it,
+# which later ones pay back.
 _SCHEDULED_SAMPLES: Final[int] = 10
 # How many intervals' credit the scheduled samples may be ahead.
 _AHEAD: Final[float] = 3.0
@@ -51,6 +52,7 @@ class Budget:
 
     every: int
     overhead: float
+    scheduled: int = _SCHEDULED_SAMPLES
     samples: int = 0
     skipped: int = 0
     spent_s: float = 0.0
@@ -78,7 +80,7 @@ class Budget:
         """Decide whether a step, due by schedule, is sampled, and plan what it measures."""
         credit = self.overhead * max(wall_s - self.spent_s, 0.0) - self.spent_s
         interval = self.overhead * self.every * self.plain_step_s
-        if self.samples < _SCHEDULED_SAMPLES:
+        if self.samples < self.scheduled:
             overdrawn = credit < -_AHEAD * interval
             most, fixed = max(interval, credit), self._fixed_cost_s
             allowance = max(most - fixed, _LEAST_SHARE * most) if fixed else _FIRST_SHARE * most
@@ -166,6 +168,10 @@ class Budget:
         new = [key for key in keys if key not in self._jobs]
         self._jobs.update((key, _Job()) for key in new)
         self._queue[:0] = new
+
+    def first(self, wanted: Callable[[Any], bool]) -> None:
+        """Let products that somebody waits for have the next turn."""
+        self._queue.sort(key=lambda key: not wanted(key))
 
     def end_sample(self, probe_s: float, whole_s: float = 0.0, inside_s: float = 0.0) -> None:
         """Charge a finished sample with the probe's time in it, and with what else made the step longer than others.

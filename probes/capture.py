@@ -38,7 +38,9 @@ from loka.probes.products import (
     Gemm,
     factors_of,
     gemm,
+    obstacle,
     owed_gradients,
+    own_tokens,
     per_expert,
 )
 from loka.probes.sites import OUTSIDE, SiteKey, SiteMap, is_plain
@@ -221,6 +223,8 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         forward = self._identify(factors)
         if forward is None:
             return
+        if forward.admitted and _is_stacked(forward, factors):
+            forward = replace(forward, own=own_tokens(factors.q.mT if forward.weight_is_p else factors.p))
         self._remember(forward)
         if forward.admitted:
             if factors.op == "convolution":
@@ -316,12 +320,15 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
 
 def _by_expert(found: Gemm, forward: Forward, factors: Factors, product: Pass) -> Gemm:
     """Tell the experts of a batch of products apart, where their weights are a stack."""
-    stacked = forward.slice
-    if stacked is None or stacked.expert is not None or factors.p.dim() != 3 or factors.q.dim() != 3:
+    if forward.slice is None or not _is_stacked(forward, factors):
         return found
-    # Tokens are rows of the layer's input, zero where they are not an expert's; their gradients need not be.
-    rows = {"fprop": found.a, "dgrad": None, "wgrad": found.b.mT}[product]
-    return per_expert(found, stacked.experts, rows)
+    return per_expert(found, forward.slice.experts, forward.own, of_tokens=product != "wgrad")
+
+
+def _is_stacked(forward: Forward, factors: Factors) -> bool:
+    """Whether a product is a batch with the weights of all experts."""
+    stacked = forward.slice is not None and forward.slice.expert is None
+    return stacked and factors.p.dim() == 3 and factors.q.dim() == 3 and not obstacle(factors.p, factors.q)
 
 
 def _next_number() -> int:

@@ -8,7 +8,6 @@ wrote it is gone.
 """
 
 import dataclasses
-import json
 import os
 import sqlite3
 import time
@@ -17,13 +16,15 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import URL, Connection, Engine, create_engine, func, insert, inspect, make_url, select, text, update
+from sqlalchemy import URL, Connection, Engine, func, insert, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from loka.errors import DatabaseError, EvidenceError, nearest
 from loka.probes import rows, schema
+from loka.probes.checked import DamagedError, Row, checked
 from loka.probes.process import Process, is_gone
 from loka.probes.records import Event, LearnedRecord, RunInfo, RunProgress, StepRecord, Timing
+from loka.probes.server import server_engine, shown, shown_text
 from loka.probes.sqlite_file import WRITE, explain, file_engine, is_ours
 
 
@@ -49,13 +50,15 @@ def resolve_url(db: str | os.PathLike[str]) -> URL:
     try:
         url = make_url(spelled)
     except (ArgumentError, ValueError) as error:
-        raise DatabaseError(
-            f"{spelled!r} is not a database URL ({error}). Write a path, e.g. run.db, or postgresql+psycopg://host/name."
-        ) from error
+        raise _no_url(spelled) from error
+    if "@" in (url.database or "") and "@" in spelled.partition("://")[2].partition("@")[2]:
+        raise _no_url(spelled)  # an @ or a / in a password: its end would be taken for a name, and shown
     kind = url.get_backend_name()
     if kind == "sqlite":
         if url.drivername not in ("sqlite", "sqlite+pysqlite") or url.query:
-            raise DatabaseError(f"{spelled!r}: an SQLite database is given by its path alone. Write e.g. run.db.")
+            raise DatabaseError(
+                f"{shown_text(spelled)!r}: an SQLite database is given by its path alone. Write e.g. run.db."
+            )
         return resolve_url(url.database or "")
     if kind != "postgresql":
         raise DatabaseError(
@@ -65,13 +68,21 @@ def resolve_url(db: str | os.PathLike[str]) -> URL:
     return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
+def _no_url(spelled: str) -> DatabaseError:
+    # Not with the reason, which can quote a part of the password.
+    return DatabaseError(
+        f"{shown_text(spelled)!r} is not a database URL. Write a path, e.g. run.db, or "
+        "postgresql+psycopg://user:password@host/name, with %40 for an @ in the password, %2F for a / and so on."
+    )
+
+
 @contextmanager
 def transaction(engine: Engine, *, write: bool = False) -> Iterator[Connection]:
     """Open one transaction: a consistent view, or one write. Raise DatabaseError, in words, when the database fails."""
     try:
         with writable(engine, write).begin() as connection:
             yield connection
-    except (SQLAlchemyError, json.JSONDecodeError) as error:
+    except (SQLAlchemyError, DamagedError, UnicodeDecodeError) as error:
         verb = "written" if write else "read"
         raise DatabaseError(f"The probe database {place(engine)} cannot be {verb}: {explain(error)}.") from error
 
@@ -89,7 +100,7 @@ def take_turns(connection: Connection) -> None:
 
 def place(engine: Engine) -> str:
     """Return the path or the URL without its password."""
-    return engine.url.database or "" if _is_file(engine.url) else engine.url.render_as_string(hide_password=True)
+    return engine.url.database or "" if _is_file(engine.url) else shown(engine.url)
 
 
 def open_database(db: str | os.PathLike[str], *, create: bool) -> Engine:
@@ -103,13 +114,7 @@ def open_database(db: str | os.PathLike[str], *, create: bool) -> Engine:
         path = Path(url.database or "")
         _check_path(path, create)
         return _created_file(path) if create else _existing_file(path)
-    try:
-        engine = create_engine(url, pool_pre_ping=True)
-    except ModuleNotFoundError as error:
-        raise DatabaseError(
-            f"{url.render_as_string()} needs the package {error.name!r}. Install it with "
-            "`pip install 'loka[postgresql]'`, or give a path, which is an SQLite file."
-        ) from error
+    engine = server_engine(url)
     with transaction(engine, write=create) as connection:
         if create:
             take_turns(connection)
@@ -267,8 +272,9 @@ def _match(known: Sequence[str], run_id: str | None, where: str) -> str:
     )
 
 
-def _stored_run(connection: Connection, row: rows.Row) -> StoredRun:
+def _stored_run(connection: Connection, row: Row) -> StoredRun:
     events = schema.events
+    checked(schema.runs, row)
     found = connection.execute(select(events).where(events.c.run == row["number"]).order_by(events.c.number))
     process = Process(host=row["host"], pid=row["pid"], start=row["process_start"])
     progress = rows.run_progress(row)
@@ -281,11 +287,15 @@ def _stored_run(connection: Connection, row: rows.Row) -> StoredRun:
     return StoredRun(
         info=rows.run_info(row),
         progress=progress,
-        events=tuple(Event(step=one.step, kind=one.kind, message=one.message) for one in found),
+        events=tuple(_event(checked(events, one)) for one in found.mappings()),
         last_write=row["last_write"],
         process=process,
         number=row["number"],
     )
+
+
+def _event(row: Row) -> Event:
+    return Event(step=row["step"], kind=row["kind"], message=row["message"])
 
 
 def read_steps(engine: Engine, run_id: str | None = None) -> Iterator[StepRecord]:
@@ -297,16 +307,12 @@ def read_steps(engine: Engine, run_id: str | None = None) -> Iterator[StepRecord
 def _steps(engine: Engine, run: int) -> Iterator[StepRecord]:
     steps, products = schema.steps, schema.products
     with transaction(engine) as connection:
-        names = dict(connection.execute(select(schema.recipes.c.number, schema.recipes.c.name)).all())
-        static = {
-            row["number"]: row
-            for row in connection.execute(select(products).where(products.c.run == run)).mappings().all()
-        }
-        found = connection.execute(
-            select(steps).where(steps.c.run == run).order_by(steps.c.step, steps.c.rank, steps.c.number)
-        )
+        names = rows.recipe_names(connection)
+        query = select(products).where(products.c.run == run)
+        static = {row["number"]: checked(products, row) for row in connection.execute(query).mappings()}
+        query = select(steps).where(steps.c.run == run).order_by(steps.c.step, steps.c.rank, steps.c.number)
         dynamic = has_dynamics(connection)
-        for row in found.mappings().all():
+        for row in [checked(steps, row) for row in connection.execute(query).mappings()]:
             yield StepRecord(
                 step=row["step"],
                 rank=row["rank"],
@@ -327,7 +333,7 @@ def read_learned(
         query = select(*columns).where(table.c.run == find_run(connection, run_id).number).order_by(table.c.number)
         for column, wanted in ((table.c.kind, kind), (table.c.site, site)):
             query = query if wanted is None else query.where(column == wanted)
-        return tuple(LearnedRecord(**row) for row in connection.execute(query).mappings())
+        return tuple(LearnedRecord(**checked(table, row)) for row in connection.execute(query).mappings())
 
 
 def write_timings(engine: Engine, timings: Iterable[Timing]) -> None:

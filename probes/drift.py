@@ -24,6 +24,7 @@ _EFFICIENCY: Final[float] = math.pi / 3
 # Correlation of neighbouring residuals that is believed at most; a few samples cannot show more.
 _MOST_CORRELATED: Final[float] = 0.8
 _LEAST_SAMPLES: Final[int] = 3
+_LARGEST: Final[float] = 690.0  # a logarithm: of 1e299
 _AT_ONCE: Final[int] = 4096  # series, so that the slopes of all their pairs stay within a few megabytes
 
 
@@ -82,7 +83,7 @@ class Trends:
             high=high,
             significant=low > 0.0 or high < 0.0,
             step=int(self.step[number]),
-            error=math.exp(float(self.level[number])),
+            error=math.exp(min(float(self.level[number]), _LARGEST)),
             span=int(self.span[number]),
         )
 
@@ -133,4 +134,4 @@ def _lines(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats, Floats]:
 
 def _per_100(slope: float) -> float:
     """Return the relative change over 100 steps; at most 1e300, which is more than any error can do."""
-    return math.expm1(min(100.0 * slope, 690.0))
+    return math.expm1(min(100.0 * slope, _LARGEST))

@@ -35,7 +35,7 @@ from loka.probes.intervals import (
     window_mean,
 )
 from loka.probes.loss_evidence import LossEvidence, RunLoss, loss_evidence
-from loka.probes.predictions import read_experts, read_families
+from loka.probes.predictions import read_epilogues, read_experts, read_families
 from loka.probes.records import OperandRecord
 from loka.probes.row_counts import RowCounts, median_rows, row_counts
 from loka.probes.rows import operand_record
@@ -99,6 +99,7 @@ def collect_evidence(engine: Engine, run_id: str | None = None, *, confidence: f
         mean_loss=loss.mean,
         experts=read_experts(engine, run.info.id),
         families=read_families(engine, run.info.id, steps=_forward_steps(series)),
+        epilogues=read_epilogues(engine, run.info.id),
     )
 
 

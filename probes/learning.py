@@ -7,7 +7,6 @@ Of products whose calls differ in rows within a step: how many calls had how man
 """
 
 import math
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.extremes import Extremes
 from loka.probes.distributions.gather import packed, unpacked
 from loka.probes.distributions.learned import OperandDistribution
+from loka.probes.epilogues import Epilogue
 from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.measure import Sampled
 from loka.probes.records import LearnedRecord
@@ -48,6 +48,7 @@ EXTREMES: Final[str] = "extremes"
 ROWS: Final[str] = "rows"
 EXPERTS: Final[str] = "experts"
 SHARED_INPUT: Final[str] = "shared_input"
+EPILOGUE: Final[str] = "epilogue"
 # Kinds whose quantiles can bring their rows along, for an exact merge of ranks.
 _WITH_ROWS: Final[frozenset[str]] = frozenset({"input", "grad_output"})
 
@@ -71,6 +72,7 @@ READERS: Final[dict[str, Callable[[Mapping[str, Any]], Learned]]] = {
     "grad_output": OperandDistribution.from_arrays,
     EXPERTS: ExpertStatistics.from_arrays,
     SHARED_INPUT: SharedInput.from_arrays,
+    EPILOGUE: Epilogue.from_arrays,
 }
 
 
@@ -129,6 +131,10 @@ class Learner:
     def learn_shared(self, site: Any, first: str, step: int) -> None:
         """Learn that a forward product has read what another site's read before it."""
         self._add(site, "fprop", SHARED_INPUT, SharedInput({first: 1}), step)
+
+    def learn_epilogue(self, site: Any, step: int) -> None:
+        """Learn that a forward product is one module with the norm and the activation behind it."""
+        self._add(site, "fprop", EPILOGUE, Epilogue(), step)
 
     def count(self, site: Any, product: Pass, calls: Mapping[int, int], step: int) -> None:
         """Count the calls of a product in one step, by their rows."""
@@ -195,14 +201,22 @@ def restore(record: LearnedRecord) -> Any:
             f"know ({', '.join(READERS)}). Read the database with the LoKA that wrote it."
         )
     try:
-        return READERS[record.kind](unpacked(record.data))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, ArgumentError):
-            raise
-        raise ArgumentError(
-            f"What was learned of {record.site} {record.product} ({record.kind}) is not readable ({error}): the "
-            "database is damaged there. Probe again."
-        ) from error
+        arrays = unpacked(record.data)
+    except ArgumentError as error:
+        raise _unreadable(record, error) from error
+    try:
+        return READERS[record.kind](arrays)
+    except ArgumentError:
+        raise
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise _unreadable(record, error) from error
+
+
+def _unreadable(record: LearnedRecord, error: Exception) -> ArgumentError:
+    return ArgumentError(
+        f"What was learned of {record.site} {record.product} ({record.kind}) is not readable ({error}): the database "
+        "is damaged there. Probe again."
+    )
 
 
 def merged(records: Iterable[LearnedRecord]) -> list[LearnedRecord]:

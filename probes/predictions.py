@@ -18,7 +18,7 @@ from loka.formats import RECIPES, Pass
 from loka.numerics import gate_for
 from loka.probes.database import read_learned
 from loka.probes.experts.statistics import ExpertStatistics
-from loka.probes.learning import EXPERTS, SHARED_INPUT, STATISTICS, restore
+from loka.probes.learning import EPILOGUE, EXPERTS, SHARED_INPUT, STATISTICS, restore
 from loka.probes.records import LearnedRecord
 from loka.probes.shared_inputs import families
 
@@ -83,3 +83,8 @@ def read_families(
         except ArgumentError as error:
             logger.warning("what %s shares its input with is not known: %s", record.site, error)
     return tuple(families(shared, steps))
+
+
+def read_epilogues(engine: Engine, run_id: str | None = None) -> tuple[str, ...]:
+    """Return the sites whose norm and activation one kernel can compute with the forward product, by name."""
+    return tuple(sorted(record.site for record in read_learned(engine, run_id, kind=EPILOGUE)))

@@ -4,6 +4,7 @@ One table says which arguments of which aten op are the factors. `Forward` remem
 so that the products of its backward node can be told apart into dgrad and wgrad by the factor they share with it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -128,6 +129,7 @@ class Forward:
     weight_is_p: bool
     admitted: bool
     slice: Slice | None = None
+    own: Tensor | None = None  # of a batch with one matrix per expert: which tokens are whose, bool [experts, tokens]
 
     def shared(self, first: Place, second: Place) -> int:
         """How many of its factors a product of these two has too."""
@@ -318,26 +320,39 @@ def _grouped_gemm(factors: Factors, a: Tensor, b: Tensor, reason: str) -> Gemm:
     return Gemm(factors.op, *shape, a, b, parts, tokens=tokens)
 
 
-def per_expert(found: Gemm, experts: int, rows: Tensor | None) -> Gemm:
+def own_tokens(rows: Tensor) -> Tensor:
+    """Return which tokens are whose, bool [experts, tokens], from the layer's input [experts, tokens, k].
+
+    A token that is not an expert's is zero in its slice, as in models that send every token through every expert.
+    """
+    largest: Tensor = torch.linalg.vector_norm(rows, ord=math.inf, dim=-1)  # writes no copy of the input
+    return largest.ne(0)
+
+
+def per_expert(found: Gemm, experts: int, own: Tensor | None, *, of_tokens: bool) -> Gemm:
     """Return a batch of products, one per matrix of a stack, with each slice as an expert's product.
 
-    `rows` [experts, tokens, ...] is the layer's input, None where it is no factor: tokens that are not an expert's are
-    zero in its slice, as in models that send every token through every expert. They take no part in an error.
+    `own` [experts, tokens] says which tokens are whose, None where that is not known; `of_tokens`: whether rows of the
+    result are tokens. Those of others take no part in an error, though their gradients need not be zero, and neither
+    does an expert without any.
     """
     a, b = found.a, found.b
     if a.dim() != 3 or a.shape[0] != experts or b.shape[0] != experts or found.unmeasured:
         return found
+    own = own if own is not None and own.shape[0] == experts else None
+    taken = own.unsqueeze(-1) if own is not None and of_tokens and own.shape[1] == a.shape[1] else a
 
     def parts(draw: Draw) -> list[Part]:
-        slices = _chosen_groups(experts, draw.generator)
+        busy = list(range(experts)) if own is None else own.any(-1).nonzero().flatten().tolist()
+        slices = [busy[index] for index in _chosen_groups(len(busy), draw.generator)]
         result = []
         for expert in slices:
             a_full = a[expert : expert + 1]
-            index = _own_rows(a_full[0], -(-draw.rows // len(slices)), draw.generator)
+            index = _own_rows(taken[expert], -(-draw.rows // len(slices)), draw.generator)
             result.append(Part(_take(a_full, 1, index), a_full, b[expert : expert + 1], index, expert))
         return result
 
     def tokens() -> list[int]:
-        return [] if rows is None else [int(count) for count in rows.ne(0).any(-1).sum(-1).tolist()]
+        return [] if own is None else [int(count) for count in own.sum(-1).tolist()]
 
     return replace(found, parts=parts, tokens=tokens)

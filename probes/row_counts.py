@@ -42,6 +42,8 @@ class RowCounts:
 
     points: tuple[RowCount, ...] = ()
     left_out: int = 0  # points of the distribution that are not among these
+    # Share of the calls with more rows than a point and fewer than the next, gap by gap: shared out to the two.
+    between: tuple[float, ...] = field(default=(), compare=False)
 
     @property
     def share(self) -> float:
@@ -50,8 +52,17 @@ class RowCounts:
 
     def only(self, wanted: Container[int]) -> "RowCounts":
         """Return those points whose rows are `wanted`; they keep their weights."""
-        kept = tuple(point for point in self.points if point.rows in wanted)
-        return self if len(kept) == len(self.points) else RowCounts(points=kept, left_out=self._of - len(kept))
+        at = [index for index, point in enumerate(self.points) if point.rows in wanted]
+        if len(at) == len(self.points):
+            return self
+        kept = tuple(self.points[index] for index in at)
+        gaps = tuple(self.in_gap(low, high) for low, high in itertools.pairwise(at))
+        return RowCounts(points=kept, left_out=self._of - len(kept), between=gaps)
+
+    def in_gap(self, low: int, high: int) -> float:
+        """Return the share of the calls between two points, given by position; all that points there stand for, too."""
+        inside = self.points[low + 1 : high]
+        return min(1.0, math.fsum((*self.between[low:high], *(point.weight for point in inside))))
 
     def covers(self, other: "RowCounts", share: float) -> bool:
         """Whether these, some of the points of `other`, carry this share of its calls and of its rows.
@@ -144,7 +155,12 @@ def row_counts(calls: Mapping[int, int], known_by: int) -> RowCounts:
         shares[above].append(calls[rows] * nearness)
         shares[below].append(calls[rows] * (1.0 - nearness))
     total = sum(calls[rows] for rows in values)
-    return RowCounts(points=tuple(RowCount(rows=each, weight=math.fsum(shares[each]) / total) for each in points))
+    return RowCounts(
+        points=tuple(RowCount(rows=each, weight=math.fsum(shares[each]) / total) for each in points),
+        between=tuple(
+            sum(calls[rows] for rows in values if low < rows < high) / total for low, high in itertools.pairwise(points)
+        ),
+    )
 
 
 def median_rows(calls: Mapping[int, int]) -> int:

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Table, select
 
 from loka.formats import Role
 from loka.numerics import ProductError
+from loka.probes.checked import Row, checked, looked_up, names, shapes
 from loka.probes.records import (
     DynamicsRecord,
     Environment,
@@ -38,11 +39,11 @@ from loka.probes.schema import (
     operand_recipes,
     operands,
     parts,
+    recipes,
+    runs,
     samples,
 )
-
-# A row as it comes back, by column name.
-Row = Mapping[Any, Any]
+from loka.probes.schema import timings as timings_table
 
 _RUN_FIELDS: Final = ("id", "created", "model", "every", "overhead_budget", "world_size")
 _ENVIRONMENT_FIELDS: Final = ("device", "torch", "python", "loka")
@@ -65,8 +66,8 @@ _TIMING_FIELDS: Final = (
 
 
 def number(value: float | None) -> float:
-    """Return a stored float: NULL is NaN."""
-    return math.nan if value is None else float(value)
+    """Return a stored float: NULL is NaN. There is one NaN, so that records read twice are equal."""
+    return math.nan if value is None or value != value else float(value)
 
 
 def _take(record: object, names: tuple[str, ...]) -> dict[str, Any]:
@@ -85,29 +86,35 @@ def run_row(info: RunInfo) -> dict[str, Any]:
 
 def progress_row(progress: RunProgress) -> dict[str, Any]:
     """Return the columns of `runs` that change while a run goes on."""
-    return _take(progress, _PROGRESS_FIELDS)
+    return {**_take(progress, _PROGRESS_FIELDS), "reason": _writable(progress.reason)}
 
 
 def run_info(row: Row) -> RunInfo:
-    """Return what was known at the start of the run in this row."""
+    """Return what was known at the start of the run in this row, which is checked."""
     return RunInfo(
         **{**{name: row[name] for name in _RUN_FIELDS}, "overhead_budget": number(row["overhead_budget"])},
         environment=Environment(**{name: row[name] for name in _ENVIRONMENT_FIELDS}),
-        fingerprint={name: tuple(shape) for name, shape in json.loads(row["fingerprint"]).items()},
-        recipes=tuple(json.loads(row["recipes"])),
+        fingerprint=shapes(runs, row, "fingerprint"),
+        recipes=names(runs, row, "recipes"),
     )
 
 
 def run_progress(row: Row) -> RunProgress:
-    """Return the running totals of the run in this row, as they were written."""
+    """Return the running totals of the run in this row, which is checked, as they were written."""
     values = {name: row[name] for name in _PROGRESS_FIELDS}
     values |= {"wall_s": number(row["wall_s"]), "probe_s": number(row["probe_s"])}
+    values["weights_changed"] = bool(row["weights_changed"])
     return RunProgress(**{**values, "status": cast(RunStatus, row["status"])})
 
 
 def event_row(run: int, event: Event) -> dict[str, Any]:
     """Return one row of `events`."""
-    return {"run": run, "step": event.step, "kind": event.kind, "message": event.message}
+    return {"run": run, "step": event.step, "kind": event.kind, "message": _writable(event.message)}
+
+
+def _writable(said: str) -> str:
+    """Return free text, e.g. of an exception, without what no database takes: NUL, halves of surrogate pairs."""
+    return said.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def timing_row(timing: Timing) -> dict[str, Any]:
@@ -117,6 +124,7 @@ def timing_row(timing: Timing) -> dict[str, Any]:
 
 def timing(row: Row) -> Timing:
     """Return the timing in this row."""
+    checked(timings_table, row)
     values = {name: row[name] for name in _TIMING_FIELDS}
     return Timing(**{**values, "median_us": number(row["median_us"]), "spread_us": number(row["spread_us"])})
 
@@ -141,14 +149,15 @@ def dynamics_rows(key: int, step: StepRecord, part_keys: Mapping[tuple[str, ...]
 
 def dynamics_record(row: Row) -> DynamicsRecord:
     """Return the part in this row of `dynamics` joined with `parts`."""
+    checked(dynamics, {name: row[name] for name in DYNAMICS})
     values: dict[str, Any] = {name: number(row[name]) for name in DYNAMICS}
     return DynamicsRecord(**part_names(row), **values)
 
 
 def part_names(row: Row) -> dict[str, Any]:
     """Return what a row of `parts` says of a DynamicsRecord."""
-    listed = {name: tuple(json.loads(row[name])) for name in ("parameters", "feeds")}
-    return {**{name: row[name] for name in PART_FIELDS}, **listed}
+    values = checked(parts, {name: row[name] for name in PART_FIELDS})
+    return {**values, **{name: names(parts, row, name) for name in ("parameters", "feeds")}}
 
 
 def step_dynamics(connection: Connection, key: int) -> tuple[DynamicsRecord, ...]:
@@ -158,7 +167,7 @@ def step_dynamics(connection: Connection, key: int) -> tuple[DynamicsRecord, ...
     return tuple(dynamics_record(row) for row in connection.execute(query).mappings())
 
 
-def recipe_names(step: StepRecord) -> set[str]:
+def recipes_of(step: StepRecord) -> set[str]:
     """Return every recipe that a step names anywhere."""
     names: set[str] = set()
     for product in step.products:
@@ -205,38 +214,53 @@ def operand_record(row: Row, shares: list[tuple[str, float, float]]) -> OperandR
     )
 
 
+def recipe_names(connection: Connection) -> dict[int, str]:
+    """Return the name of every recipe by its key."""
+    found = [checked(recipes, row) for row in connection.execute(select(recipes)).mappings()]
+    return {row["number"]: row["name"] for row in found}
+
+
 def _product_error(row: Row) -> ProductError:
     counts: dict[str, Any] = {name: row[name] for name in COUNTS}
     return ProductError(**{**counts, **{name: number(row[name]) for name in METRICS}})
 
 
 def step_products(
-    connection: Connection, key: int, static: Mapping[int, Row], recipe_names: Mapping[int, str]
+    connection: Connection, key: int, static: Mapping[int, Row], named: Mapping[int, str]
 ) -> tuple[ProductRecord, ...]:
     """Return the products of the step whose steps.number is `key`; `static` are the run's rows of `products`."""
     shares = defaultdict(list)
-    for row in connection.execute(select(operand_recipes).where(operand_recipes.c.step == key)).mappings():
-        share = (recipe_names[row["recipe"]], number(row["underflow"]), number(row["saturation"]))
+    for row in _rows(connection, operand_recipes, key):
+        share = (_recipe(named, row), number(row["underflow"]), number(row["saturation"]))
         shares[row["position"], row["slot"]].append(share)
     found = defaultdict(list)
-    query = select(operands).where(operands.c.step == key).order_by(operands.c.position, operands.c.slot)
-    for row in connection.execute(query).mappings():
+    for row in _rows(connection, operands, key):
         found[row["position"]].append(operand_record(row, shares[row["position"], row["slot"]]))
     measured: defaultdict[int, dict[str, ProductError]] = defaultdict(dict)
-    for row in connection.execute(select(errors).where(errors.c.step == key)).mappings():
-        measured[row["position"]][recipe_names[row["recipe"]]] = _product_error(row)
+    for row in _rows(connection, errors, key):
+        measured[row["position"]][_recipe(named, row)] = _product_error(row)
     felt: defaultdict[int, dict[str, LossImpact]] = defaultdict(dict)
-    for row in connection.execute(select(impacts).where(impacts.c.step == key)).mappings():
+    for row in _rows(connection, impacts, key):
         values = {name: number(row[name]) for name in IMPACTS}
-        felt[row["position"]][recipe_names[row["recipe"]]] = LossImpact(**values)
-    rows = connection.execute(select(samples).where(samples.c.step == key).order_by(samples.c.position)).mappings()
+        felt[row["position"]][_recipe(named, row)] = LossImpact(**values)
     return tuple(
         ProductRecord(
             **{**{name: row[name] for name in _SAMPLE_FIELDS}, "alignment": number(row["alignment"])},
-            **{name: static[row["product"]][name] for name in STATIC_FIELDS},
+            **{name: looked_up(static, row["product"], "products")[name] for name in STATIC_FIELDS},
             operands=tuple(found[row["position"]]),
             errors=measured[row["position"]],
             impacts=felt[row["position"]],
         )
-        for row in rows
+        for row in _rows(connection, samples, key)
     )
+
+
+def _rows(connection: Connection, table: Table, step: int) -> Iterator[Row]:
+    """Yield the rows of one step, checked, in the order of their keys."""
+    query = select(table).where(table.c.step == step).order_by(*table.primary_key.columns)
+    for row in connection.execute(query).mappings():
+        yield checked(table, row)
+
+
+def _recipe(named: Mapping[int, str], row: Row) -> str:
+    return looked_up(named, row["recipe"], "recipes")

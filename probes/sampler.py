@@ -132,6 +132,8 @@ class Sampler:
             if sighting.expert is not None and sighting.slice is not None:
                 seen.experts = _Experts([0] * sighting.slice.experts)
             self._note_input(sighting)
+            if sighting.product == "fprop" and sighting.key.owner in self.sites.fused and self.watch is None:
+                self.memory.learner.learn_epilogue(sighting.key, self.step)
         turn = _turn(self.budget.samples_of(key), self.memory.calls.get(key, 1))
         if seen.measurement is None and seen.calls >= turn and self.budget.allows(key, self.capture.own_s):
             self._wait_for(gemm.a)

@@ -23,7 +23,7 @@ Schema 2 had neither `parts` nor `dynamics`. It is read as a run without them, a
 Floats: infinities are kept. SQLite stores NaN as NULL, so NULL is read back as NaN in every float column.
 """
 
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -53,6 +53,20 @@ metadata = MetaData()
 
 # SQLite counts rows by itself only in a column that is exactly INTEGER, which is 64 bits wide there.
 _KEY: Final = BigInteger().with_variant(Integer(), "sqlite")
+
+
+class _Bytes(LargeBinary):
+    """Bytes, as they are: SQLAlchemy would make a million zeros of the number of a million, in a damaged file."""
+
+    def result_processor(self, dialect: Any, coltype: Any) -> None:
+        """Leave what is read to be checked."""
+
+
+class _Flag(Boolean):
+    """Truth, as it is stored."""
+
+    def result_processor(self, dialect: Any, coltype: Any) -> None:
+        """Leave what is read to be checked."""
 
 
 def _text(name: str) -> Column[str]:
@@ -92,7 +106,7 @@ runs = Table(
     # RunProgress
     *(_integer(name) for name in ("steps", "sampled_steps", "skipped_samples", "unattributed")),
     *(_real(name) for name in ("wall_s", "probe_s")),
-    Column("weights_changed", Boolean, nullable=False),
+    Column("weights_changed", _Flag, nullable=False),
     *(_text(name) for name in ("status", "reason")),
     # The process that writes the run, and when it last did.
     *(_text(name) for name in ("last_write", "host", "process_start")),
@@ -211,7 +225,7 @@ distributions = Table(
     _key_of("run", "runs.number"),
     *(_text(name) for name in ("site", "product", "kind")),
     *(_integer(name) for name in ("samples", "step")),
-    Column("data", LargeBinary, nullable=False),
+    Column("data", _Bytes, nullable=False),
     Index("distributions_by_run", "run", "site", "product", "kind", unique=True),
 )
 

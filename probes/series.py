@@ -9,7 +9,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Final, cast
 
 import numpy as np
@@ -18,10 +17,11 @@ from sqlalchemy import Connection, Select, Table, case, select
 
 from loka.errors import ArgumentError
 from loka.formats import PASSES, ROLES, Pass
+from loka.probes.checked import DamagedError, Row, checked, looked_up, numbers, whole
 from loka.probes.intervals import Floats, Ints
 from loka.probes.learning import ROWS, restore
 from loka.probes.records import LearnedRecord
-from loka.probes.rows import Row, number
+from loka.probes.rows import number, recipe_names
 from loka.probes.schema import (
     COUNTS,
     IMPACTS,
@@ -98,19 +98,19 @@ class Merged:
 def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) -> RunSeries:
     """Read everything measured in the run of this key, apart from the shares of `operand_recipes`."""
     found = connection.execute(select(products).where(products.c.run == run)).mappings()
-    static = {one["number"]: one for one in found}
+    static = {one["number"]: checked(products, one) for one in found}
     places = [samples.c[name] for name in ("step", "position", "product", *SHAPE)]
-    table = _numbers(connection, _of_run(select(steps.c.step.label("at"), *places), samples, run)).astype(np.int64)
-    table = table[np.lexsort((table[:, 2], table[:, 0]))]  # by step, then as the step saw them
+    table = whole(_numbers(connection, _of_run(select(steps.c.step.label("at"), *places), samples, run)))
+    table = table[np.lexsort((table[:, 1], table[:, 2], table[:, 0]))]  # by step, then as it saw them, then by rank
     rows = _row_names(table[:, 3], static)
     row_of = {name: index for index, name in enumerate(rows)}
-    row = np.array([row_of[_name(static[key])] for key in table[:, 3].tolist()], dtype=np.int64)
+    row = np.array([row_of[_name(static, key)] for key in table[:, 3].tolist()], dtype=np.int64)
     order = np.argsort(row, kind="stable")
     row, table = row[order], table[order]
     measured = _of_recipes(connection, errors, (*METRICS, *COUNTS), run)
     taken = _of_recipes(connection, impacts, IMPACTS, run)
-    names = dict(connection.execute(select(recipes.c.number, recipes.c.name)).all())
-    used = {int(key): names[int(key)] for key in np.union1d(measured[:, 2], taken[:, 2])}
+    names = recipe_names(connection)
+    used = {key: looked_up(names, key, "recipes") for key in whole(np.union1d(measured[:, 2], taken[:, 2])).tolist()}
     known = tuple(dict.fromkeys((*run_recipes, *sorted(used.values()))))
     of_recipe = {key: known.index(name) for key, name in used.items()}
     role = case({name: index for index, name in enumerate(ROLES)}, value=operands.c.role)
@@ -122,10 +122,10 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
         recipes=known,
         num_steps=np.unique(table[:, 1]).size,
         static=static,
-        step_at=of_step[:, 1].astype(np.int64),
-        rank=of_step[:, 2].astype(np.int64),
+        step_at=whole(of_step[:, 1]),
+        rank=whole(of_step[:, 2]),
         loss=of_step[:, 3],
-        labels=of_step[:, 4].astype(np.int64),
+        labels=whole(of_step[:, 4]),
         row=row,
         at=np.searchsorted(of_step[:, 0], table[:, 1]),
         step=table[:, 0],
@@ -135,13 +135,13 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
         error_sample=_locate(table[:, 1:3], measured[:, :2]),
         error_recipe=_indices(measured[:, 2], of_recipe),
         metrics=measured[:, 3 : 3 + len(METRICS)],
-        error_rows=measured[:, 3 + len(METRICS)].astype(np.int64),
+        error_rows=whole(measured[:, 3 + len(METRICS)]),
         impact_sample=_locate(table[:, 1:3], taken[:, :2]),
         impact_recipe=_indices(taken[:, 2], of_recipe),
         impacts=taken[:, 3:],
         operand_sample=_locate(table[:, 1:3], inputs[:, :2]),
-        operand_slot=inputs[:, 2].astype(np.int64),
-        operand_role=inputs[:, -1].astype(np.int64),
+        operand_slot=whole(inputs[:, 2]),
+        operand_role=whole(inputs[:, -1]),
         operand_values=inputs[:, 3:-1],
         mixed=_mixed(connection, run),
     )
@@ -152,7 +152,7 @@ def _mixed(connection: Connection, run: int) -> dict[tuple[str, Pass], Mapping[i
     query = select(*(table[name] for name in ("site", "product", "kind", "samples", "step", "data")))
     found = connection.execute(query.where(table.run == run, table.kind == ROWS)).mappings()
     result: dict[tuple[str, Pass], Mapping[int, int]] = {}
-    for record in (LearnedRecord(**row) for row in found):
+    for record in (LearnedRecord(**checked(distributions, row)) for row in found):
         try:
             result[record.site, record.product] = restore(record).calls
         except ArgumentError as error:
@@ -170,7 +170,9 @@ def load_shares(connection: Connection, place: Ints) -> Shares:
         for start in range(0, len(positions), _MOST_PARAMETERS):
             chosen = table.position.in_(positions[start : start + _MOST_PARAMETERS])
             query = select(*columns).join_from(operand_recipes, recipes).where(table.step == step, chosen)
+            query = query.order_by(table.position, table.slot, table.recipe)
             for position, slot, name, underflow, saturation in connection.execute(query):
+                checked(operand_recipes, {"underflow": underflow, "saturation": saturation})
                 shares[step, position, slot].append((name, number(underflow), number(saturation)))
     return shares
 
@@ -211,7 +213,7 @@ def _changes(sorted_key: Ints) -> NDArray[np.bool_]:
 
 
 def _indices(recipe: Floats, index: Mapping[int, int]) -> Ints:
-    return np.array([index[int(key)] for key in recipe], dtype=np.int64)
+    return np.array([index[key] for key in whole(recipe).tolist()], dtype=np.int64)
 
 
 def _steps_query(run: int) -> Select[Any]:
@@ -233,28 +235,29 @@ def _of_run(query: Select[Any], table: Table, run: int) -> Select[Any]:
 
 def _numbers(connection: Connection, query: Select[Any]) -> Floats:
     """Return a query of numbers as an array [rows, columns]; NULL is NaN, integers are exact below 2**53."""
-    result = connection.execute(query)
-    columns = len(result.keys())
-    flat = np.fromiter(chain.from_iterable(result), np.float64)
-    return flat.reshape(-1, columns)
+    return numbers(connection.execute(query))
 
 
-def _name(static: Row) -> tuple[str, Pass]:
-    return static["site"], cast(Pass, static["product"])
+def _name(static: Mapping[int, Row], key: int) -> tuple[str, Pass]:
+    row = looked_up(static, key, "products")
+    return row["site"], cast(Pass, row["product"])
 
 
 def _row_names(product: Ints, static: Mapping[int, Row]) -> tuple[tuple[str, Pass], ...]:
     """Order the rows: sites as they were first seen, and each site's passes as in PASSES."""
     _, first = np.unique(product, return_index=True)
-    seen = dict.fromkeys(_name(static[key]) for key in product[np.sort(first)].tolist())
+    seen = dict.fromkeys(_name(static, key) for key in product[np.sort(first)].tolist())
     sites = {site: index for index, site in enumerate(dict.fromkeys(site for site, _ in seen))}
     return tuple(sorted(seen, key=lambda name: (sites[name[0]], PASSES.index(name[1]))))
 
 
 def _locate(place: Ints, wanted: Floats) -> Ints:
-    """Return the index in `place` [n, 2] of every row of `wanted` [m, 2]; all of them are there."""
+    """Return the index in `place` [n, 2] of every row of `wanted` [m, 2]; raise DamagedError where one is not there."""
     width = int(place[:, 1].max(initial=0)) + 1
-    keys = place[:, 0] * width + place[:, 1]
+    keys, searched = place[:, 0] * width + place[:, 1], whole(wanted)
     order = np.argsort(keys)
-    found = np.searchsorted(keys, wanted[:, 0].astype(np.int64) * width + wanted[:, 1].astype(np.int64), sorter=order)
-    return order[found]
+    found = np.searchsorted(keys, searched[:, 0] * width + searched[:, 1], sorter=order)
+    at = order[np.minimum(found, len(order) - 1)] if len(order) else found
+    if len(searched) and (not len(order) or (place[at] != searched).any()):
+        raise DamagedError("it holds numbers of a sample that is not there")
+    return at

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
@@ -28,6 +28,7 @@ from loka.errors import ArgumentError, EvidenceError, LokaWarning
 from loka.hardware import device_info
 from loka.naming import unwrap
 from loka.probes import backward
+from loka.probes.audience import Listener
 from loka.probes.records import Environment, RunInfo, RunProgress, RunStatus
 from loka.probes.root import RootCall
 from loka.probes.sampler import Sampler
@@ -35,15 +36,17 @@ from loka.probes.scope import capture_scope
 from loka.probes.settings import Settings
 from loka.probes.sites import FilterFn, fingerprint
 from loka.probes.steps import Steps
-from loka.probes.team import Outbox, Writer, check_group, open_writer
+from loka.probes.team import Outbox, Writer, check_group, open_writer, size_of
 from loka.version import VERSION
 
+# The scope of a step that is not sampled.
+_NOTHING: Final = nullcontext()
 # Backwards without any forward of the model after which the user is told at once, not only at the end.
 _BACKWARDS_WITHOUT_FORWARD: Final[int] = 10
 
 
 class Probe:
-    """See `loka.probe`. `progress` tells at any time how far it has come."""
+    """What `loka.probe` returns, a context manager. `progress` tells at any time how far it has come."""
 
     who: ClassVar[str] = "probe"  # what a user has called, for messages
 
@@ -58,6 +61,11 @@ class Probe:
         self._thread = 0  # the one that has a capture scope open; 0: none has
         self._in_step = False  # inside `with probe.step()`
         self._by_hand = False  # steps are marked by `with probe.step()`
+        self._in_forward = False  # inside `with probe.forward()`
+        self._marked = False  # forwards are marked by `with probe.forward()`
+        self._backward_inside = False  # inside the marked forward that is open
+        self._pauses = 0  # `with probe.paused()` that are open
+        self._info: RunInfo | None = None
         self._backwards_unseen = 0
 
     @property
@@ -71,6 +79,13 @@ class Probe:
         ended = self._steps.ended
         return self._steps.progress("detached" if ended else "running" if self._root else "complete", ended)
 
+    def subscribe(self, listener: Listener) -> None:
+        """Tell a listener of every sample when it is complete, before or inside the block; see `loka.integrations`.
+
+        It is told on the training thread, within the overhead budget. One that raises is told nothing more.
+        """
+        self._steps.audience.add(listener)
+
     # --- entering and leaving the block ---
 
     def __enter__(self) -> Self:
@@ -81,6 +96,11 @@ class Probe:
         self._writer = self._open_writer()
         if self._writer is None:
             return self
+        try:
+            self._steps.audience.begin(self._run_info())
+        except BaseException as error:  # whatever a listener raises goes on to the user, and the run is closed
+            self._writer.finish(self._steps.progress("failed", f"a listener raised {type(error).__name__}: {error}"))
+            raise
         self._root = RootCall(self.model, self._around_forward)
         backward.listen(self)
         self._steps.start(self._writer)
@@ -100,7 +120,9 @@ class Probe:
         ended = self._steps.ended
         status: RunStatus = "failed" if error is not None else "detached" if ended else "complete"
         reason = f"{type(error).__name__}: {error}" if error is not None else ended
-        self._writer.finish(self._steps.progress(status, reason))
+        progress = self._steps.progress(status, reason)
+        self._steps.dismiss(progress)
+        self._writer.finish(progress)
         if error is not None:
             return
         self._steps.ended = ended or self._writer.failure or ""
@@ -118,6 +140,10 @@ class Probe:
             raise EvidenceError(self._nothing_seen(displaced=displaced))
 
     def _run_info(self) -> RunInfo:
+        self._info = self._info or self._describe()
+        return self._info
+
+    def _describe(self) -> RunInfo:
         return RunInfo(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             environment=_environment(self.model),
@@ -126,6 +152,7 @@ class Probe:
             every=self._settings.every,
             overhead_budget=self._settings.overhead,
             recipes=tuple(entry.name for entry in self._settings.recipes),
+            world_size=max(size_of(self._settings.process_group), 1),
         )
 
     def _nothing_seen(self, *, displaced: bool = False) -> str:
@@ -173,7 +200,10 @@ class Probe:
                 "probe.step() marks a step of a run, and this probe has not begun one. Write `with loka.probe(model, "
                 "db) as probe:` around the loop and `with probe.step():` inside it."
             )
-        if self._root is None or self._in_step or self._thread or self._root.running or self._steps.ended:
+        if self._root is None or self._in_step or self._in_forward or self._thread or self._root.running:
+            yield
+            return
+        if self._pauses or self._steps.ended:
             yield
             return
         self._by_hand = self._in_step = True
@@ -185,10 +215,46 @@ class Probe:
             self._in_step = False
 
     @contextmanager
-    def _around_forward(self) -> Iterator[Callable[[Any], None]]:
+    def forward(self) -> Iterator[Callable[[Any], None]]:
+        """Mark by hand what counts as one forward of the model; its backward is found as ever.
+
+        Needed where the loop calls a method of the model, or parts of it, and not the model itself. From the first mark
+        on, other calls of the model are no steps. What it yields may be shown an output for `probe(loss=...)`.
+        """
+        if self._root is None or self._in_step or self._in_forward or self._root.running:
+            yield _pass_by
+            return
+        self._marked = self._in_forward = True
+        self._backward_inside = False
+        try:
+            with self._around_forward(marked=True) as returned:
+                yield returned
+        finally:
+            self._in_forward = False
+            if self._backward_inside:
+                self._steps.rhythm.backward()
+                self._steps.rhythm.awaits_backward = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what runs inside, an evaluation in the midst of a training: no step of the run."""
+        if self._in_step or self._in_forward:
+            raise ArgumentError(
+                "probe.paused() leaves out what lies between two steps, and a step is open. Write it outside "
+                "`with probe.step():`."
+            )
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    @contextmanager
+    def _around_forward(self, *, marked: bool = False) -> Iterator[Callable[[Any], None]]:
         """Run one forward of the root, inside the capture scope where it belongs to a sample."""
         recompute = torch._C._current_autograd_node() is not None
-        if self._by_hand or self._thread or self._steps.ended or recompute:
+        unwanted = self._by_hand or self._pauses > 0 or (self._marked and not marked)
+        if unwanted or self._thread or self._steps.ended or recompute:
             ours = self._thread == threading.get_ident() and not recompute
             yield self._steps.returned if ours else _pass_by
             return
@@ -201,13 +267,16 @@ class Probe:
     def around_backward(self, roots: Sequence[Any], *, create_graph: bool) -> AbstractContextManager[None] | None:
         """Scope for one backward: the capture scope if this step is sampled and none is open already."""
         sampler = self._steps.sampler
+        self._backward_inside |= self._in_forward
         if self._thread:
             if sampler is None or self._thread != threading.get_ident():
                 return None
             sampler.went_backward(roots)
             return sampler.capture.building_graph(create_graph)
-        if self._in_step or self._steps.ended or self._root is None or self._root.running:
+        if self._in_step or self._in_forward or self._root is None or self._root.running:
             return None  # inside a step or forward that is not sampled
+        if self._pauses or self._steps.ended:
+            return None
         self._notice_unseen_forwards()
         self._steps.rhythm.backward()
         if sampler is not None and not self._by_hand:
@@ -222,12 +291,12 @@ class Probe:
         finally:
             self._steps.rhythm.awaits_backward = False
 
-    @contextmanager
-    def _capturing(self, sampler: Sampler | None, *, create_graph: bool = False) -> Iterator[None]:
+    def _capturing(self, sampler: Sampler | None, *, create_graph: bool = False) -> AbstractContextManager[None]:
         """Open the capture scope of a sample; nothing where there is none."""
-        if sampler is None:
-            yield
-            return
+        return _NOTHING if sampler is None else self._captured(sampler, create_graph=create_graph)
+
+    @contextmanager
+    def _captured(self, sampler: Sampler, *, create_graph: bool) -> Iterator[None]:
         self._thread = threading.get_ident()
         started = time.perf_counter()
         try:
@@ -274,15 +343,21 @@ def probe(  # noqa: PLR0913 - the public keyword API; checked and bundled into S
 ) -> Probe:
     """Measure what FP8 would do to every matrix product of a running loop: `with loka.probe(model, "run.db"): ...`.
 
-    model: the very object that the loop calls (the compiled or DDP-wrapped one, where there is one). db: a SQLite path
-    or a database URL. every: one step in so many is sampled. overhead: the share of the run's own time that the probe
-    may add; over budget it samples rarer. recipes: names from `loka.formats.RECIPES`. filter_fn(module, fqn): which
-    sites count. loss: what the model's output means, so that errors can be weighed by what the loss feels: "bce" for
-    logits (or probabilities) of binary labels, "cross_entropy" for logits [..., classes], or a callable
-    (output, generator) -> loss per item for labels it draws from the model's own prediction; every fourth sampled step
-    then runs a second backward, which fires hooks on tensors. Without it the loop's own labels serve, which overstate
-    outliers. process_group: in a distributed job every rank of it (by default of the whole job) samples its own part,
-    and its first rank writes; the others' `db` is not touched. Raises ArgumentError, DatabaseError; EvidenceError on
+    - `model`: the very object that the loop calls: the compiled or DDP-wrapped one, where there is one.
+    - `db`: a SQLite path or a database URL. Runs are added to what is there.
+    - `every`: one step in so many is sampled. A step is one forward of the model and what follows it.
+    - `overhead`: the share of the run's own time that the probe may add; over budget it samples rarer, and says so.
+    - `recipes`: names from `loka.formats.RECIPES`; by default tensorwise, rowwise, blockwise and mxfp8.
+    - `filter_fn(module, fqn)`: which sites count.
+    - `loss`: what the output of the model means, so that errors can be weighed by what the loss feels: "bce" for logits
+      (or probabilities) of binary labels, "cross_entropy" for logits [..., classes], or a callable
+      (output, generator) -> loss per item for labels that it draws from the model's own prediction. Every fourth
+      sampled step then runs a second backward, which fires hooks on tensors. Without it the loop's own labels serve,
+      which overstate outliers.
+    - `process_group`: in a distributed job every rank of it (by default of the whole job) samples its own part, and its
+      first rank writes; the others' `db` is not touched.
+
+    Returns a context manager, with `step()` and `progress`. Raises ArgumentError, DatabaseError; EvidenceError on
     leaving if there was nothing to see.
     """
     check_group(process_group)

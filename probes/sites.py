@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from loka.kernel_registry.norm_act import runs_fused
 from loka.naming import clean_fqn
 from loka.probes.experts.slices import Slice
 from loka.probes.storage import hold, inner_tensors, storage_key
@@ -83,11 +84,14 @@ class SiteMap:
     _names: dict[int, str] = field(default_factory=dict)
     _final: dict[SiteKey, str] = field(default_factory=dict)
     _filtered: dict[tuple[int, str], bool] = field(default_factory=dict)
+    fused: frozenset[str] = frozenset()  # modules that fused kernels compute with their norm and activation
 
     def refresh(self) -> None:
         """Read the model again: names of modules and where its parameters lie now."""
         self.clear()
-        self._names = {id(module): clean_fqn(name) for name, module in self.model.named_modules()}
+        modules = [(module, clean_fqn(name)) for name, module in self.model.named_modules()]
+        self._names = {id(module): name for module, name in modules}
+        self.fused = frozenset(name for module, name in modules if runs_fused(module))
         for owner, parameter in _owners(self.model):
             self._place(owner, parameter)
 

@@ -39,6 +39,8 @@ def explain(error: BaseException) -> str:
     """Return in words why the database failed."""
     cause = getattr(error, "orig", None) or error
     name = getattr(cause, "sqlite_errorname", "")
+    if isinstance(error, UnicodeDecodeError):  # what SQLite says quotes a name that is none
+        return _REASONS["SQLITE_CORRUPT"]
     known = next((reason for prefix, reason in _REASONS.items() if name.startswith(prefix)), None)
     return known or " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
 
@@ -105,7 +107,7 @@ def file_engine(path: Path, mode: str) -> Engine:
                 _open[connection.file] += 1
         try:
             connection.executescript("PRAGMA foreign_keys = ON; PRAGMA synchronous = NORMAL")
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):
             connection.close()
             raise
         return connection

@@ -4,16 +4,18 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from loka.probes.audience import Audience
 from loka.probes.budget import Budget
 from loka.probes.learning import Learner, size_of
 from loka.probes.news import News
-from loka.probes.records import RunProgress, RunStatus, StepRecord
+from loka.probes.records import Event, RunProgress, RunStatus, StepRecord
 from loka.probes.rhythm import Rhythm
 from loka.probes.sampler import Memory, Sampler
 from loka.probes.settings import Settings
@@ -30,13 +32,26 @@ _IMPACT_EVERY: Final[int] = 4
 _FIRST_IMPACT: Final[int] = 2
 
 
+# Of what a monitor may take, the share that its budget spends. Hooks in every step, and the caches that a sample leaves
+# cold, are not on its clock: it saw half of what was measured, or more (benchmarks/monitor_overhead.py).
+_ON_THE_CLOCK: Final[float] = 0.6
+
+
+def _budget_of(settings: Settings) -> Budget:
+    """Return the budget of a run; a monitor needs no evidence early, and never spends what it has not earned."""
+    if settings.watch is None:
+        return Budget(every=settings.every, overhead=settings.overhead)
+    return Budget(every=settings.every, overhead=_ON_THE_CLOCK * settings.overhead, scheduled=1)
+
+
 class Steps:
     """Counts steps, opens and closes samples, hands them to the writer; raises nothing into the training loop."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.rhythm = Rhythm(every=settings.every)
-        self.budget = Budget(every=settings.every, overhead=settings.overhead)
+        self.budget = _budget_of(settings)
         self.news = News()
+        self.audience = Audience()
         self.sampler: Sampler | None = None  # of the step that is being sampled
         self.products_seen = 0
         self.ended = ""  # why nothing more is sampled, in words
@@ -75,21 +90,20 @@ class Steps:
             sampled_steps=self.budget.samples,
             skipped_samples=self.budget.skipped,
             wall_s=until - self._started_at if self._started_at else 0.0,
-            probe_s=self.budget.spent_s,
+            probe_s=self.budget.spent_s + self.audience.owed_s,
             unattributed=self._lost,
             weights_changed=self._weights.changed,
             status=status,
             reason=reason,
         )
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
+    def timed(self) -> "_Timed":
         """Add to the time that the running step has spent in forward and backward."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._inside_s += time.perf_counter() - started
+        return _Timed(self)
+
+    def spent_inside(self, seconds: float) -> None:
+        """Take note of time that went by in forward or backward."""
+        self._inside_s += seconds
 
     def begin(self, *, grad: bool, by_hand: bool) -> None:
         """Close what the previous step left, count this one, and decide whether it is sampled."""
@@ -113,7 +127,7 @@ class Steps:
         if failure:
             self._loss = None
             for event in self.news.without_hook(sampler.step, failure):
-                self._writer.event(event)
+                self._tell(event)
 
     def _open(self, step: int) -> None:
         """Begin a sample, if the budget allows one."""
@@ -121,7 +135,7 @@ class Steps:
         with self._harmless(step):
             if not self._may_open():
                 for event in self.news.skipped(step, self._settings.overhead) if not self.ended else ():
-                    self._writer.event(event)
+                    self._tell(event)
                 return
             self.rhythm.begin()
             self._sites.refresh()
@@ -173,12 +187,18 @@ class Steps:
         self._weights.saw(record)
         hidden = {site or type(self._model).__name__: op for site, op in sampler.hidden_products.items()}
         for event in self.news.of(record, hidden):
-            self._writer.event(event)
+            self._tell(event)
         self._write_learned()
         finishing_s = time.perf_counter() - started
         whole_s = now - self._step_started_at + finishing_s if now and self.rhythm.spans_one_step() else 0.0
-        self.budget.end_sample(sampler.capture.probe_s + finishing_s, whole_s, self._inside_s + finishing_s)
+        owed_s, self.audience.owed_s = self.audience.owed_s, 0.0
+        probe_s = sampler.capture.probe_s + finishing_s + owed_s
+        self.budget.end_sample(probe_s, whole_s, self._inside_s + finishing_s)
+        if (watch := self._watch) is not None:
+            names = self._memory.names
+            self.budget.first(lambda key: watch.waits_for(names.get(key[0], ""), key[1]))
         self._writer.write(record, self.progress("running", ""))
+        self._tell_sample(record)
         if sampler.failure:
             self._end(_gave_up(self._who, sampler.step, sampler.failure))
 
@@ -191,7 +211,30 @@ class Steps:
             keep_rows = final and writer.rank is not None
             writer.learned(memory.learner.records(memory.names, keep_rows=keep_rows), final=final)
             for event in self.news.forgotten(self.rhythm.steps, len(memory.learner.left_out)):
-                writer.event(event)
+                self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        """Tell the database, and whoever listens, what happened."""
+        if self._writer is not None:
+            self._writer.event(event)
+        self.audience.event(event)
+
+    def _tell_sample(self, record: StepRecord) -> None:
+        """Show the listeners a sample; what they take is charged to the next one."""
+        started = time.perf_counter()
+        rank = self._writer.rank if self._writer is not None else None
+        self.audience.write(replace(record, rank=rank or 0), self.progress("running", ""))
+        self._tell_left(record.step)
+        self.audience.owed_s += time.perf_counter() - started
+
+    def _tell_left(self, step: int) -> None:
+        for message in self.audience.take_left():
+            self._tell(Event(step=step, kind="listener_left", message=message))
+
+    def dismiss(self, progress: RunProgress) -> None:
+        """Tell the listeners that the run is over."""
+        self.audience.finish(progress)
+        self._tell_left(progress.steps)
 
     @contextmanager
     def _harmless(self, step: int) -> Iterator[None]:
@@ -214,6 +257,21 @@ class Steps:
             return
         self.ended = reason
         log.warning("probe detached at step %d: %s", self.rhythm.steps, reason)
+
+
+class _Timed:
+    """The scope of `Steps.timed`: no generator, every step has two."""
+
+    __slots__ = ("_started", "_steps")
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.spent_inside(time.perf_counter() - self._started)
 
 
 def _gave_up(who: str, step: int, failure: str) -> str:

@@ -77,6 +77,11 @@ def check_group(group: Any) -> None:
         )
 
 
+def size_of(group: Any) -> int:
+    """Return how many processes make one run: the ranks of `group`, by default of the whole job."""
+    return dist.get_world_size(group) if _distributed() else 1
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 import numpy as np
 from sqlalchemy import Connection, Engine, select
 
+from loka.probes.checked import looked_up, numbers, whole
 from loka.probes.database import find_run, has_dynamics, transaction
 from loka.probes.dynamics import QUANTITIES
 from loka.probes.intervals import MIN_SAMPLES, WARMUP_STEPS, Floats
@@ -109,14 +110,14 @@ def trajectories(connection: Connection, run: int) -> tuple[Trajectory, ...]:
 
 def _numbers(connection: Connection, run: int, index: Mapping[int, int]) -> tuple[Any, Any, Floats]:
     """Return of every row of `dynamics` of a run its step, which part it is of, and its numbers; NULL is NaN."""
-    numbers = (dynamics.c[name] for name in DYNAMICS)
-    query = select(steps.c.step, dynamics.c.part, *numbers).join_from(
+    columns = (dynamics.c[name] for name in DYNAMICS)
+    query = select(steps.c.step, dynamics.c.part, *columns).join_from(
         dynamics, steps, dynamics.c.step == steps.c.number
     )
     rows = connection.execute(query.where(steps.c.run == run))
-    table = np.fromiter(chain.from_iterable(rows), np.float64).reshape(-1, 2 + len(DYNAMICS))
-    which = np.array([index[int(part)] for part in table[:, 1]], dtype=np.int64)
-    return table[:, 0].astype(np.int64), which, table[:, 2:]
+    table = numbers(rows)
+    which = np.array([looked_up(index, part, "parts") for part in whole(table[:, 1]).tolist()], dtype=np.int64)
+    return whole(table[:, 0]), which, table[:, 2:]
 
 
 def _averaged(step: Any, which: Any, values: Floats) -> tuple[Any, Any, Floats]:

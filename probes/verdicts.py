@@ -151,6 +151,7 @@ class RunEvidence:
     mean_loss: float = math.nan  # per item, over the steps that are evidence, in the loss' own unit
     experts: Mapping[tuple[str, Pass], ExpertStatistics] = field(default_factory=dict)  # by (site, pass)
     families: tuple[tuple[str, ...], ...] = ()  # sites whose forward products read one input
+    epilogues: tuple[str, ...] = ()  # sites that are one module with their norm and activation
 
     @property
     def has_loss(self) -> bool:

@@ -29,3 +29,6 @@ class Watch(Protocol):
 
     def sampled(self, record: StepRecord | None) -> None:
         """Take what a sample has shown; None where it failed."""
+
+    def waits_for(self, site: str, product: Pass) -> bool:
+        """Whether a product is to be measured in the next sample, before those whose turn it would be."""

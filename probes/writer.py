@@ -2,66 +2,60 @@
 
 Training comes first. After construction nothing here raises and nothing waits for long: when the database cannot keep
 up, steps are dropped and counted; when it fails (disk full, file deleted, locked for good), the reason is kept in
-`failure` and further records are discarded. One transaction holds one sampled step with the running totals, so what was
-committed is whole and stays readable, `kill -9` included.
+`failure` and further records are discarded. A server that goes away is no failure while the run goes on: what is handed
+over waits in memory, up to CAPACITY, until the server is back, and only what exceeds that is dropped and counted. One
+transaction holds one sampled step with the running totals, so what was committed is whole and stays readable, `kill -9`
+of either side included.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import logging
+import random
 import sys
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from operator import itemgetter
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from sqlalchemy import Connection, CursorResult, Engine, Table, insert, select, update
-from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from loka.errors import DatabaseError
 from loka.probes import rows, schema
-from loka.probes.database import open_database, place, take_turns, transaction, writable
+from loka.probes.database import open_database, place, transaction, writable
+from loka.probes.entries import Entries, Entry, key_of, now
 from loka.probes.process import this_process
 from loka.probes.records import Event, LearnedRecord, RunInfo, RunProgress, StepRecord
+from loka.probes.server import is_passing, prepare_writing
 from loka.probes.sqlite_file import explain, identity, is_busy
 
 logger = logging.getLogger("loka.probes")
 
-# Products that may wait in memory, about 4 KiB each with four recipes.
+# Products that may wait in memory, about 4 KiB each with four recipes: 32 MiB.
 CAPACITY: Final[int] = 8192
-_BYTES_PER_PRODUCT: Final[int] = 4096
 # How long a full queue may hold up the training thread, once per stall.
 _STALL_S: Final[float] = 0.5
 # How long a locked database is tried again before the writer gives up.
 PATIENCE_S: Final[float] = 60.0
+# A server that is away is asked again after the first pause, then ever more rarely; in the log after a while.
+_FIRST_PAUSE_S: Final[float] = 0.1
+_LONGEST_PAUSE_S: Final[float] = 5.0
+_TELL_AFTER_S: Final[float] = 10.0
 _DELETED: Final = "the file was deleted or replaced during the run; leave it in place"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
-    """What goes into one transaction."""
-
-    step: StepRecord | None = None
-    progress: RunProgress | None = None
-    event: Event | None = None
-    learned: tuple[LearnedRecord, ...] = ()
-
-    @property
-    def weight(self) -> int:
-        """Its share of CAPACITY."""
-        learned = sum(len(one.data) for one in self.learned) // _BYTES_PER_PRODUCT
-        return 1 + (len(self.step.products) if self.step else 0) + learned
+# Not the shared generator: training draws from that.
+_jitter: Final = random.Random()
 
 
 class RunWriter:
     """Records one run. Opens or makes the database at once, so that a bad path raises DatabaseError in the caller.
 
-    `capacity` bounds the products that wait to be written; `patience_s` is how long a locked database is tried again.
+    `capacity` bounds the products that wait to be written; `patience_s` is how long a locked file is tried again (a
+    server is tried again for as long as the run goes on).
     `joins` is the id of a run of that database: where it is there, no run begins, events are added to that one, and its
     totals stay as they are.
     """
@@ -80,11 +74,17 @@ class RunWriter:
         self._place = place(self._engine)
         joined = _run_of(self._engine, joins) if joins else None
         self._joins = joined is not None
-        self._run = joined if joined is not None else _start_run(self._engine, info, self._place)
+        self._book = Entries(joined if joined is not None else _start_run(self._engine, info, self._place))
+        self._is_server = self._engine.url.get_backend_name() != "sqlite"
         self._file = _file_of(self._engine)
+        self._connection: Connection | None = None
+        self._away_since = self._away_s = 0.0  # since when the server is away; for how long it was, in all
+        self._away = ""  # why it is
+        self._told_away = False
         self._patience_s = patience_s
         self._capacity = capacity
-        self._entries: deque[_Entry] = deque()
+        self._entries: OrderedDict[object, Entry] = OrderedDict()  # in the order in which they are written
+        self._numbers = itertools.count()
         self._waiting = 0  # sum of the weights in _entries
         self._changed = threading.Condition()
         self._closing = False
@@ -92,9 +92,6 @@ class RunWriter:
         self._dropped = 0
         self._written = 0
         self._failure: str | None = None
-        self._products: dict[tuple[str, ...], int] = {}
-        self._recipes: dict[str, int] = {}
-        self._parts: dict[tuple[str, ...], int] = {}
         self._thread = threading.Thread(target=self._work, name="loka-probe-writer", daemon=True)
         self._thread.start()
 
@@ -105,24 +102,27 @@ class RunWriter:
 
     @property
     def dropped(self) -> int:
-        """Sampled steps left out because the database could not keep up."""
+        """Sampled steps left out because the database could not keep up, or was away for too long."""
         return self._dropped
 
     def write(self, step: StepRecord, progress: RunProgress) -> None:
         """Hand over a sampled step and the running totals."""
-        if not self._offer(_Entry(step=step, progress=progress)):
+        if not self._offer(Entry(step=step, progress=progress)):
             self._dropped += 1
 
     def learned(self, records: Iterable[LearnedRecord], *, final: bool) -> bool:
-        """Hand over what the run has learned; each replaces what was kept of it before. Says whether it was taken."""
-        taken = [self._offer(_Entry(learned=(record,))) for record in records]
+        """Hand over what the run has learned; each replaces what was kept of it before. Says whether it was taken.
+
+        What is `final` is taken in any case: whoever learned it is about to let go of it.
+        """
+        taken = [self._offer(Entry(learned=record), always=final) for record in records]
         return all(taken)
 
     def event(self, event: Event) -> None:
         """Hand over something that happened. Events are few and small, so they are never left out."""
         with self._changed:
             if not self._is_over():
-                self._put(_Entry(event=event))
+                self._put(Entry(event=event))
 
     def finish(self, progress: RunProgress, timeout: float = 30.0) -> None:
         """Write the final totals, wait at most `timeout` seconds for everything to be written, and close."""
@@ -130,23 +130,28 @@ class RunWriter:
             if self._closing:
                 return
             if self._dropped:
-                message = (
-                    f"{self._dropped} sampled steps were not recorded: the database could not keep up. "
-                    "Sample rarer, or use a faster disk."
-                )
-                self._put(_Entry(event=Event(step=progress.steps, kind="dropped", message=message)))
+                message = self._why_dropped()
+                self._put(Entry(event=Event(step=progress.steps, kind="dropped", message=message)))
                 progress = dataclasses.replace(progress, reason=" ".join(filter(None, (progress.reason, message))))
-            self._put(_Entry(progress=None if self._joins else progress))
+            self._put(Entry(progress=None if self._joins else progress))
             self._closing = True
         self._thread.join(timeout)
         if self._thread.is_alive():
-            self._fail(f"it did not take the last {len(self._entries) + 1} entries within {timeout:g} s")
+            why = f" ({self._away})" if self._away else ""
+            self._fail(f"it did not take the last {len(self._entries) + 1} entries within {timeout:g} s{why}")
 
-    def _offer(self, entry: _Entry) -> bool:
+    def _why_dropped(self) -> str:
+        away_s = self._away_s + (time.monotonic() - self._away_since if self._away_since else 0.0)
+        lost = f"{self._dropped} sampled steps were not recorded: the database "
+        if away_s > _TELL_AFTER_S:
+            return f"{lost}was away for {away_s:.0f} s, and memory holds {self._capacity} products for it at most."
+        return f"{lost}could not keep up. Sample rarer, or use a faster disk."
+
+    def _offer(self, entry: Entry, *, always: bool = False) -> bool:
         """Queue an entry; return whether it was accepted, or is not missed because nothing is recorded any more."""
         with self._changed:
             patience = 0.0 if self._stalled else _STALL_S
-            fits = self._changed.wait_for(lambda: self._has_room(entry) or self._is_over(), patience)
+            fits = self._changed.wait_for(lambda: always or self._has_room(entry) or self._is_over(), patience)
             if self._is_over():
                 return True
             self._stalled = not fits
@@ -154,12 +159,17 @@ class RunWriter:
                 self._put(entry)
             return fits
 
-    def _put(self, entry: _Entry) -> None:
-        self._entries.append(entry)
+    def _put(self, entry: Entry) -> None:
+        one = entry.learned
+        key = next(self._numbers) if one is None else (one.site, one.product, one.kind)
+        stale = self._entries.pop(key, None)  # what waits of the same is out of date
+        if stale is not None:
+            self._waiting -= stale.weight
+        self._entries[key] = entry
         self._waiting += entry.weight
         self._changed.notify_all()
 
-    def _has_room(self, entry: _Entry) -> bool:
+    def _has_room(self, entry: Entry) -> bool:
         return not self._entries or self._waiting + entry.weight <= self._capacity
 
     def _is_over(self) -> bool:
@@ -180,9 +190,10 @@ class RunWriter:
         """Write what is handed over until told to finish; the body of the thread."""
         complete = False
         try:
-            with writable(self._engine).connect() as connection:
-                while (entry := self._next()) is not None:
-                    self._commit(connection, entry)
+            if not self._is_server:
+                self._dial()  # holds the file, so that no other can be given its identity
+            while (entry := self._next()) is not None:
+                self._commit(entry)
             complete = True
         except SQLAlchemyError as error:
             self._fail(explain(error) if _file_of(self._engine) == self._file else _DELETED)
@@ -192,90 +203,85 @@ class RunWriter:
             # Anything else is a defect: the thread's own report has the traceback, the run still learns of it.
             if not complete and self._failure is None:
                 self._fail(f"the writer met an unforeseen {sys.exception()!r}; please report it")
+            self._hang_up()
             self._engine.dispose()
 
-    def _next(self) -> _Entry | None:
+    def _next(self) -> Entry | None:
         with self._changed:
             self._changed.wait_for(lambda: self._entries or self._closing or self._failure is not None)
             if self._failure is not None or not self._entries:
                 return None
-            entry = self._entries.popleft()
+            _, entry = self._entries.popitem(last=False)
             self._waiting -= entry.weight
             self._changed.notify_all()
             return entry
 
-    def _commit(self, connection: Connection, entry: _Entry) -> None:
-        """Write one entry in one transaction, trying again while another process holds the lock."""
+    def _commit(self, entry: Entry) -> None:
+        """Write one entry in one transaction, trying again while the file is locked or the server is away."""
         give_up = time.monotonic() + self._patience_s
-        while True:
+        pause_s = _FIRST_PAUSE_S
+        while self._failure is None:
             if _file_of(self._engine) != self._file:
                 raise DatabaseError(_DELETED)
             try:
-                with connection.begin():
-                    self._insert(connection, entry)
-                break
-            except OperationalError as error:
-                # Keys learned in a transaction that was rolled back are keys of nothing.
-                self._products.clear()
-                self._recipes.clear()
-                self._parts.clear()
-                if not is_busy(error) or time.monotonic() > give_up:
+                self._try(entry)
+                self._written += entry.step is not None
+                return
+            except DBAPIError as error:
+                self._book.failed()
+                if self._is_server and is_passing(error):
+                    self._hang_up(broken=True)
+                    self._stand_by(explain(error), pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                elif not is_busy(error) or time.monotonic() > give_up:
                     raise
-        self._written += entry.step is not None
 
-    def _insert(self, connection: Connection, entry: _Entry) -> None:
-        if entry.step is not None:
-            self._learn(connection, entry.step)
-            step = {name: getattr(entry.step, name) for name in ("step", "rank", "loss", "labels")}
-            new = connection.execute(insert(schema.steps).values(run=self._run, **step))
-            key = _key_of(new)
-            for table, found in rows.step_rows(key, entry.step, self._products, self._recipes):
-                _insert_many(connection, table, found)
-            if found := rows.dynamics_rows(key, entry.step, self._parts):
-                _insert_many(connection, schema.dynamics, found)
-        for record in entry.learned:
-            self._replace(connection, record)
-        if entry.event is not None:
-            connection.execute(insert(schema.events), rows.event_row(self._run, entry.event))
-        totals = rows.progress_row(entry.progress) if entry.progress else {}
-        table = schema.runs
-        connection.execute(update(table).where(table.c.number == self._run).values(last_write=_now(), **totals))
+    def _try(self, entry: Entry) -> None:
+        connection = self._connection or self._dial()
+        with connection.begin():
+            if not self._book.has(connection, entry):
+                self._book.insert(connection, entry)
+        self._book.done()
+        if self._away_since:
+            away_s = time.monotonic() - self._away_since
+            self._away_s += away_s
+            self._away_since, self._away, self._told_away = 0.0, "", False
+            logger.info("%s answers again after %.1f s; nothing that it had taken is lost", self._place, away_s)
 
-    def _replace(self, connection: Connection, record: LearnedRecord) -> None:
-        table = schema.distributions.c
-        which = {"run": self._run, "site": record.site, "product": record.product, "kind": record.kind}
-        known = [table[name] == value for name, value in which.items()]
-        new = {"samples": record.samples, "step": record.step, "data": record.data}
-        if not connection.execute(update(schema.distributions).where(*known).values(**new)).rowcount:
-            connection.execute(insert(schema.distributions).values(**which, **new))
+    def _dial(self) -> Connection:
+        connection = self._connection = writable(self._engine).connect()
+        if self._is_server:
+            prepare_writing(connection)
+        return connection
 
-    def _learn(self, connection: Connection, step: StepRecord) -> None:
-        """Make sure that every name in the step has its key."""
-        recipes = schema.recipes
-        self._learn_keys(connection, schema.products, self._products, map(rows.static_key, step.products))
-        self._learn_keys(connection, schema.parts, self._parts, map(rows.part_key, step.dynamics))
-        names = rows.recipe_names(step)
-        if not names <= self._recipes.keys():
-            take_turns(connection)
-            named = select(recipes.c.name, recipes.c.number)
-            missing = sorted(names - {name for name, _ in connection.execute(named)})
-            if missing:
-                connection.execute(insert(recipes), [{"name": name} for name in missing])
-            self._recipes.update((name, number) for name, number in connection.execute(named))
+    def _hang_up(self, *, broken: bool = False) -> None:
+        """Close the connection, if there is one; a broken one is not given back to the pool."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(SQLAlchemyError):
+                if broken:
+                    connection.invalidate()
+                connection.close()
 
-    def _learn_keys(
-        self, connection: Connection, table: Table, known: dict[tuple[str, ...], int], wanted: Iterable[tuple[str, ...]]
-    ) -> None:
-        """Make sure that each of these has its row in a table of the run's names, and its key in `known`."""
-        unknown = [key for key in dict.fromkeys(wanted) if key not in known]
-        if unknown:
-            fields = rows.KEY_FIELDS[table.name]
-            connection.execute(
-                insert(table), [{"run": self._run, **dict(zip(fields, key, strict=True))} for key in unknown]
+    def _stand_by(self, reason: str, pause_s: float) -> None:
+        """Wait before the server is asked again; say so in the log when it stays away."""
+        now_s = time.monotonic()
+        self._away_since = self._away_since or now_s
+        away_s = now_s - self._away_since
+        if away_s >= _TELL_AFTER_S and not self._told_away:
+            logger.warning(
+                "%s is away for %.0f s (%s). Training goes on; up to %d products wait in memory until it is back.",
+                *(self._place, away_s, reason, self._capacity),
             )
-            columns = [table.c[name] for name in fields]
-            found = connection.execute(select(table.c.number, *columns).where(table.c.run == self._run))
-            known.update((tuple(row[1:]), row[0]) for row in found)
+            self._told_away = True
+        self._away = reason
+        with self._changed:
+            if self._closing:  # the run is over, and waits for this
+                pause_s = _FIRST_PAUSE_S
+            closing = self._closing
+            self._changed.wait_for(
+                lambda: self._failure is not None or self._closing != closing, pause_s * (0.5 + _jitter.random())
+            )
 
 
 def _start_run(engine: Engine, info: RunInfo, where: str) -> int:
@@ -287,11 +293,11 @@ def _start_run(engine: Engine, info: RunInfo, where: str) -> int:
     values = {
         **rows.run_row(info),
         **rows.progress_row(start),
-        **{"last_write": _now(), "host": process.host, "pid": process.pid, "process_start": process.start},
+        **{"last_write": now(), "host": process.host, "pid": process.pid, "process_start": process.start},
     }
     with transaction(engine, write=True) as connection:
         try:
-            return _key_of(connection.execute(insert(schema.runs).values(**values)))
+            return key_of(connection.execute(insert(schema.runs).values(**values)))
         except IntegrityError as error:
             raise DatabaseError(
                 f"{where} already holds a run {info.id}. Leave `id` out of RunInfo to get a new one."
@@ -305,22 +311,6 @@ def _run_of(engine: Engine, run: str) -> int | None:
     return None if found is None else int(found)
 
 
-def _insert_many(connection: Connection, table: Table, found: list[dict[str, Any]]) -> None:
-    """Insert rows of equal columns: compiled once, handed to the driver as they are.
-
-    `connection.execute` prepares every row by itself, which is two thirds of its time and holds up the training thread.
-    """
-    statement = insert(table).compile(dialect=connection.dialect, column_keys=list(found[0]))
-    order = statement.positiontup
-    connection.exec_driver_sql(str(statement), found if order is None else list(map(itemgetter(*order), found)))
-
-
-def _key_of(inserted: CursorResult[Any]) -> int:
-    key = inserted.inserted_primary_key
-    assert key is not None, "every table counted by the database returns its key"
-    return int(key[0])
-
-
 def _file_of(engine: Engine) -> tuple[int, int] | None:
     """Return what identifies the file on its disk; None when it is gone, and always for a server."""
     if engine.url.get_backend_name() != "sqlite":
@@ -329,7 +319,3 @@ def _file_of(engine: Engine) -> tuple[int, int] | None:
         return identity(Path(engine.url.database or ""))
     except OSError:
         return None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,20 +1,45 @@
-"""From a database to a report: evidence, the decisions that the stored times allow, one document."""
+"""From a database to a report: evidence, the decisions that the stored times allow, one document.
+
+The HTML page shows more than the document holds: how errors developed, where operands lie, what is advised. That is
+read here too, where it is wanted, and stays out of the document.
+"""
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
 
 import torch
+from sqlalchemy import Engine
 
-from loka.bounds import Bound
+from loka.bounds import Bound, checked_bound
+from loka.collecting import uncollected
 from loka.dispatch.decide import Decision
-from loka.dispatch.planner import PlanOptions, check_loss, decide_all
+from loka.dispatch.planner import PlanOptions, check_loss, decide_all, time_table
 from loka.hardware import current_device
 from loka.kernel_registry.registry import default_registry
 from loka.probes.database import open_database, read_timings
-from loka.probes.evidence import collect_evidence
-from loka.probes.trajectories import read_trajectories
+from loka.probes.evidence import RunEvidence, collect_evidence
+from loka.probes.records import Timing
+from loka.probes.trajectories import Trajectory, read_trajectories
+from loka.reports.advise.case import Case
+from loka.reports.advise.report import advise_on
 from loka.reports.dynamics import dynamics_section
+from loka.reports.page.histories import histograms, histories
+from loka.reports.page.material import MOST_SITES, Material
+from loka.reports.page.worth import worth_of
 from loka.reports.record import build_report
-from loka.reports.words import Report
+from loka.reports.words import Report, ordered
+
+_NOTHING: Final[Material] = Material()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """A report, and what its page shows beyond it."""
+
+    report: Report
+    material: Material
 
 
 def report_of(
@@ -26,21 +51,88 @@ def report_of(
 ) -> Report:
     """Build the report of a run (the newest unless named); nothing is measured and nothing is written.
 
-    Kernels and their gains are those that the times in the database for this device allow. Raises DatabaseError,
-    EvidenceError.
+    - `db`: path or URL of the probe database.
+    - `bound`: what makes a product safe, and what the kernels in the report are chosen under.
+    - `device`: kernels and their gains are those that the times in the database for it allow; by default CUDA if there
+      is one.
+
+    Returns what `--format json` prints, as a dict. Raises DatabaseError, EvidenceError.
     """
+    return built_of(db, bound, run=run, device=device, material=False).report
+
+
+def built_of(
+    db: str | os.PathLike[str],
+    bound: Bound,
+    *,
+    run: str | None = None,
+    device: torch.device | str | None = None,
+    material: bool = True,
+) -> Built:
+    """Build the same report with what its HTML page shows beyond it: both go to `html_report.render`.
+
+    Without `material` that is empty, and takes no time to read. Raises DatabaseError, EvidenceError.
+    """
+    checked_bound(bound)
     engine = open_database(db, create=False)
     try:
-        evidence = collect_evidence(engine, run, confidence=bound.confidence)
-        options = PlanOptions(device=current_device() if device is None else torch.device(device), measure=False)
-        timings = read_timings(engine, str(options.info))
-        dynamics = read_trajectories(engine, evidence.info.id)
+        with uncollected():
+            return _built(engine, bound, run, device, material=material)
     finally:
         engine.dispose()
+
+
+def _built(
+    engine: Engine, bound: Bound, run: str | None, device: torch.device | str | None, *, material: bool
+) -> Built:
+    evidence = collect_evidence(engine, run, confidence=bound.confidence)
+    options = PlanOptions(device=current_device() if device is None else torch.device(device), measure=False)
+    timings = read_timings(engine, str(options.info))
+    trajectories = read_trajectories(engine, evidence.info.id)
     check_loss(evidence, bound)
     decisions: dict[tuple[str, str], Decision] = {}
     if evidence.products:
         made = decide_all(evidence, bound, default_registry(), timings, options)
         decisions = {(each.request.site, each.request.product): each for each in made.decisions}
-    report = build_report(evidence, bound, decisions)
-    return {**report, "dynamics": dynamics_section(dynamics)}
+    report = {**build_report(evidence, bound, decisions), "dynamics": dynamics_section(trajectories)}
+    case = _Read(evidence, bound, decisions, timings, trajectories, options)
+    return Built(report=report, material=_material(engine, report, case) if material else _NOTHING)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What a report was made of."""
+
+    evidence: RunEvidence
+    bound: Bound
+    decisions: Mapping[tuple[str, str], Decision]
+    timings: tuple[Timing, ...]
+    trajectories: tuple[Trajectory, ...]
+    options: PlanOptions
+
+
+def _material(engine: Engine, report: Report, read: _Read) -> Material:
+    gates = {(row["site"], row["pass"]): recipe["gate"] for row in report["sites"] for recipe in row["recipes"][:1]}
+    run, calls = read.evidence.info.id, {(each.site, str(each.product)): each.calls for each in read.evidence.products}
+    urgent = list(dict.fromkeys(row["site"] for row in ordered(report)))
+    partial = len(urgent) > MOST_SITES
+    return Material(
+        histories=histories(engine, run, gates),
+        histograms=histograms(engine, run, urgent[:MOST_SITES] if partial else None),
+        advice=None if partial else advise_on(_case(engine, read), str(read.options.info)),
+        worth=worth_of(read.decisions, calls, read.timings),
+        partial=partial,
+    )
+
+
+def _case(engine: Engine, read: _Read) -> Case:
+    return Case(
+        engine=engine,
+        evidence=read.evidence,
+        bound=read.bound,
+        decisions=read.decisions,
+        trajectories=read.trajectories,
+        times=time_table(read.timings, read.options),
+        registry=default_registry(),
+        ceilings=None,
+    )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from loka.bounds import Bound
+from loka.dispatch.by_rows import kernel_for
 from loka.dispatch.decide import Decision
 from loka.dispatch.plan import Plan
 from loka.dispatch.planner import check_loss
@@ -200,13 +201,21 @@ def diff_plans(first: Plan, second: Plan, *, common: bool = False) -> PlanDiff:
         environment=_differing(facts),
         only_first=() if common else tuple(key for key in mine if key not in others),
         only_second=() if common else tuple(key for key in others if key not in mine),
-        decisions=tuple(
-            (mine[key], others[key])
-            for key in shared
-            if (mine[key].kernel, mine[key].recipe) != (others[key].kernel, others[key].recipe)
-        ),
+        decisions=tuple((mine[key], others[key]) for key in shared if _decided_otherwise(mine[key], others[key])),
         compared=len(shared),
     )
+
+
+def _decided_otherwise(one: Decision, two: Decision) -> bool:
+    """Whether two plans run a product differently: where few rows and many are apart, at a row count that was timed.
+
+    Where between those the boundary lies is a matter of times, which differ from one measurement to the next.
+    """
+    if one.recipe != two.recipe or (one.ranges is None and two.ranges is None):
+        return (one.kernel, one.recipe) != (two.kernel, two.recipe)
+    seen = {each.rows for decision in (one, two) for each in decision.times or ()}
+    seen |= {part.request.m for decision in (one, two) for part in decision.parts}
+    return any(kernel_for(one.kernel, (rows,)) != kernel_for(two.kernel, (rows,)) for rows in seen)
 
 
 def _is_plan(name: str) -> bool:
@@ -248,10 +257,14 @@ def _change(key: Key, one: RecipeEvidence, two: RecipeEvidence, alpha: float) ->
         recipe=one.recipe,
         first=one.error.mean,
         second=two.error.mean,
-        ratio=math.exp(ratio),
-        low=math.exp(ratio - half),
-        high=math.exp(ratio + half),
+        ratio=_exp(ratio),
+        low=_exp(ratio - half),
+        high=_exp(ratio + half),
     )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709.0 else math.inf
 
 
 def _welch(one: RecipeEvidence, two: RecipeEvidence, alpha: float) -> float:

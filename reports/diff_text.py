@@ -11,9 +11,12 @@ from rich.text import Text
 
 from loka.dispatch.decide import Decision
 from loka.reports.diff import Key, PlanDiff, RunDiff
+from loka.reports.fitting import keep_figures
 from loka.reports.words import number, plain, plural
 
 _SHOWN: Final[int] = 50
+# Columns that fold where the terminal is narrow.
+_NAMES: Final[tuple[str, ...]] = ("product", "first kernel", "second kernel")
 
 
 def diff_text(found: RunDiff | PlanDiff) -> Group:
@@ -25,7 +28,7 @@ def diff_text(found: RunDiff | PlanDiff) -> Group:
     if isinstance(found, RunDiff):
         parts += _run_tables(found)
     else:
-        rows = [(_name(_key(one)), *_told(one), *_told(two)) for one, two in found.decisions]
+        rows = [row for pair in found.decisions for row in _rows(*pair)]
         header = ("product", "first kernel", "upper", "time us", "second kernel", "upper", "time us")
         parts += _table("Decisions", header, rows)
     only = [(_name(key), "first") for key in found.only_first] + [(_name(key), "second") for key in found.only_second]
@@ -140,7 +143,7 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         table.add_row(*(Text(plain(cell)) for cell in row))
     more = len(rows) - _SHOWN
     tail = [Text(f"{plural(more, 'more line')}: in the JSON", style="dim")] if more > 0 else []
-    return [Text(f"\n{title}", style="bold"), table, *tail]
+    return [Text(f"\n{title}", style="bold"), keep_figures(table, *(_NAMES if "product" in header else header)), *tail]
 
 
 def _key(decision: Decision) -> Key:
@@ -149,6 +152,19 @@ def _key(decision: Decision) -> Key:
 
 def _name(key: Key) -> str:
     return f"{key[0] or '(root)'}.{key[1]}"
+
+
+def _rows(one: Decision, two: Decision) -> list[tuple[str, ...]]:
+    """Return a line for a decision that changed, and where either runs few rows and many apart, one for each range."""
+    rows: list[tuple[str, ...]] = [(_name(_key(one)), *_told(one), *_told(two))]
+    if one.ranges is None and two.ranges is None:
+        return rows
+    few = [each.ranges[0].m_max for each in (one, two) if each.ranges is not None]
+    up_to = f"up to {' / '.join(map(str, dict.fromkeys(few)))} rows"
+    for at, words in enumerate((up_to, "more rows")):
+        sides = [each.ranges[at] if each.ranges is not None else each for each in (one, two)]
+        rows.append((f"  {words}", *_told(sides[0]), *_told(sides[1])))
+    return rows
 
 
 def _told(decision: Decision) -> tuple[str, str, str]:
@@ -162,7 +178,12 @@ def _decided(decision: Decision) -> dict[str, Any]:
         "error_upper": _finite(decision.error_upper),
         "time_us": _finite(decision.time_us),
         "why": decision.why,
+        **({} if decision.ranges is None else {"ranges": [_range(each) for each in decision.ranges]}),
     }
+
+
+def _range(decision: Decision) -> dict[str, Any]:
+    return {"m_min": decision.m_min, "m_max": decision.m_max, "share": decision.share, **_decided(decision)}
 
 
 def _finite(value: float | None) -> float | None:

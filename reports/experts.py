@@ -63,7 +63,14 @@ def _error(error: ExpertError) -> dict[str, Any]:
 
 def expert_notes(report: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each product with experts that are not like the rest of their layer."""
-    return [note for row in report["sites"] for note in _notes(row)]
+    unseen = report["run"].get("unseen_experts", {})
+    return [
+        *(note for row in report["sites"] for note in _notes(row)),
+        *(
+            f"{layer}: {_listed(experts)} experts ran in no sampled step: nothing is known of them"
+            for layer, experts in unseen.items()
+        ),
+    ]
 
 
 def _notes(row: Mapping[str, Any]) -> Iterable[str]:

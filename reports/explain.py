@@ -19,6 +19,7 @@ from loka.dispatch.plan import Plan
 from loka.dispatch.profile import TimeAt
 from loka.errors import EvidenceError, nearest
 from loka.formats import Pass
+from loka.reports.fitting import keep_figures
 from loka.reports.words import small
 
 
@@ -80,7 +81,20 @@ def _decision(decision: Decision, predictions: Predictions, bound: Bound | None)
     held = [Text(words)] if (words := _held(_limit(decision, bound))) else []
     by_rows: list[RenderableType] = [Text(_over(decision)), _by_rows(decision)] if decision.times else []
     source = Text(f"times: {decision.time_source}\n")
-    return [heading, *held, why, _table(decision), *reasons, *by_rows, *closed_form, source]
+    ranges = [part for each in decision.ranges or () for part in _range(each)]
+    return [heading, *held, why, _table(decision), *reasons, *by_rows, *closed_form, source, *ranges]
+
+
+def _range(decision: Decision) -> list[RenderableType]:
+    """Render the decision on some of the rows of a product: its candidates at these, and why each of them lost."""
+    share = "" if decision.share is None else f", {decision.share:.0%} of the calls"
+    request = decision.request
+    heading = Text(f"{request.site}.{request.product} with {_rows(decision)}{share}", style="bold")
+    return [heading, *_decision(decision, {}, None)[1:]]
+
+
+def _rows(decision: Decision) -> str:
+    return f"{decision.m_min} to {decision.m_max} rows" if decision.m_max > decision.m_min else f"{decision.m_max} rows"
 
 
 def _over(decision: Decision) -> str:
@@ -101,7 +115,7 @@ def _by_rows(decision: Decision) -> Table:
     for kernel, times in ((decision.kernel, decision.times), *others):
         if times:
             table.add_row(escape(kernel), *(_number(each.time_us) for each in times))
-    return table
+    return keep_figures(table)
 
 
 def _table(decision: Decision) -> Table:
@@ -127,7 +141,7 @@ def _table(decision: Decision) -> Table:
             *([_kl(candidate.loss)] if has_loss else []),
             candidate.code or "admissible",
         )
-    return table
+    return keep_figures(table)
 
 
 def explain_json(
@@ -164,7 +178,17 @@ def _plain(decision: Decision, predictions: Predictions, bound: Bound | None) ->
         **({"over": decision.over} if decision.over is not None else {}),
         **_times(decision.times),
         "rejected": [_candidate(candidate) for candidate in decision.rejected],
+        **({"share": decision.share} if decision.share is not None else {}),
+        **_ranges(decision, bound),
     }
+
+
+def _ranges(decision: Decision, bound: Bound | None) -> dict[str, Any]:
+    """Return the decisions on few rows and on many; nothing where there is one on all."""
+    if decision.ranges is None:
+        return {}
+    rows = ({"m_min": each.m_min, "m_max": each.m_max} for each in decision.ranges)
+    return {"ranges": [{**_plain(each, {}, bound), **ends} for each, ends in zip(decision.ranges, rows, strict=True)]}
 
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:

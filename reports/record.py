@@ -22,7 +22,7 @@ from loka.dispatch.judged import no_loss
 from loka.errors import ArgumentError
 from loka.probes.drift import Drift
 from loka.probes.evidence import LossEvidence, ProductEvidence, RecipeEvidence, RunEvidence
-from loka.probes.experts.layers import parts_of
+from loka.probes.experts.layers import parts_of, unseen_experts
 from loka.probes.records import OperandRecord
 from loka.reports.experts import experts_of
 from loka.reports.summary import summarise
@@ -117,7 +117,15 @@ def _run(evidence: RunEvidence) -> dict[str, Any]:
         "weights_changed": progress.weights_changed,
         "python": info.environment.python,
         "loka": info.environment.loka,
+        **_unseen(evidence),
     }
+
+
+def _unseen(evidence: RunEvidence) -> dict[str, Any]:
+    """Return the experts that are modules of their own and ran in no sampled step, by layer; nothing where all did."""
+    seen = {product.parameter for product in evidence.products}
+    found = unseen_experts(evidence.info.fingerprint, seen)
+    return {"unseen_experts": {layer: list(experts) for layer, experts in found.items()}} if found else {}
 
 
 def _product(product: ProductEvidence, bound: Bound, decision: Decision | None) -> dict[str, Any]:
@@ -201,7 +209,10 @@ def _loss(loss: LossEvidence | None) -> dict[str, Any] | None:
 
 
 def _drift(drift: Drift | None, limit: float | None) -> dict[str, Any] | None:
-    """Return the trend of an error in training; `crosses_at` is the step at which it reaches the bound."""
+    """Return the trend of an error in training; `crosses_at` is the step at which it reaches the bound.
+
+    `error` is that of the trend at `step`, its newest; the line was fitted over `span` steps.
+    """
     if drift is None:
         return None
     return {
@@ -210,6 +221,9 @@ def _drift(drift: Drift | None, limit: float | None) -> dict[str, Any] | None:
         "high": _finite(drift.high),
         "significant": drift.significant,
         "crosses_at": drift.crosses_at(limit) if limit is not None else None,
+        "step": drift.step,
+        "error": _finite(drift.error),
+        "span": drift.span,
     }
 
 
@@ -246,9 +260,25 @@ def _kernels(decision: Decision) -> list[dict[str, Any]]:
         "spread_us": None,
         "error_upper": _finite(decision.error_upper),
         "loss_cost": decision.loss.cost if decision.loss is not None else None,
+        **({} if decision.ranges is None else {"ranges": [_range(each) for each in decision.ranges]}),
     }
     others = (candidate for candidate in decision.rejected if candidate.kernel != decision.kernel)
     return [chosen, *(_candidate(candidate, decision.baseline_time_us) for candidate in others)]
+
+
+def _range(decision: Decision) -> dict[str, Any]:
+    """Return what few rows, or many, run on where they are decided apart."""
+    return {
+        "m_min": decision.m_min,
+        "m_max": decision.m_max,
+        "share": decision.share,
+        "kernel": decision.kernel,
+        "recipe": decision.recipe,
+        "reason": decision.why,
+        "time_us": _finite(decision.time_us),
+        "speedup": _finite(decision.speedup),
+        "error_upper": _finite(decision.error_upper),
+    }
 
 
 def _candidate(candidate: Candidate, baseline_time_us: float | None) -> dict[str, Any]:

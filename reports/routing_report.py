@@ -16,7 +16,7 @@ from rich.text import Text
 
 from loka.probes.routing.statistics import summed
 from loka.probes.routing.trace import RoutingTrace
-from loka.reports.html_report import html_environment, inline, source_hash
+from loka.reports.html import html_environment, inline, source_hash
 from loka.reports.markdown import code, line, text
 from loka.reports.routing_record import RoutingReport, RoutingTable, routing_report, routing_tables
 from loka.reports.words import plain

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from loka.dispatch.sweep import Sweep, SweepPoint
 from loka.reports.axes import Axis
-from loka.reports.html_report import html_environment, inline, source_hash
+from loka.reports.html import html_environment, inline, source_hash
 from loka.reports.words import number, percent, plain, small, speedup
 
 SCHEMA: Final[int] = 1

@@ -1,10 +1,12 @@
 """The report on a terminal: headline, run, one line per product, then what qualifies it.
 
 The table fits any width from 80 columns up. Columns have fixed widths; the site and the kernel share what is left, and
-where that is too little, the least needed columns are left out by name (`_DROP`) instead of wrapping a line.
+where that is too little, the least needed columns are left out by name (`_DROP`) instead of wrapping a line. No figure
+is ever cut. Names that are shortened to the same text are told apart by `~1`, `~2`.
 """
 
 import io
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -77,6 +79,18 @@ _COLUMNS: Final[tuple[_Column, ...]] = (
     _Column(name="kernel", cell=lambda row: plain(row["chosen"] or "-")),
     _Column(name="speed", cell=lambda row: speedup(kernel["speedup"] if (kernel := chosen_kernel(row)) else None)),
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Lines of a table, the widths of its columns, the columns that found no room, and whether names got numbers."""
+
+    lines: Segments
+    widths: Mapping[str, int]
+    dropped: tuple[str, ...]
+    alike: bool
+
+
 # Left out in this order where the width does not suffice.
 _DROP: Final[tuple[str, ...]] = ("speed", "mean", "m x k x n", "FLOPs", "kernel", "recipe", "kl", "cost", "bound")
 
@@ -95,9 +109,12 @@ def print_table(report: Report, console: Console) -> None:
     _say(console, run_line(report))
     if report["sites"]:
         console.print()
-        widths, dropped = _print_rows(report, console)
+        table = table_of(report, console.width, ascii_only=console.options.ascii_only)
+        console.print(table.lines, end="")
         console.print()
-        _say(console, _legend(report, widths, dropped), style="dim")
+        for words in (_legend(report, table), _limits(report, table)):
+            if words:
+                _say(console, words, style="dim")
     for title, lines in (("Notes", notes(report)), ("Events", events(report))):
         if lines:
             console.print()
@@ -111,8 +128,8 @@ def _say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(plain(text), style=style, overflow="fold"), highlight=False)
 
 
-def _legend(report: Report, widths: Mapping[str, int], dropped: Sequence[str]) -> str:
-    """Return what the columns that are shown mean, what is shortened in them, and which ones are not shown."""
+def _legend(report: Report, table: Table) -> str:
+    """Return what the columns that are shown mean."""
     name = gate_name(report)
     meanings = {
         "mean": f"mean: {name} of the best recipe over steps",
@@ -120,36 +137,42 @@ def _legend(report: Report, widths: Mapping[str, int], dropped: Sequence[str]) -
         **loss_columns(report),
         "speed": "speed: against the baseline",
     }
-    legend = f"{ORDER} {'; '.join(words for name, words in meanings.items() if name in widths)}."
+    return f"{ORDER} {'; '.join(words for name, words in meanings.items() if name in table.widths)}."
+
+
+def _limits(report: Report, table: Table) -> str:
+    """Return what found no room at this width."""
+    told = [f"Left out at this width: {', '.join(table.dropped)}."] if table.dropped else []
     names = {"site": site_name, "kernel": lambda row: plain(row["chosen"] or "-")}
-    cut = [f"{name}s" for name, say in names.items() if _any_longer(report, say, widths.get(name))]
+    cut = [f"{name}s" for name, say in names.items() if _any_longer(report, say, table.widths.get(name))]
     if cut:
-        legend += f" Long {' and '.join(cut)} are shortened at this width."
-    return f"{legend} Left out at this width: {', '.join(dropped)}." if dropped else legend
+        alike = ", ~1 and ~2 tell apart those that look alike" if table.alike else ""
+        told.append(f"Long {' and '.join(cut)} are shortened{alike}: --format csv has them in full.")
+    return " ".join(told)
 
 
 def _any_longer(report: Report, say: Callable[[Row], str], width: int | None) -> bool:
     return width is not None and any(len(say(row)) > width for row in report["sites"])
 
 
-def _print_rows(report: Report, console: Console) -> tuple[Mapping[str, int], list[str]]:
-    """Print the table; return the widths of the columns shown and the names of those that found no room.
+def table_of(report: Report, width: int, *, ascii_only: bool = False, most: int | None = None) -> Table:
+    """Lay out the table in lines of at most `width` cells; `most`: only so many rows, the first in reading order.
 
     The lines are laid out here, once all widths are known: a Rich table takes seconds over thousands of rows.
     """
-    rows = ordered(report)
+    rows = ordered(report)[:most]
     decided = any(row["kernels"] for row in rows)
     without = {*(() if decided else ("kernel", "speed")), *({"kl", "cost"} - loss_columns(report).keys())}
     without |= set() if has_own_bounds(report) else {"bound"}
     columns = [column for column in _COLUMNS if column.name not in without]
     cells = {column.name: [column.cell(row) for row in rows] for column in columns}
-    widths, dropped = _fit({name: max(map(len, [name, *texts])) for name, texts in cells.items()}, console.width)
-    mark = "~" if console.options.ascii_only else "\u2026"
+    widths, dropped = _fit({name: max(map(len, [name, *texts])) for name, texts in cells.items()}, width)
+    mark = "~" if ascii_only else "\u2026"
     if "kernel" in widths:
         cells["kernel"] = [_kernel(row, widths["kernel"]) for row in rows]
 
     kept = [column for column in columns if column.name in widths]
-    cells["site"] = [elide_site(name, widths["site"], mark) for name in cells["site"]]
+    cells["site"], alike = _shortened(cells["site"], widths["site"], mark)
     laid_out = [
         [_lay_out(text, column, widths[column.name], mark) for text in (column.name, *cells[column.name])]
         for column in kept
@@ -164,8 +187,21 @@ def _print_rows(report: Report, console: Console) -> tuple[Mapping[str, int], li
             Segment(" ".join(["", *line[verdict + 1 :]]).rstrip(), _BOLD if index == 0 else None),
             Segment.line(),
         ]
-    console.print(Segments(segments), end="")
-    return widths, dropped
+    return Table(lines=Segments(segments), widths=widths, dropped=tuple(dropped), alike=alike)
+
+
+def _shortened(names: Sequence[str], width: int, mark: str) -> tuple[list[str], bool]:
+    """Return names in at most `width` characters, different where they differ, and whether that took a number."""
+    short = {name: elide_site(name, width, mark) for name in names}
+    same: dict[str, list[str]] = defaultdict(list)
+    for name, text in short.items():
+        same[text].append(name)
+    alike = [group for group in same.values() if len(group) > 1]
+    for group in alike:
+        for number, name in enumerate(group, start=1):
+            tail = f"~{number}"
+            short[name] = elide_site(name, max(width - len(tail), 1), mark) + tail
+    return [short[name] for name in names], bool(alike)
 
 
 def _lay_out(text: str, column: _Column, width: int, mark: str) -> str:
@@ -206,6 +242,10 @@ def _kernel(row: Row, width: int) -> str:
     kernel = chosen_kernel(row)
     if kernel is None:
         return "-"
+    if kernel.get("ranges"):
+        names = [plain(each["kernel"]).split(".") for each in kernel["ranges"]]
+        forms = tuple("/".join(".".join(parts[:length]) for parts in names) for length in (3, 2, 1))
+        return next((form for form in (plain(kernel["kernel"]), *forms) if len(form) <= width), forms[-1])
     parts = plain(kernel["kernel"]).split(".")
     short = "baseline" if kernel["recipe"] is None else parts[0]
     forms = (".".join(parts), ".".join(parts[:2]), short)

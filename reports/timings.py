@@ -17,6 +17,7 @@ from loka.dispatch.bench import RowTimes
 from loka.dispatch.rooflines import placed, request_of_timing
 from loka.kernel_registry.registry import default_registry
 from loka.probes.records import Timing
+from loka.reports.fitting import keep_figures
 from loka.roofline import Ceilings, Roofline
 from loka.timing import Timed, faster
 
@@ -44,6 +45,7 @@ def timings_table(
         for row in rows:
             cells = [f"{row.median_us:.1f}", f"{row.spread_us:.1f}", _against(row, baseline)]
             table.add_row(f"  {escape(row.kernel)}", *cells, _of_limit(placed(row, registry, ceilings)))
+    keep_figures(table)
     parts = [table, *(part for each in over_rows for part in _means(each))]
     if ceilings is not None:
         parts.append(Text(_legend(ceilings), style="dim"))
@@ -72,7 +74,7 @@ def _means(each: RowTimes) -> Iterator[RenderableType]:
     for kernel, time in each.times:
         cells = [f"{time.median_us:.1f}", f"{time.spread_us:.1f}", _against(time, each.times[0][1])]
         table.add_row(f"  {escape(kernel)}", *cells)
-    yield table
+    yield keep_figures(table)
 
 
 def row_times_json(over_rows: Sequence[RowTimes]) -> list[dict[str, Any]]:

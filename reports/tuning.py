@@ -9,6 +9,7 @@ from rich.text import Text
 
 from loka import document
 from loka.kernel_registry.triton.tuned import TunedLaunch, Tuning
+from loka.reports.fitting import keep_figures
 
 # What a column is called, and whether it is text.
 _COLUMNS: Final[tuple[tuple[str, bool], ...]] = (
@@ -19,7 +20,7 @@ _COLUMNS: Final[tuple[tuple[str, bool], ...]] = (
     ("warps", False),
     ("stages", False),
     ("splits", False),
-    ("median us", False),
+    ("us", False),
     ("gain", False),
 )
 # Recipes that a kernel runs alike stand for one another (`launches`).
@@ -36,7 +37,7 @@ def tuning_rows(tuning: Tuning) -> list[dict[str, Any]]:
 
 def tuning_table(tuning: Tuning, path: Path) -> RenderableType:
     """Render the launches that were measured, and say where they are kept."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for name, is_text in _COLUMNS:
         table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for each in tuning.launches:
@@ -45,7 +46,7 @@ def tuning_table(tuning: Tuning, path: Path) -> RenderableType:
         f"{len(tuning.launches)} launches in {path}, used on {tuning.provenance.device} with these versions, for up to "
         "so many rows."
     )
-    return Group(table, Text(kept, style="dim"))
+    return Group(keep_figures(table, "kernel", "scales", "m x k x n"), Text(kept, style="dim"))
 
 
 def _cells(each: TunedLaunch) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loka.probes.records import Timing
+from loka.reports.fitting import keep_figures
 from loka.timing import faster
 
 
@@ -22,7 +23,7 @@ def values_table(timings: Sequence[Timing]) -> Table:
         for kernel in dict.fromkeys(row.kernel for row in rows):
             of_kind = {row.values: row for row in rows if row.kernel == kernel}
             table.add_row(f"  {escape(kernel)}", *(_cell(of_kind, kind, kinds[0]) for kind in kinds))
-    return table
+    return keep_figures(table)
 
 
 def _shape(timing: Timing) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loka.dispatch.verify import Verification
+from loka.reports.fitting import keep_figures
 
 _NOTHING = (
     "Nothing to verify: no kernel but the definition itself serves these products on this device. `loka kernels` says "
@@ -60,4 +61,4 @@ def verification_table(found: Sequence[Verification]) -> RenderableType:
         f"{len(faults)} of {len(found)} comparisons fail. worst: largest difference from the definition, as a share of "
         "the magnitude of what is added up there."
     )
-    return Group(table, *lines, legend)
+    return Group(keep_figures(table), *lines, legend)

@@ -6,7 +6,7 @@ then escapes for its own format.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from loka.bounds import DEFAULT_ROW_ERROR, Limit
@@ -279,9 +279,14 @@ def _about_loss(report: Report) -> list[str]:
 
 def events(report: Report) -> list[str]:
     """Return the newest events, one line each, saying how many older ones are left out."""
-    shown = report["events"][-_SHOWN_EVENTS:]
+    return event_lines(report["events"])
+
+
+def event_lines(found: Sequence[Row]) -> list[str]:
+    """Return the newest of some events, one line each, saying how many older ones are left out."""
+    shown = found[-_SHOWN_EVENTS:]
     lines = [f"{_when(event)}, {plain(event['kind'])}: {plain(event['message'])}" for event in shown]
-    older = len(report["events"]) - len(shown)
+    older = len(found) - len(shown)
     return ([f"{plural(older, 'older event')}: in the JSON report"] if older else []) + lines
 
 

@@ -51,6 +51,19 @@ print(time.process_time() - start)
     assert extra <= MAX_EXTRA_S
 
 
+def test_the_help_of_the_command_line_waits_for_nothing_heavy() -> None:
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from loka.cli import app
+for words in ([], ["report"], ["bench"], ["plan"], ["explain"], ["advise"], ["diff"], ["moe", "place"]):
+    assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0, words
+print([name for name in ("torch", "numpy", *{HEAVY!r}) if name in sys.modules and name not in ("typer", "rich")])
+"""
+    result = python(code)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_bare_import_of_a_folder_is_refused_with_the_right_name(folder: str) -> None:
     result = python(f"import {folder}", cwd=ROOT)

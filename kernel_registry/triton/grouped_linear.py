@@ -31,6 +31,25 @@ def blockwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype
     return _multiply(RECIPES["blockwise"], a, b, offsets, product=product, out_dtype=out_dtype)
 
 
+class Stored:
+    """The forward products of one recipe with weights that are stored (`spec.StoredGroupedKernel`)."""
+
+    def __init__(self, recipe: str) -> None:
+        self._spec = RECIPES[recipe].operand("input")
+
+    def __call__(self, a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        """Multiply each expert's rows by its codes and scales."""
+        shape = result_shape(a, codes, offsets, "fprop")
+        if 0 in (*a.shape, *codes.shape):
+            return a.new_zeros(shape, dtype=out_dtype)
+        codes_a, scale_a, _ = quantize_operand(a, self._spec)
+        return _product(codes_a, codes, offsets, (scale_a, scale), out_dtype)
+
+
+rowwise_stored: Final = Stored("rowwise")
+blockwise_stored: Final = Stored("blockwise")
+
+
 def _multiply(
     recipe: Recipe, a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype
 ) -> Tensor:

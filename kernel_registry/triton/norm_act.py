@@ -3,32 +3,84 @@
 Codes and scales are those of `loka.quantize`; the product never reaches memory (see `epilogue`).
 """
 
+from dataclasses import dataclass
+from typing import Final
+
 from torch import Tensor, dtype
 
-from loka.formats import RECIPES, Pass
-from loka.kernel_registry.operands import is_empty, quantize_operands, zeros
-from loka.kernel_registry.triton.epilogue import gemm_norm_swish
+from loka.formats import RECIPES, Pass, Recipe
+from loka.kernel_registry import norm_act as definition
+from loka.kernel_registry.operands import is_empty, is_empty_with, quantize_operand
+from loka.kernel_registry.spec import Prepared
+from loka.kernel_registry.triton.epilogue import gemm_norm_swish, norm_swish_backward
 
 
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per operand, normalise, activate."""
-    return _fused("tensorwise", a, b, product, out_dtype)
+    return tensorwise_layer.forward(a, b, None, eps=None, out_dtype=out_dtype, save=False)[0]
 
 
 def rowwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per row of each, normalise, activate."""
-    return _fused("rowwise", a, b, product, out_dtype)
+    return rowwise_layer.forward(a, b, None, eps=None, out_dtype=out_dtype, save=False)[0]
 
 
 def blockwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with a scale per 1x128 elements, 128x128 of a weight, normalise, activate."""
-    return _fused("blockwise", a, b, product, out_dtype)
+    return blockwise_layer.forward(a, b, None, eps=None, out_dtype=out_dtype, save=False)[0]
 
 
-def _fused(recipe: str, a: Tensor, b: Tensor, product: Pass, out_dtype: dtype) -> Tensor:
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)  # the norm of zeros is zero, and so is its activation
-    left, right = quantize_operands(RECIPES[recipe], a, b, product)
-    name = str(out_dtype).removeprefix("torch.")
-    out: Tensor = gemm_norm_swish(left.data, right.data, None, left.scale, right.scale, out=name)[0]
-    return out
+def native(a: Tensor, b: Tensor, *, product: Pass, out_dtype: dtype) -> Tensor:
+    """Multiply a [m, k] and b [n, k] in the dtype they have, normalise, activate; rounded once."""
+    return native_layer.forward(a, b, None, eps=None, out_dtype=out_dtype, save=False)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """The layer in our kernel, its operands under a recipe or as they are; backward in one pass over y."""
+
+    recipe: Recipe | None
+
+    def prepare(self, weight: Tensor) -> Prepared | None:
+        """Quantise a weight [n, k]; None without a recipe."""
+        if self.recipe is None:
+            return None
+        data, scale, _ = quantize_operand(weight, self.recipe.operand("weight"))
+        return Prepared((data, scale), weight.shape[0])
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | Prepared,
+        bias: Tensor | None,
+        *,
+        eps: float | None,
+        out_dtype: dtype,
+        save: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Quantise both operands, and run the rest as one kernel; y is kept in `out_dtype`."""
+        made = weight if isinstance(weight, Prepared) else None
+        codes, weight_scale = (weight, None) if not isinstance(weight, Prepared) else weight.tensors
+        if is_empty_with(x, made, out_dtype) if made is not None else is_empty(x, codes, out_dtype):
+            plain = codes.to(x.dtype)  # of an empty product only the shape counts
+            return definition.high_precision.forward(x, plain, bias, eps=eps, out_dtype=out_dtype, save=save)
+        name, x_scale = str(out_dtype).removeprefix("torch."), None
+        if self.recipe is not None:
+            if made is None:
+                codes, weight_scale, _ = quantize_operand(codes, self.recipe.operand("weight"))
+            x, x_scale, _ = quantize_operand(x, self.recipe.operand("input"))
+        out, _, y = gemm_norm_swish(x, codes, bias, x_scale, weight_scale, out=name, eps=eps, save=save)
+        return out, y
+
+    def backward(
+        self, grad: Tensor, y: Tensor, *, eps: float | None, out_dtype: dtype, sums: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Read y and the gradient once."""
+        dy, of_bias = norm_swish_backward(grad, y, eps, out_dtype, sums)
+        return dy, of_bias
+
+
+native_layer: Final = Fused(None)
+tensorwise_layer: Final = Fused(RECIPES["tensorwise"])
+rowwise_layer: Final = Fused(RECIPES["rowwise"])
+blockwise_layer: Final = Fused(RECIPES["blockwise"])

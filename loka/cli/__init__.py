@@ -27,6 +27,9 @@ app: Final = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# What these say when torchao is imported on a machine without its CUDA parts, `loka kernels` says in its own words.
+_TALKATIVE: Final[tuple[str, ...]] = ("torchao", "torch.utils._pytree")
+
 # In the order in which `loka --help` lists them.
 _COMMANDS: Final[tuple[Callable[..., Any], ...]] = (demo, report, bench, plan, explain, advise, diff, kernels, env)
 
@@ -43,6 +46,8 @@ def _main(
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
     if debug:
         logging.getLogger("loka").setLevel(logging.DEBUG)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.NOTSET if debug else logging.ERROR)
 
 
 for _command in _COMMANDS:

@@ -14,6 +14,7 @@ from loka.cli.shared import (
     OutputOption,
     ProfileOption,
     RunOption,
+    progress,
     told,
     write,
 )
@@ -43,7 +44,9 @@ def advise(  # noqa: PLR0913 - one parameter per flag
     from loka.reports.advise.report import advise as make_advice
     from loka.reports.advise.text import advice_json, advice_markdown, advice_plain, advice_text
 
-    made = make_advice(db, parse_bound(bound, bound_for or ()), run=run, device=device, device_profile=device_profile)
+    limits = parse_bound(bound, bound_for or ())
+    with progress("reading the run"):
+        made = make_advice(db, limits, run=run, device=device, device_profile=device_profile)
     if format is AdviceFormat.TABLE and output is None:
         Console(highlight=False).print(advice_text(made))
         return

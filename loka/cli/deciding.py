@@ -1,12 +1,11 @@
 """Commands that act on what a probe has found: demo, plan."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from loka.bounds import Bound, parse_bound
 from loka.cli.shared import (
     AssumeOption,
     BoundForOption,
@@ -22,6 +21,9 @@ from loka.cli.shared import (
     write,
 )
 from loka.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from loka.bounds import Bound
 
 
 @told
@@ -63,6 +65,8 @@ def plan(  # noqa: PLR0913 - one parameter per flag
     ] = None,
 ) -> None:
     """Decide a kernel for every GEMM of a probed run, and say what is gained."""
+    from loka.bounds import parse_bound
+
     if format is not None and not sweep:
         raise ArgumentError("--format says how a sweep is shown, and a plan is JSON anyway. Add --sweep, or leave it.")
     options = {
@@ -80,7 +84,7 @@ def plan(  # noqa: PLR0913 - one parameter per flag
         _plan(db, limits, output or Path("plan.json"), options)
 
 
-def _sweep(db: str, bound: Bound, output: Path | None, format: TableFormat, options: dict[str, Any]) -> None:
+def _sweep(db: str, bound: "Bound", output: Path | None, format: TableFormat, options: dict[str, Any]) -> None:
     from loka.dispatch.sweep import sweep as make_sweep
     from loka.reports.sweep import render_html, sweep_json, sweep_text
 
@@ -102,7 +106,7 @@ def _sweep(db: str, bound: Bound, output: Path | None, format: TableFormat, opti
         console.print(f"Wrote {plain(str(output))}.", soft_wrap=True)
 
 
-def _plan(db: str, bound: Bound, output: Path, options: dict[str, Any]) -> None:
+def _plan(db: str, bound: "Bound", output: Path, options: dict[str, Any]) -> None:
     from loka.dispatch.planner import plan as make_plan
 
     with progress("measuring kernels") as tick:

@@ -13,6 +13,8 @@ from rich.table import Table
 from loka.cli.shared import EXIT_GATE, DeviceOption, TableFormat, plain, progress, told, write
 from loka.errors import ArgumentError
 
+_WIDE: Final[int] = 110  # columns of a terminal
+
 
 @told
 def bench(  # noqa: PLR0913 - one parameter per flag
@@ -151,11 +153,19 @@ def kernels(
     if format is TableFormat.JSON:
         write(json.dumps({"device": str(info), "kernels": rows}, indent=2), None)
         return
-    table = Table("kernel", "recipe", "passes", "here", title=f"Kernels on {info}", title_justify="left")
+    console = Console(highlight=False)
+    # A name that is cut is no name: it says its recipe too, which goes where there is little room.
+    wide = console.width >= _WIDE
+    table = Table(title=f"Kernels on {info}", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    table.add_column("kernel", overflow="fold", min_width=min(40, max(len(str(row["kernel"])) for row in rows)))
+    for name in (*(["recipe"] if wide else []), "passes"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("here", overflow="fold")
     for row in rows:
         here = "[green]yes[/]" if row["available"] else f"[yellow]no:[/] {plain(str(row['reason']))}"
-        table.add_row(str(row["kernel"]), str(row["recipe"] or "high precision"), " ".join(row["passes"]), here)
-    Console().print(table)
+        recipe = [str(row["recipe"] or "high precision")] if wide else []
+        table.add_row(str(row["kernel"]), *recipe, " ".join(row["passes"]), here)
+    console.print(table)
 
 
 @told

@@ -1,6 +1,6 @@
 """Commands that read what a probe has found: report, explain, diff."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
@@ -19,9 +19,14 @@ from loka.cli.shared import (
     RunOption,
     TableFormat,
     plain,
+    progress,
     told,
     write,
 )
+from loka.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from loka.bounds import Bound
 
 
 @told
@@ -36,19 +41,33 @@ def report(  # noqa: PLR0913 - one parameter per flag
     run: RunOption = None,
     device: DeviceOption = None,
     bound_for: BoundForOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow a training that is still running; Ctrl-C leaves it alone.")
+    ] = False,
+    interval: Annotated[
+        float | None, typer.Option("--interval", help="Seconds between two looks of --watch; 2 by default.")
+    ] = None,
 ) -> None:
     """Show, for every GEMM of a probed run, whether FP8 is safe, how sure that is, and what it would gain."""
     from loka.bounds import parse_bound
-    from loka.reports.build import report_of
-    from loka.reports.render import FORMATS
+
+    limits = parse_bound(bound, bound_for or ())
+    if watch or interval is not None:
+        _watch(db, limits, run, interval, watch=watch, plain_table=(format, output, fail_on) == _PLAIN_TABLE)
+        return
+    from loka.reports.build import built_of
+    from loka.reports.render import rendered
     from loka.reports.summary import fails
     from loka.reports.table import print_table
 
-    document = report_of(db, parse_bound(bound, bound_for or ()), run=run, device=device)
+    is_page = format is ReportFormat.HTML
+    with progress("reading the run"):
+        built = built_of(db, limits, run=run, device=device, material=is_page)
+    document = built.report
     if format is ReportFormat.TABLE and output is None:
         print_table(document, Console())
     else:
-        write(FORMATS[format.value](document), output)
+        write(rendered(built, format.value), output)
     if fail_on is not None:
         failures = fails(document, fail_on.value)
         if failures:
@@ -57,6 +76,24 @@ def report(  # noqa: PLR0913 - one parameter per flag
                 soft_wrap=True,
             )
             raise typer.Exit(EXIT_GATE)
+
+
+# What `loka report` shows unless it is told otherwise: --format, --output, --fail-on.
+_PLAIN_TABLE: Final = (ReportFormat.TABLE, None, None)
+
+
+def _watch(db: str, bound: "Bound", run: str | None, interval: float | None, *, watch: bool, plain_table: bool) -> None:
+    from loka.cli import watching
+
+    seconds = watching.checked_interval(interval)
+    if not watch:
+        raise ArgumentError("--interval says how often --watch looks. Add --watch, or leave it out.")
+    if not plain_table:
+        raise ArgumentError(
+            "--watch shows a table until the run has ended: it does not go with --format, --output or --fail-on. Run "
+            "the report again without --watch for those."
+        )
+    watching.watch(db, bound, run, seconds)
 
 
 @told
@@ -83,15 +120,16 @@ def explain(  # noqa: PLR0913 - one parameter per flag
     from loka.reports.experts import expert_lines
     from loka.reports.explain import decisions_of, explain_json, explain_text
 
-    made = make_plan(
-        db,
-        parse_bound(bound, bound_for or ()),
-        run=run,
-        device=device,
-        device_profile=device_profile,
-        assume_speedup=assume_speedup,
-        measure=False,
-    )
+    with progress("reading the run"):
+        made = make_plan(
+            db,
+            parse_bound(bound, bound_for or ()),
+            run=run,
+            device=device,
+            device_profile=device_profile,
+            assume_speedup=assume_speedup,
+            measure=False,
+        )
     decisions = decisions_of(made, site, None if product is None else pass_name(product))
     engine = open_database(db, create=False)
     try:
@@ -126,7 +164,8 @@ def diff(  # noqa: PLR0913 - one parameter per flag
     from loka.reports.diff import diff as compare
     from loka.reports.diff_text import diff_json, diff_text
 
-    found = compare(first, second, parse_bound(bound), runs=(run_a, run_b), common=common)
+    with progress("comparing"):
+        found = compare(first, second, parse_bound(bound), runs=(run_a, run_b), common=common)
     if format is TableFormat.JSON:
         write(diff_json(found), None)
     else:

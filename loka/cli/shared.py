@@ -2,8 +2,10 @@
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final, ParamSpec, TypeVar
@@ -11,6 +13,7 @@ from typing import Annotated, Final, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from loka.errors import ArgumentError, LokaError
 
@@ -19,6 +22,9 @@ R = TypeVar("R")
 
 EXIT_ERROR: Final[int] = 2  # something went wrong
 EXIT_GATE: Final[int] = 1  # --fail-on found what it looks for
+
+# What is over sooner needs no bar.
+_QUIET_S: Final[float] = 1.0
 
 debugging: Final[dict[str, bool]] = {"on": False}
 
@@ -115,12 +121,34 @@ def write(text: str, output: Path | None) -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a progress bar on stderr while something long runs."""
-    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), TextColumn("{task.fields[now]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None, now="")
+    """Show on stderr how far something is, and how long it will go on, once it has taken a second.
 
-        def tick(done: int, total: int, now: str) -> None:
-            progress.update(task, completed=done, total=total, now=plain(now))
+    Nothing is shown where stderr is no terminal. What is yielded is called with (done, total, what is done now), or
+    not at all where that is not known.
+    """
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn(what, markup=False),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
+        TextColumn("{task.fields[now]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+    )
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(what, total=None, now="", left="")
 
+    def tick(done: int, total: int, now: str) -> None:
+        bar.update(task, completed=done, total=total, now=now)
+        left = bar.tasks[task].time_remaining
+        bar.update(task, left="" if left is None else f"{timedelta(seconds=round(left))} left")
+
+    begins = threading.Timer(_QUIET_S, bar.start)
+    begins.daemon = True
+    begins.start()
+    try:
         yield tick
+    finally:
+        begins.cancel()
+        begins.join()
+        bar.stop()

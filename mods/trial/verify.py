@@ -6,6 +6,7 @@ ones that are at fault are found; those stay as they were, with the figure. The 
 before the first equivalent mod, so what is kept holds for all of them together.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -251,9 +252,16 @@ def checked_trial(inputs: object, tolerance: float) -> Trial:
 
 
 def _call(model: nn.Module, batch: Batch) -> object:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    args: Sequence[object] = (batch,) if isinstance(batch, Tensor) else () if isinstance(batch, Mapping) else batch
+    kwargs = batch if isinstance(batch, Mapping) else {}
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(
+            f"A batch of inputs does not fit {type(model).__name__}.forward: {error}. A tuple or a dict holds the "
+            "arguments of forward and nothing else; of batches that come with labels, give the inputs alone."
+        ) from error
+    return model(*args, **kwargs)
 
 
 @contextmanager

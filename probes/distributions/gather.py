@@ -6,7 +6,9 @@ every rank then does the same arithmetic on the same numbers and holds the same 
 """
 
 import io
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Protocol, Self, TypeVar
 
@@ -21,6 +23,11 @@ from loka.probes.distributions.moments import Arrays
 
 # Beyond this many bytes over all ranks, states travel one rank at a time instead of all at once.
 AT_ONCE_BYTES: Final[int] = 64 * 2**20
+# What zipfile, zlib and numpy raise on bytes that are not what they claim to be.
+_BROKEN: Final = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError, OverflowError, LookupError),
+    *(SyntaxError, tokenize.TokenError, TypeError, MemoryError, NotImplementedError),
+)
 
 
 class Mergeable(Protocol):
@@ -95,9 +102,15 @@ def packed(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 def unpacked(payload: bytes) -> Arrays:
-    """Return the arrays in the bytes of an `.npz`."""
-    with np.load(io.BytesIO(payload), allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+    """Return the arrays in the bytes that `packed` has made. Raises ArgumentError for any others."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+            if sum(info.file_size for info in archive.infolist()) > len(payload):
+                raise ArgumentError("Bytes that unpack to more than they are were not packed here.")
+        with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except _BROKEN as error:
+        raise ArgumentError(f"These bytes hold no arrays: {type(error).__name__}: {error}.") from error
 
 
 def _at_once(payload: bytes, sizes: list[int], group: dist.ProcessGroup | None, device: torch.device) -> list[bytes]:

@@ -5,7 +5,7 @@ as there are experts is the router, whatever it is called, and what has `shared`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final, Literal
 
 Part = Literal["router", "shared", "expert"]
@@ -41,6 +41,26 @@ def parts_of(fingerprint: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
         elif len(shape) == 2 and layers[around] in shape:
             found[name] = "router"
     return found
+
+
+def unseen_experts(fingerprint: Mapping[str, tuple[int, ...]], seen: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Return, by layer, the experts that are modules of their own and of which no parameter was `seen`.
+
+    An expert without tokens does not run, and so leaves no trace of its own. Layers of which no expert was seen are
+    left out: they were not looked at.
+    """
+    experts: dict[str, set[int]] = {}
+    active: dict[str, set[int]] = {}
+    for name in fingerprint:
+        if (numbered := _NUMBERED.match(name)) is not None:
+            experts.setdefault(numbered["layer"], set()).add(int(numbered["expert"]))
+            if name in seen:
+                active.setdefault(numbered["layer"], set()).add(int(numbered["expert"]))
+    return {
+        layer: tuple(sorted(idle))
+        for layer, numbers in experts.items()
+        if layer in active and (idle := numbers - active[layer])
+    }
 
 
 def _above(name: str) -> str:

@@ -52,9 +52,12 @@ def trace_routing(
 ) -> "RoutingRecorder":
     """Return a context manager that writes the routing trace of what runs inside it to `path`.
 
-    experts: names (globs, or re:regex) of modules that choose or receive experts, where they are not found by
-        themselves. domain: of requests that no scope names one for. stop_tokens: after one of them, a row of a batch
-        has ended; by default those of the model's generation config, and its padding token; () for none.
+    - `experts`: names (globs, or re:regex) of modules that choose or receive experts, where they are not found by
+      themselves.
+    - `domain`: of requests that no scope names one for.
+    - `stop_tokens`: after one of them, a row of a batch has ended; by default those of the model's generation config,
+      and its padding token; () for none.
+
     Inside the block a compiled model runs eagerly. Requests are kept in `<path>.partial` as they close, and survive a
     crash there (`loka moe convert` makes a trace of them). Of several processes each needs a path of its own. Raises
     ArgumentError and EvidenceError, before anything runs where that can be.
@@ -63,7 +66,7 @@ def trace_routing(
 
 
 class RoutingRecorder:
-    """See `loka.trace_routing`."""
+    """What `loka.trace_routing` returns: a context manager, whose methods say what the forwards inside belong to."""
 
     def __init__(
         self,

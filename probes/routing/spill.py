@@ -158,7 +158,7 @@ def recover(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Rout
         try:
             facts, batches = _read(file, max_bytes)
             found = list(batches)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError, zlib.error) as error:
             raise ArgumentError(f"{path} is damaged: {error}. It cannot be recovered.") from error
     if not found:
         raise ArgumentError(f"{path} holds no request that had ended. Record again.")
@@ -167,7 +167,7 @@ def recover(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Rout
         counts=np.concatenate([batch.counts for batch, _ in found]),
         domain=tuple(domain for batch, _ in found for domain in batch.domain),
         layers=facts.layers,
-        decode_steps=np.array([steps for batch, _ in found for steps in batch.decode_steps], dtype=np.int64),
+        decode_steps=np.array([steps for batch, _ in found for steps in batch.decode_steps]),
         hidden_size=last["hidden_size"],
         top_k=last["top_k"],
         model=facts.model,
@@ -209,14 +209,14 @@ def _unpacked(file: IO[bytes], facts: TraceFacts, left: int) -> Iterator[_Batch]
 
 
 def _records(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], bytes]]:
+    end = os.fstat(file.fileno()).st_size
     while len(lengths := file.read(_LENGTHS.size)) == _LENGTHS.size:
         text_bytes, payload_bytes = _LENGTHS.unpack(lengths)
         if text_bytes > _META_BYTES:
             raise ArgumentError(f"a record claims {text_bytes:,} bytes of description. The file is damaged.")
-        text, payload = file.read(text_bytes), file.read(payload_bytes)
-        if len(text) < text_bytes or len(payload) < payload_bytes:
+        if text_bytes + payload_bytes > end - file.tell():
             return  # cut off here
-        yield json.loads(text), payload
+        yield json.loads(file.read(text_bytes)), file.read(payload_bytes)
 
 
 def check_domains(domains: Sequence[str]) -> tuple[str, ...]:

@@ -160,7 +160,11 @@ def domain_shifts(trace: RoutingTrace, *, seed: int = 0) -> tuple[DomainShift, .
     code = np.array([trace.domains.index(domain) for domain in trace.domain])
     random = np.random.default_rng(seed)
     distances = _distances(use, code, trace)
-    by_chance = np.mean([_distances(use, random.permutation(code), trace) for _ in range(_SHUFFLES)], axis=0)
+    # Where requests have no token, a shuffle can leave a domain without any: it tells nothing there.
+    shuffled = np.array([_distances(use, random.permutation(code), trace) for _ in range(_SHUFFLES)])
+    told = ~np.isnan(shuffled)
+    sums = np.where(told, shuffled, 0.0).sum(axis=0)
+    by_chance = np.where(told.any(axis=0), sums / np.maximum(told.sum(axis=0), 1), distances)
     n = np.bincount(code)
     return tuple(
         DomainShift(

@@ -19,6 +19,7 @@ prefill alone; a request without any token is kept, and left out where a share o
 import math
 import os
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,10 @@ _KEYS: Final[tuple[str, ...]] = ("counts", "domain", "layers", "decode_steps", "
 _REQUIRED: Final[tuple[str, ...]] = _KEYS[:3]
 _RANKS: Final[dict[str, int]] = {"counts": 4, "domain": 1, "layers": 1, "decode_steps": 1}  # the rest: one value
 # What zipfile, zlib and numpy raise on bytes that are not what they claim to be.
-_BROKEN: Final = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError, OverflowError)
+_BROKEN: Final = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError, OverflowError),
+    *(SyntaxError, tokenize.TokenError),  # numpy parses a header as Python's literals
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,12 +251,15 @@ def _member(name: str, file: IO[bytes], size: int) -> Any:
     data = file.read(bytes_of_data)
     if len(data) != bytes_of_data or file.read(1):
         raise ArgumentError(f"{name} is cut off or followed by other data. Write it again.")
+    if dtype.kind == "U" and int(np.frombuffer(data, _CODE.newbyteorder(dtype.byteorder)).max(initial=0)) > 0x10FFFF:
+        raise ArgumentError(f"{name} holds what is no character. Write it again.")
     array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
     if name in _RANKS:
         return tuple(array.tolist()) if name in ("domain", "layers") else array
     return array.item()
 
 
+_CODE: Final = np.dtype(np.uint32)  # of a character
 _KINDS: Final[dict[str, str]] = {
     **dict.fromkeys(("counts", "layers", "decode_steps", "hidden_size", "top_k"), "it must hold integers"),
     **dict.fromkeys(("domain", "model"), "it must hold text (a numpy array of unicode strings)"),

@@ -41,14 +41,18 @@ def diverging_biases(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
             continue
         site = each.name.rpartition(".")[0]
         product = case.product(site)
-        words = (
-            f"|{each.name}| went from {growth.begin:.3g} to {growth.end:.3g} and its second half kept "
-            f"{growth.settling:.0%} of the pace of the first"
-        )
+        words = f"|{each.name}| went from {growth.begin:.3g} to {growth.end:.3g}, {pace_words(growth.settling)}"
         head = product is not None and product.n < MIN_COLUMNS
         idle = "it settles" if not diverges(growth) else "a prediction head keeps its bias" if head else ""
         grown = growth.end - growth.begin
         yield Hit(targets=(each.name,), sites=_known(case, [site]), value=grown, words=words, idle=idle)
+
+
+def pace_words(settling: float) -> str:
+    """How fast the second half went in units of the first: past its own pace, a share of it says nothing."""
+    if settling > 1.0:
+        return "and went faster in its second half than in its first"
+    return f"and its second half kept {settling:.0%} of the pace of the first"
 
 
 def cancelling_norms(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loka.bounds import Bound
-from loka.dispatch.decide import Decision
+from loka.bounds import Bound, checked_bound
 from loka.dispatch.options import PlanOptions
 from loka.dispatch.planner import DEFAULT_BOUND, check_loss, decide_all, time_table
 from loka.dispatch.profile import DeviceProfile
@@ -36,9 +35,14 @@ def advise(
 ) -> Advice:
     """Say which mods a probed run (the newest, unless `run` names one) calls for, and what each would change.
 
-    bound: what a product must hold to be safe. Times are those that the database holds for `device` (by default CUDA
-    if there is one), or those of a `device_profile`. Raises DatabaseError, EvidenceError, PlanError for a bad profile.
+    - `db`: path or URL of the probe database.
+    - `bound`: what a product must hold to be safe.
+    - `device`: whose times of the database count; by default CUDA if there is one.
+    - `device_profile`: a profile, or its path (`loka bench --export`), whose times count instead.
+
+    Raises DatabaseError, EvidenceError, PlanError for a bad profile.
     """
+    checked_bound(bound)
     options = PlanOptions.of(device=device, device_profile=device_profile, measure=False)
     engine = open_database(db, create=False)
     try:
@@ -57,18 +61,22 @@ def advise(
             registry=default_registry(),
             ceilings=None if profile is None else profile.ceilings,
         )
-        suggestions, checked = _apply(RULES, case)
-        missing = _missing(case, str(options.info), made.decisions)
+        return advise_on(case, str(options.info))
     finally:
         engine.dispose()
+
+
+def advise_on(case: Case, device: str) -> Advice:
+    """Say what the evidence of a case calls for; `device` is where its times are from."""
+    suggestions, checked = _apply(RULES, case)
     return Advice(
-        run=evidence.info.id,
-        model=evidence.info.model,
-        device=str(options.info),
-        bound=str(bound),
+        run=case.evidence.info.id,
+        model=case.evidence.info.model,
+        device=device,
+        bound=str(case.bound),
         suggestions=tuple(sorted(suggestions, key=_urgency)),
         checked=tuple(checked),
-        missing=missing,
+        missing=_missing(case, device),
     )
 
 
@@ -137,7 +145,7 @@ def _urgency(suggestion: Suggestion) -> tuple[int, float]:
     return rank, -math.fsum(each.flop_share for each in suggestion.sites)
 
 
-def _missing(case: Case, device: str, decisions: Sequence[Decision]) -> tuple[str, ...]:
+def _missing(case: Case, device: str) -> tuple[str, ...]:
     """Return what the run does not tell, and what to probe or measure for it."""
     lines = []
     if not case.trajectories:

@@ -38,7 +38,7 @@ def advice_text(advice: Advice) -> Group:
         parts += [Text(), table]
         for each in advice.suggestions:
             parts += [Text(), Text(plain(f"{each.mod} on {', '.join(each.targets)}"), style="bold")]
-            parts += [Padding(Text(plain(words)), (0, 0, 0, 2)) for words in _details(each)]
+            parts += [Padding(Text(plain(words)), (0, 0, 0, 2)) for words in suggestion_lines(each)]
     for title, lines in _sections(advice):
         parts += [Text(), Text(title, style="bold"), *(Padding(Text(plain(each)), (0, 0, 0, 2)) for each in lines)]
     return Group(*parts)
@@ -63,7 +63,7 @@ def advice_markdown(advice: Advice) -> str:
         blocks.append("\n".join(rows))
         for each in advice.suggestions:
             blocks.append(f"## {each.mod} on {', '.join(code(plain(target)) for target in each.targets)}")
-            blocks.append("\n".join(f"- {text(words)}" for words in _details(each)))
+            blocks.append("\n".join(f"- {text(words)}" for words in suggestion_lines(each)))
     for title, lines in _sections(advice):
         blocks += [f"## {title}", "\n".join(f"- {text(each)}" for each in lines)]
     return "\n\n".join(blocks) + "\n"
@@ -91,8 +91,8 @@ def _change(prediction: Prediction, *, share: bool = False) -> str:
     return " -> ".join(percent(value) if share else number(value) for value in (prediction.before, prediction.after))
 
 
-def _details(suggestion: Suggestion) -> list[str]:
-    """Return the figure, the sites, each prediction with how it was made, and the line to write."""
+def suggestion_lines(suggestion: Suggestion) -> list[str]:
+    """Return what there is to say of a suggestion: figure, sites, predictions with how they were made, the line."""
     found, figure = suggestion.predictions, suggestion.figure
     states = ", ".join(f"{each.site} ({each.status}, {percent(each.flop_share)} of FLOPs)" for each in suggestion.sites)
     lines = [f"{figure.words} ({figure.name}: {figure.value:.3g}, from {figure.threshold:g}; {figure.source})"]

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import loka
 from loka.dispatch.convert import convert, planned_sites
-from loka.errors import PlanError
+from loka.errors import ArgumentError, PlanError
 from tests.dispatch.made_conversion import MIXED, emulated, plan_for
 from tests.dispatch.made_converted import Mlp, state_of
 
@@ -25,6 +26,18 @@ def test_a_plan_for_another_model_or_shape_is_refused() -> None:
         with pytest.raises(PlanError, match=difference):
             convert(model, plan_for(other, ["up"] if other is wider else ["0"]))
         assert state_of(model) == state
+
+
+def test_a_plan_may_be_given_by_its_path_and_anything_else_is_refused(tmp_path: Path) -> None:
+    model = Mlp()
+    plan_for(model, ["up"]).save(tmp_path / "plan.json")
+    for path in (tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        assert set(planned_sites(convert(Mlp(), path))) == {"up"}
+    with pytest.raises(PlanError, match="could not be read"):
+        convert(model, tmp_path / "none.json")
+    with pytest.raises(ArgumentError, match=r"not dict: loka\.plan"):
+        convert(model, {"plan": "plan.json"})  # type: ignore[arg-type]
+    assert not planned_sites(model)
 
 
 def test_a_site_that_the_model_does_not_have_is_refused_before_anything_changes() -> None:

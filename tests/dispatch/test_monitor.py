@@ -59,6 +59,15 @@ def test_a_tenfold_growth_of_outliers_demotes_within_three_monitored_steps_and_t
     assert max(off) < 0.5 * max(off_unguarded)
 
 
+def test_what_is_under_suspicion_is_measured_first_from_then_on():
+    for grows_at, waits in ((100, True), (None, False)):
+        inputs = batches(GROWS_AT + EVERY + 1, grows_at=grows_at)  # two monitored steps since, and the third will tell
+        _, monitor, _ = monitored(inputs, every=EVERY)
+        assert not of_kind(monitor, "demoted")
+        assert monitor._watch.waits_for("up", "fprop") == waits
+        assert not monitor._watch.waits_for("down", "fprop")
+
+
 def test_a_demotion_says_what_was_seen():
     _, monitor, _ = monitored(batches(140, grows_at=100))
     (event,) = (event for event in of_kind(monitor, "demoted") if event.message.startswith("up.fprop"))
@@ -285,14 +294,26 @@ def test_what_cannot_be_monitored_is_an_error_that_says_what_to_do():
     plan = plan_for(model, TENSORWISE)
     with pytest.raises(loka.LokaError, match="neither converted nor compiled"):
         loka.monitor(model, plan)
-    with pytest.raises(loka.LokaError, match="nothing to monitor"):
-        loka.monitor(model, plan_for(model, {"up": {}}))
     with pytest.raises(loka.LokaError, match="made for another model"):
         loka.monitor(nn.Linear(3, 3), plan)
     loka.convert(model, plan)
     for wrong in ({"every": 0}, {"overhead": 0}, {"clean_steps": 0}, {"max_flips": -1}, {"max_flips": True}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             loka.monitor(model, plan, **wrong)
+
+
+def test_a_plan_that_gains_nothing_is_monitored_with_a_warning_and_stops_no_script(tmp_path):
+    model = Model()
+    plan = plan_for(model, {"up": {}})
+    loka.convert(model, plan)
+    with pytest.warns(loka.LokaWarning, match="nothing to monitor"):
+        monitor = loka.monitor(model, plan, tmp_path / "run.db", every=1)
+    with monitor:
+        for _ in range(3):
+            model(torch.randn(4, 32)).sum().backward()
+    assert {event.kind for event in monitor.events} == {"monitored"}
+    assert not monitor.changed
+    assert_nothing_attached(model)
 
 
 def test_a_loop_that_calls_something_else_is_told():

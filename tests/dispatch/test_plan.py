@@ -78,6 +78,13 @@ def test_the_hash_follows_the_content_and_not_the_date():
     assert len(plan.hash) == 64
 
 
+def test_a_plan_is_shown_in_one_line():
+    shown = repr(made_plan(*decisions()))
+    assert "3 decisions on 3 sites" in shown
+    assert "row_error" in shown
+    assert len(shown) < 200
+
+
 def test_saving_leaves_no_other_file(tmp_path):
     made_plan(*decisions()).save(tmp_path / "plan.json")
     made_plan().save(tmp_path / "plan.json")

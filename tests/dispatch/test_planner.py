@@ -26,6 +26,7 @@ from loka.probes.database import open_database
 from loka.probes.records import StepRecord
 from loka.reports.build import report_of
 from loka.reports.diff import diff
+from loka.timing import Measurement
 from tests.dispatch.made_evidence import (
     BOUND,
     HOPPER,
@@ -131,6 +132,12 @@ def test_a_filter_may_be_a_function_and_a_pattern_must_match():
     assert [decision.kernel for decision in plan.decisions] == [ROW, BASE]
     with pytest.raises(ArgumentError, match=r"a\.upp.*a\.up"):
         planned(product("a.up"), product("b.up"), times=times, filter="a.upp")
+
+
+@pytest.mark.parametrize("bound", [0.05, "row_error=0.05", None])
+def test_what_is_no_bound_is_refused_with_how_to_write_one(bound, tmp_path):
+    with pytest.raises(ArgumentError, match=r"is not a bound\. Write loka\.Bound\("):
+        planner.plan(tmp_path / "run.db", bound)
 
 
 def test_a_run_without_products_is_no_evidence():
@@ -280,6 +287,19 @@ def test_a_kernel_that_does_not_run_is_left_out_and_logged(caplog):
     assert broken.name not in {each.kernel for each in measured}
     assert {BASE, "emulated.linear.rowwise"} <= {each.kernel for each in measured}
     assert "a.linear.rowwise left untimed" in caplog.text
+
+
+@pytest.mark.parametrize(("dtype", "trusted"), [("float32", False), ("bfloat16", True)])
+def test_times_that_cannot_be_right_are_not_kept(dtype, trusted, caplog, monkeypatch):
+    def starved(calls, **_):
+        return {
+            name: Measurement(median_us=20.0 if name.startswith("emulated") else 200.0, spread_us=1.0, repetitions=7)
+            for name in calls
+        }
+
+    monkeypatch.setattr("loka.dispatch.measure.measure", starved)
+    assert bool(measure_products(run(small(dtype=dtype)), built_in(), "cpu", budget_s=20.0)) is trusted
+    assert ("too busy to tell" in caplog.text) is not trusted
 
 
 @pytest.mark.parametrize("product_name", PASSES)

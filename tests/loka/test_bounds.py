@@ -1,12 +1,15 @@
 """Bounds: exactly one limit, and words for everything else."""
 
 import math
+from pathlib import Path
 
 import pytest
 
 from loka import document
 from loka.bounds import DEFAULT_ROW_ERROR, GRADIENT_BIAS, Bound, Limit, SiteBound, parse_bound
 from loka.errors import ArgumentError, LokaError
+from loka.reports.advise.report import advise
+from loka.reports.build import report_of
 
 
 def test_a_bound_limits_exactly_one_thing() -> None:
@@ -61,6 +64,13 @@ def test_wrong_arguments_are_also_value_errors() -> None:
     with pytest.raises(ValueError, match="bound") as caught:
         Bound()
     assert isinstance(caught.value, LokaError)
+
+
+@pytest.mark.parametrize("given", [0.05, "row_error=0.05", None])
+def test_what_is_no_bound_is_refused_where_one_is_an_argument(given: object, tmp_path: Path) -> None:
+    for takes in (report_of, advise):
+        with pytest.raises(ArgumentError, match=r"is not a bound\. Write loka\.Bound\(row_error=0\.05\)"):
+            takes(tmp_path / "none.db", given)  # type: ignore[arg-type]
 
 
 # --- bounds per site ---

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from loka.cli import app
 # Commands and flags are a promise to scripts: a change here is a change of the interface.
 SURFACE = {
     "demo": {"--out"},
-    "report": {"--format", "--output", "--bound", "--bound-for", "--fail-on", "--run", "--device"},
+    "report": {
+        *("--format", "--output", "--bound", "--bound-for", "--fail-on", "--run", "--device"),
+        *("--watch", "--interval"),
+    },
     "bench": {
         "--verify",
         "--tune",
@@ -306,6 +310,12 @@ def test_debug_shows_the_traceback() -> None:
     code, _, errors = run("report", "missing.db")
     assert code == 2
     assert errors.startswith("Error:")
+
+
+def test_other_libraries_complaints_are_shown_under_debug_alone() -> None:
+    for flags, shown in ((["--debug"], True), ([], False)):
+        CliRunner().invoke(app, [*flags, "env"])
+        assert logging.getLogger("torchao").isEnabledFor(logging.WARNING) is shown
 
 
 def probed(path: Path, *, scale: float, width: int = 32) -> str:

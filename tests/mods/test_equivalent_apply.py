@@ -105,6 +105,8 @@ def test_without_inputs_the_error_says_what_to_give():
         ([], "inputs has no batch"),
         ([7], "a batch of type int"),
         (7, "not a int"),
+        ([(make_input(), torch.zeros(3))], r"does not fit .*\.forward: .*give the inputs alone"),
+        ([{"inputs": make_input()}], r"does not fit .*\.forward"),
     ],
 )
 def test_inputs_that_cannot_be_batches_are_refused(inputs, words):

@@ -15,8 +15,10 @@ DENSE_GRACE_S = {1: 2.0, 10: 0.45, 50: 0.05, 100: 0.0}
 class Run:
     """A simulated training run: steps of a given length, products of given costs, and a fixed cost per sample."""
 
-    def __init__(self, *, every=100, overhead=0.01, step_s=0.05, costs=(0.002,) * 12, fixed_s=0.003, eager_s=0.0):
-        self.budget = Budget(every=every, overhead=overhead)
+    def __init__(
+        self, *, every=100, overhead=0.01, step_s=0.05, costs=(0.002,) * 12, fixed_s=0.003, eager_s=0.0, **options
+    ):
+        self.budget = Budget(every=every, overhead=overhead, **options)
         self.every, self.overhead, self.step_s = every, overhead, step_s
         self.fixed_s, self.eager_s = fixed_s, eager_s
         self.costs = dict(enumerate(costs))
@@ -219,3 +221,24 @@ def test_samples_of_a_product_are_counted():
     run = Run(costs=(0.001,)).run(3)
     assert run.budget.samples_of(0) == 3
     assert run.budget.samples_of("unknown") == 0
+
+
+def test_a_product_that_somebody_waits_for_is_measured_in_every_sample():
+    run = Run(costs=(0.006,) * 12).run(12)
+    shares = Counter(key for taken in run.samples[-6:] for key in taken)
+    assert 0 < shares[7] < 6
+    for _ in run.intervals(12):
+        run.budget.first(lambda key: key == 7)
+    assert all(7 in taken for taken in run.samples[-11:])
+    assert set().union(*run.samples[-11:]) == set(range(12))
+
+
+@pytest.mark.parametrize("fixed_s", [0.003, 0.02, 0.2])
+def test_without_scheduled_samples_nothing_is_spent_that_was_not_earned_but_the_first(fixed_s):
+    run = Run(scheduled=1, fixed_s=fixed_s)
+    first = 0.0
+    for samples in run.intervals(200):
+        first = first or run.budget.spent_s
+        earned = run.overhead * (run.clock - run.budget.spent_s)
+        assert run.budget.spent_s <= earned + first + 0.004, samples
+    assert run.budget.samples > 1

@@ -196,6 +196,18 @@ def test_a_page_damaged_in_the_middle_is_reported_when_it_is_read(tmp_path):
         list(read_steps(open_it(path)))
 
 
+def test_a_damaged_name_of_a_table_is_no_text_and_is_reported_all_the_same(tmp_path):
+    path = tmp_path / "run.db"
+    write_run(path, steps(1))
+    data = path.read_bytes()
+    assert b"CREATE TABLE samples" in data
+    path.write_bytes(data.replace(b"CREATE TABLE samples", b"CREATE TABLE s\xf0mples"))
+    for create in (True, False):
+        with pytest.raises(DatabaseError, match="damaged or cut short"):
+            engine = open_database(path, create=create)
+            list(read_steps(engine))
+
+
 def test_a_folder_where_nothing_can_be_made_is_refused():
     # Not even the superuser can make a file there.
     with pytest.raises(DatabaseError, match=r"/proc/run\.db cannot be written"):
@@ -256,8 +268,8 @@ def test_a_read_only_folder_with_an_unfinished_log_is_refused_rather_than_read_i
         open_it(folder / "run.db")
 
 
-def test_timings_come_back_by_device_in_the_order_of_writing(tmp_path):
-    engine = open_database(tmp_path / "run.db", create=True)
+def test_timings_come_back_by_device_in_the_order_of_writing(db):
+    engine = open_database(db, create=True)
     write_timings(engine, [TIMING])
     write_timings(engine, [])
     write_timings(engine, [TIMING, TIMING])

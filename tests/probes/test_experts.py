@@ -14,7 +14,7 @@ from loka.errors import ArgumentError
 from loka.numerics import ProductError
 from loka.probes.database import open_database
 from loka.probes.distributions.gather import packed, unpacked
-from loka.probes.experts.layers import parts_of
+from loka.probes.experts.layers import parts_of, unseen_experts
 from loka.probes.experts.statistics import MIN_MEASURED, ExpertStatistics
 from loka.probes.experts.verdicts import judge_experts, unsafe_experts
 from loka.probes.intervals import MIN_SAMPLES
@@ -173,3 +173,21 @@ def test_parts_of_a_layer_are_told_from_shapes():
         "encoder.mlp.experts.expert_0.wi.weight": "expert",
         "encoder.mlp.experts.expert_3.wi.weight": "expert",
     }
+
+
+def test_experts_that_are_modules_and_left_no_trace_are_named():
+    fingerprint = {f"mlp.experts.{expert}.{name}": (4, 4) for expert in range(3) for name in ("w1", "w2")}
+    fingerprint |= {"other.experts.0.w1": (4, 4), "head.weight": (4, 4)}
+    assert unseen_experts(fingerprint, {"mlp.experts.1.w2", "head.weight"}) == {"mlp.experts": (0, 2)}
+    assert unseen_experts(fingerprint, {f"mlp.experts.{expert}.w1" for expert in range(3)}) == {}
+    assert unseen_experts(fingerprint, {"head.weight"}) == {}
+
+
+def test_what_is_not_an_experts_takes_no_part_in_any_pass(tmp_path):
+    """Gradients of tokens that are another expert's need not be zero, as those of the weights' input are."""
+    torch.manual_seed(3)
+    found = probed(Everyone(), tmp_path / "run.db", steps=40)
+    for name, statistics in found.items():
+        measured = [each.expert for each in statistics.errors("tensorwise")]
+        assert 1 not in measured, name
+        assert statistics.measured[1].tolist() == [0, 0], name

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -46,31 +46,32 @@ def locked(path):
         yield
 
 
-def await_steps(path, count, patience_s=20.0):
+def await_steps(db, count, patience_s=20.0):
     give_up = time.monotonic() + patience_s
     while time.monotonic() < give_up:
-        if path.exists() and path.stat().st_size:
-            found = len(list(read_steps(open_it(path)))) if list_runs(open_it(path)) else 0
+        with suppress(DatabaseError):  # not made yet
+            engine = open_it(db)
+            found = len(list(read_steps(engine))) if list_runs(engine) else 0
+            engine.dispose()
             if found >= count:
                 return
         time.sleep(0.02)
     pytest.fail(f"{count} steps were not written in {patience_s} s")
 
 
-def test_a_killed_run_keeps_every_committed_step_whole_and_is_incomplete(tmp_path):
-    path = tmp_path / "run.db"
+def test_a_killed_run_keeps_every_committed_step_whole_and_is_incomplete(db):
     child = start(
         "writer = RunWriter(sys.argv[1], made_info())\n"
         "for index in range(100_000):\n"
         "    writer.write(wide_step(index), made_progress(index + 1))\n",
-        path,
+        db,
     )
     try:
-        await_steps(path, 5)
+        await_steps(db, 5)
     finally:
         child.send_signal(signal.SIGKILL)
         child.communicate()
-    engine = open_it(path)
+    engine = open_it(db)
     run, found = read_run(engine), list(read_steps(engine))
     assert found == [wide_step(index) for index in range(len(found))]
     assert run.progress.status == "incomplete"
@@ -79,43 +80,47 @@ def test_a_killed_run_keeps_every_committed_step_whole_and_is_incomplete(tmp_pat
     )
     assert run.progress.sampled_steps == len(found)
     assert run.process.pid == child.pid
-    # The file is as good as new for the next run.
-    write_run(path, [wide_step(0)])
-    assert [run.progress.status for run in list_runs(open_it(path))] == ["incomplete", "complete"]
+    # The database is as good as new for the next run.
+    write_run(db, [wide_step(0)])
+    assert [run.progress.status for run in list_runs(open_it(db))] == ["incomplete", "complete"]
 
 
-def test_a_run_that_is_still_being_written_is_running(tmp_path):
-    writer = RunWriter(tmp_path / "run.db", made_info())
+def test_a_run_that_is_still_being_written_is_running(db):
+    writer = RunWriter(db, made_info())
     writer.write(wide_step(0), made_progress(1))
-    await_steps(tmp_path / "run.db", 1)
-    assert read_run(open_it(tmp_path / "run.db")).progress == made_progress(1)
+    await_steps(db, 1)
+    assert read_run(open_it(db)).progress == made_progress(1)
     writer.finish(made_progress(1, status="complete"))
-    assert read_run(open_it(tmp_path / "run.db")).progress.status == "complete"
+    assert read_run(open_it(db)).progress.status == "complete"
 
 
-def test_two_processes_record_into_one_new_file_at_once(tmp_path):
-    path = tmp_path / "run.db"
-    script = "write_run(sys.argv[1], [wide_step(index) for index in range(30)], made_info(id=sys.argv[2]))\n"
-    children = [start(script, path, name) for name in ("first", "second", "third")]
-    assert [child.wait(60) for child in children] == [0, 0, 0]
-    engine = open_it(path)
-    assert {run.info.id: run.progress.status for run in list_runs(engine)} == dict.fromkeys(
-        ("first", "second", "third"), "complete"
+def test_eight_processes_record_into_one_new_database_at_once(db):
+    names = [f"run {number}" for number in range(8)]
+    parent = start(  # one that has imported everything, so that its children begin at the same moment
+        "import os\n"
+        "def child(name):\n"
+        "    write_run(sys.argv[1], [wide_step(index, 12) for index in range(12)], made_info(id=name))\n"
+        "    os._exit(0)\n"
+        "children = [os.fork() or child(name) for name in sys.argv[2:]]\n"
+        "sys.exit(any([os.waitpid(one, 0)[1] for one in children]))\n",
+        *(db, *names),
     )
-    for name in ("first", "second", "third"):
-        assert list(read_steps(engine, name)) == [wide_step(index) for index in range(30)]
+    assert parent.wait(120) == 0
+    engine = open_it(db)
+    assert {run.info.id: run.progress.status for run in list_runs(engine)} == dict.fromkeys(names, "complete")
+    for name in names:
+        assert list(read_steps(engine, name)) == [wide_step(index, 12) for index in range(12)]
 
 
-def test_two_runs_of_one_process_record_into_one_file(tmp_path):
-    path = tmp_path / "run.db"
-    writers = [RunWriter(path, made_info()) for _ in range(2)]
+def test_two_runs_of_one_process_record_into_one_database(db):
+    writers = [RunWriter(db, made_info()) for _ in range(2)]
     for index in range(20):
         for writer in writers:
             writer.write(wide_step(index, width=5), made_progress(index + 1))
     for writer in writers:
         writer.finish(made_progress(20, status="complete"))
     assert [writer.failure for writer in writers] == [None, None]
-    engine = open_it(path)
+    engine = open_it(db)
     for run in list_runs(engine):
         assert [step.step for step in read_steps(engine, run.info.id)] == list(range(20))
 
@@ -302,7 +307,7 @@ def test_a_record_that_cannot_be_stored_is_a_failure_and_not_an_exception(tmp_pa
     assert list(read_steps(open_it(tmp_path / "run.db"))) == [wide_step(0)]
 
 
-def test_a_recipe_that_the_run_did_not_announce_is_kept(tmp_path):
+def test_a_recipe_that_the_run_did_not_announce_is_kept(db):
     step = made_step(0, made_product(value={"home-made": 0.5, DEFAULT_RECIPES[0]: 0.1}))
-    write_run(tmp_path / "run.db", [step])
-    assert list(read_steps(open_it(tmp_path / "run.db"))) == [step]
+    write_run(db, [step])
+    assert list(read_steps(open_it(db))) == [step]

@@ -26,6 +26,7 @@ from loka.numerics import product_error
 from loka.probes.database import open_database, write_timings
 from loka.probes.records import Timing
 from loka.quantize import fake_quantize
+from loka.reports.advise.detect import pace_words
 from loka.reports.advise.rules import RULES
 from loka.reports.advise.text import advice_json, advice_markdown, advice_plain, advice_text
 from tests.probes.made_records import made_product, made_step, write_run
@@ -491,3 +492,10 @@ def test_a_report_holds_the_dynamics_and_the_page_draws_them(ill, healthy):
 def test_a_report_without_dynamics_says_nothing_of_them(tmp_path):
     write_run(tmp_path / "run.db", [made_step(100 * index, made_product()) for index in range(10)])
     assert "Training dynamics" not in run_cli("report", tmp_path / "run.db", "--device", "cpu", "--format", "html")[1]
+
+
+def test_a_bias_that_turned_or_sped_up_is_told_in_words_and_not_as_a_huge_share():
+    assert "kept 40% of the pace" in pace_words(0.4)
+    for faster in (370.1, math.inf):
+        assert "%" not in pace_words(faster)
+        assert "faster in its second half" in pace_words(faster)

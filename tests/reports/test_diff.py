@@ -207,6 +207,9 @@ def test_drift_towards_the_bound_is_said_wherever_the_report_is_read():
         "high": 0.15,
         "significant": True,
         "crosses_at": step,
+        "step": 2000,
+        "error": 0.03,
+        "span": 1900,
     }
     assert report["sites"][1]["recipes"][0]["drift"] is None
     for render in (table.render, markdown.render, html_report.render):
