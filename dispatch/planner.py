@@ -7,12 +7,10 @@ before the passes of each layer are looked at together (`composition`), and laye
 (`epilogue`).
 """
 
-import gc
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from sqlalchemy import Engine
 
 from loka.bounds import DEFAULT_ROW_ERROR, Bound, checked_bound
+from loka.collecting import uncollected
 from loka.dispatch.candidates import Considered, consider, request_of
 from loka.dispatch.composition import composed
 from loka.dispatch.decide import Decision, conclude
@@ -250,7 +249,7 @@ def decide_products(
     """Decide every product of a run; raise ArgumentError for a pattern, of filter or bound, that matches no site."""
     selected, info = _selected(evidence, options.filter), options.info
     bound.check_sites(dict.fromkeys(product.site for product in evidence.products))
-    with _uncollected():
+    with uncollected():
         # In an order of their own: which of two equal purchases a budget is spent on depends on it.
         products = sorted(evidence.products, key=lambda product: (product.site, PASSES.index(product.product)))
         considered = tuple(
@@ -308,18 +307,6 @@ def _by_rows(
 
 def _key(considered: Considered) -> tuple[str, Pass]:
     return considered.request.site, considered.request.product
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector from walking over hundreds of thousands of new records, none of which is garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _selected(evidence: RunEvidence, chosen: Filter | None) -> frozenset[str]:

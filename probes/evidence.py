@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Engine
 
+from loka.collecting import uncollected
 from loka.errors import ArgumentError, EvidenceError
 from loka.formats import RECIPES, ROLES, Role
 from loka.numerics import Gate, gate_for
@@ -67,6 +68,7 @@ def load_evidence(db: str | os.PathLike[str], run_id: str | None = None, *, conf
         engine.dispose()
 
 
+@uncollected()
 def collect_evidence(engine: Engine, run_id: str | None = None, *, confidence: float = 0.95) -> RunEvidence:
     """Condense one run, by default the latest, into evidence at `confidence`, family-wise over its rows.
 
