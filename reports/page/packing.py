@@ -30,13 +30,11 @@ def deflated(text: str) -> Markup:
     return Markup(base64.b64encode(zlib.compress(text.encode(), _LEVEL)).decode())
 
 
-def deflated_json(value: Any, *, without: frozenset[str] = _NONE) -> Markup:
-    """Return a document as JSON in columns, deflated; `without` some keys. Raises ValueError for NaN and infinity."""
-    return deflated(columns([value], without))
-
-
 def columns(values: Sequence[Any], without: frozenset[str] = _NONE) -> str:
-    """Return JSON values as the text of one column, as the module describes, records in it without some keys."""
+    """Return JSON values as the text of one column, as the module describes, records in it without some keys.
+
+    Raises ValueError for NaN and infinity.
+    """
     types = set(map(type, values))
     if len(types) > 1:
         return _mixed(values, list(map(type, values)), without)
