@@ -17,7 +17,7 @@ from torch import nn
 
 import loka
 from benchmarks.record import write_record
-from loka.probes.database import open_database, read_steps
+from loka.probes.storing.database import open_database, read_steps
 from loka.reports.build import report_of
 from loka.workloads.open_bandit import ClickLog, batches, load_open_bandit, split_by_time
 from loka.workloads.wukong import Wukong, WukongConfig

@@ -1,4 +1,4 @@
-"""What dispatch adds to a kernel in eager mode: `dispatch.linear` against the kernel itself, on tiny shapes.
+"""What dispatch adds to a kernel in eager mode: `dispatch.running.linear` against the kernel itself, on tiny shapes.
 
 Without gradients and, where autograd records the call, with what recording an `autograd.Function` takes. How much that
 is shows a function that does nothing but call the kernel: nothing written in Python is recorded for less.
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.record import write_record
-from loka.dispatch.linear import linear
+from loka.dispatch.running.linear import linear
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import Kernel
 from loka.timing import measure

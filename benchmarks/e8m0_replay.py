@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 import loka
 from benchmarks.record import write_record
-from loka.dispatch.decide import request_of
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.dispatch.profile import DeviceProfile
-from loka.dispatch.sweep import sweep_evidence
+from loka.dispatch.deciding.decide import request_of
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.sweep import sweep_evidence
+from loka.dispatch.measuring.profile import DeviceProfile
 from loka.formats import RECIPES
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import default_registry
-from loka.probes.evidence import RunEvidence, load_evidence
+from loka.probes.judging.evidence import RunEvidence, load_evidence
 from loka.probes.records import Timing
 from loka.quantize import fake_quantize
 from loka.workloads.transformer import ByteTransformer, ByteTransformerConfig, stdlib_text, text_batches

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 import loka
 from benchmarks.record import write_record
-from loka.dispatch.decide import Decision
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.plan import Plan
 from loka.formats import DEFAULT_RECIPES, PASSES
 from loka.formats import recipe as recipe_of
 from loka.hardware import multiplies_bf16
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import GemmRequest
-from loka.probes.sites import fingerprint
+from loka.probes.capturing.sites import fingerprint
 from loka.quantize import fake_quantize
 from loka.timing import interleaved_ratio
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import loka
 from benchmarks.record import write_record
-from loka.dispatch.decide import Decision
+from loka.dispatch.deciding.decide import Decision
 from loka.kernel_registry.spec import GemmRequest, Op
-from loka.probes.sites import fingerprint
+from loka.probes.capturing.sites import fingerprint
 
 RECIPE = "blockwise"
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import write_record
-from loka.dispatch.profile import DeviceProfile
+from loka.dispatch.measuring.profile import DeviceProfile
 from loka.errors import LokaError
 from loka.formats import DEFAULT_RECIPES, RECIPES
 from loka.kernel_registry.ceilings import ceilings_of

@@ -29,7 +29,7 @@ import loka
 from benchmarks.paired import paired
 from benchmarks.probe_overhead import Loss, transformer, wukong
 from benchmarks.record import write_record
-from loka.dispatch.convert import planned_sites
+from loka.dispatch.running.convert import planned_sites
 from loka.formats import DEFAULT_RECIPES, Pass
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import KernelSpec

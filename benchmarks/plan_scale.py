@@ -19,14 +19,21 @@ import torch
 
 from benchmarks.record import write_record
 from loka.bounds import Bound
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.dispatch.sweep import sweep_evidence
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.sweep import sweep_evidence
 from loka.formats import DEFAULT_RECIPES, PASSES
 from loka.hardware import device_info
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import KernelSpec
-from loka.probes.evidence import ErrorInterval, GatedError, LossEvidence, ProductEvidence, RecipeEvidence, RunEvidence
+from loka.probes.judging.evidence import (
+    ErrorInterval,
+    GatedError,
+    LossEvidence,
+    ProductEvidence,
+    RecipeEvidence,
+    RunEvidence,
+)
 from loka.probes.records import Environment, RunInfo, RunProgress, Timing
 
 CANDIDATES = 40

@@ -34,7 +34,7 @@ import loka
 from benchmarks.loss_budget import BATCH, logits_of
 from benchmarks.paired import paired
 from benchmarks.record import write_record
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
 from loka.workloads.open_bandit import ClickLog, batches, load_open_bandit, split_by_time
 from loka.workloads.quality import log_loss
 from loka.workloads.wukong import Wukong, WukongConfig

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import loka
 from benchmarks.probe_overhead import transformer, wukong
 from benchmarks.record import write_record
-from loka.probes import session  # noqa: F401 - so that both arms have loaded what a probe needs
+from loka.probes.sampling import session  # noqa: F401 - so that both arms have loaded what a probe needs
 
 _FIXED_BYTES = 64 << 20
 _SHARE = 0.05

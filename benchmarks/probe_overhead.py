@@ -21,10 +21,10 @@ from torch._dynamo.utils import counters
 import loka
 from benchmarks.record import write_record
 from loka.naming import unwrap
-from loka.probes.capture import Capture
-from loka.probes.database import open_database, read_run
-from loka.probes.scope import capture_scope
-from loka.probes.sites import SiteMap
+from loka.probes.capturing.capture import Capture
+from loka.probes.capturing.scope import capture_scope
+from loka.probes.capturing.sites import SiteMap
+from loka.probes.storing.database import open_database, read_run
 from loka.timing import interleaved_ratio
 from loka.workloads.open_bandit import batches, load_open_bandit
 from loka.workloads.transformer import ByteTransformer, ByteTransformerConfig, stdlib_text, text_batches

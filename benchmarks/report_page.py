@@ -22,9 +22,9 @@ from benchmarks.plan_scale import evidence_of, registry_of, times_of
 from benchmarks.record import write_record
 from loka.bounds import Bound
 from loka.collecting import uncollected
-from loka.dispatch.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
 from loka.formats import DEFAULT_RECIPES, PASS_OPERANDS
-from loka.probes.evidence import ProductEvidence
+from loka.probes.judging.evidence import ProductEvidence
 from loka.probes.records import OperandRecord
 from loka.reports.html_report import render
 from loka.reports.page.material import MOST_SITES, Material

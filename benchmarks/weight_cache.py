@@ -18,8 +18,8 @@ from torch import nn
 import loka
 from benchmarks.emulated_linear import STACKS, plan_of
 from benchmarks.record import write_record
-from loka.dispatch.plan import Plan
-from loka.dispatch.weights import kept_bytes
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running.weights import kept_bytes
 from loka.timing import interleaved_ratio
 
 MICRO_BATCHES: Final[int] = 4

@@ -20,16 +20,16 @@ from loka.version import VERSION as __version__
 if TYPE_CHECKING:
     from loka import mods
     from loka.bounds import Bound
-    from loka.dispatch.convert import convert, revert
-    from loka.dispatch.executions import kernel_executions
-    from loka.dispatch.freeze import freeze
-    from loka.dispatch.monitor import monitor
-    from loka.dispatch.plan import Plan
-    from loka.dispatch.planner import plan
-    from loka.dispatch.transformers_experts import register_experts
+    from loka.dispatch.deciding.plan import Plan
+    from loka.dispatch.deciding.planner import plan
+    from loka.dispatch.freezing.freeze import freeze
+    from loka.dispatch.monitoring.monitor import monitor
+    from loka.dispatch.running.convert import convert, revert
+    from loka.dispatch.running.executions import kernel_executions
+    from loka.dispatch.running.transformers_experts import register_experts
     from loka.errors import LokaError, LokaWarning
     from loka.probes.routing.recorder import trace_routing
-    from loka.probes.session import probe
+    from loka.probes.sampling.session import probe
     from loka.reports.advise.report import advise
 
 __all__ = [
@@ -55,16 +55,16 @@ _HOMES: Final[dict[str, str]] = {
     "Bound": "loka.bounds",
     "LokaError": "loka.errors",
     "LokaWarning": "loka.errors",
-    "Plan": "loka.dispatch.plan",
+    "Plan": "loka.dispatch.deciding.plan",
     "advise": "loka.reports.advise.report",
-    "convert": "loka.dispatch.convert",
-    "freeze": "loka.dispatch.freeze",
-    "kernel_executions": "loka.dispatch.executions",
-    "monitor": "loka.dispatch.monitor",
-    "plan": "loka.dispatch.planner",
-    "probe": "loka.probes.session",
-    "register_experts": "loka.dispatch.transformers_experts",
-    "revert": "loka.dispatch.convert",
+    "convert": "loka.dispatch.running.convert",
+    "freeze": "loka.dispatch.freezing.freeze",
+    "kernel_executions": "loka.dispatch.running.executions",
+    "monitor": "loka.dispatch.monitoring.monitor",
+    "plan": "loka.dispatch.deciding.planner",
+    "probe": "loka.probes.sampling.session",
+    "register_experts": "loka.dispatch.running.transformers_experts",
+    "revert": "loka.dispatch.running.convert",
     "trace_routing": "loka.probes.routing.recorder",
 }
 

@@ -3,8 +3,8 @@
     torch.compile(model, backend="loka", options={"plan": "plan.json"})
 
 Each product's weight is traced back through views to its graph input, whose source names the parameter; that name is
-the site. A planned product becomes a call of `dispatch.linear`, which AOT autograd traces into, so that Inductor sees
-plain aten ops and fuses the quantise with its neighbours. Any other option, and `mode`, go to Inductor.
+the site. A planned product becomes a call of `dispatch.running.linear`, which AOT autograd traces into, so that
+Inductor sees plain aten ops and fuses the quantise with its neighbours. Any other option, and `mode`, go to Inductor.
 """
 
 import logging
@@ -18,12 +18,12 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, fx
 
-from loka.dispatch.convert import plan_of
-from loka.dispatch.effect import changed_kernels, note_graph
-from loka.dispatch.executions import counted, graph_kernels
-from loka.dispatch.graph import operands, origin, shape_of
-from loka.dispatch.plan import Plan
-from loka.dispatch.routing import SiteKernels, site_kernels
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.monitoring.effect import changed_kernels, note_graph
+from loka.dispatch.running.convert import plan_of
+from loka.dispatch.running.executions import counted, graph_kernels
+from loka.dispatch.running.graph import operands, origin, shape_of
+from loka.dispatch.running.routing import SiteKernels, site_kernels
 from loka.errors import ArgumentError, PlanError, nearest
 from loka.naming import clean_fqn
 

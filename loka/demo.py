@@ -21,11 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from loka.bounds import Bound
-from loka.dispatch.convert import convert
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import plan as make_plan
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import plan as make_plan
+from loka.dispatch.running.convert import convert
 from loka.errors import ArgumentError
-from loka.probes.session import probe
+from loka.probes.sampling.session import probe
 from loka.reports.build import built_of
 from loka.reports.render import rendered
 from loka.reports.table import print_table

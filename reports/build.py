@@ -14,14 +14,14 @@ from sqlalchemy import Engine
 
 from loka.bounds import Bound, checked_bound
 from loka.collecting import uncollected
-from loka.dispatch.decide import Decision
-from loka.dispatch.planner import PlanOptions, check_loss, decide_all, time_table
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.planner import PlanOptions, check_loss, decide_all, time_table
 from loka.hardware import current_device
 from loka.kernel_registry.registry import default_registry
-from loka.probes.database import open_database, read_timings
-from loka.probes.evidence import RunEvidence, collect_evidence
+from loka.probes.judging.evidence import RunEvidence, collect_evidence
+from loka.probes.judging.trajectories import Trajectory, read_trajectories
 from loka.probes.records import Timing
-from loka.probes.trajectories import Trajectory, read_trajectories
+from loka.probes.storing.database import open_database, read_timings
 from loka.reports.advise.case import Case
 from loka.reports.advise.report import advise_on
 from loka.reports.dynamics import dynamics_section

@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import Final
 
 from loka.bounds import Bound
-from loka.dispatch.by_rows import kernel_for
-from loka.dispatch.decide import Decision
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import check_loss
+from loka.dispatch.deciding.by_rows import kernel_for
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import check_loss
 from loka.errors import ArgumentError
 from loka.formats import Pass
-from loka.probes.evidence import MIN_SAMPLES, ProductEvidence, RecipeEvidence, RunEvidence, Verdict, load_evidence
-from loka.probes.same_model import check_same_model, model_differences
+from loka.probes.judging.evidence import (
+    MIN_SAMPLES,
+    ProductEvidence,
+    RecipeEvidence,
+    RunEvidence,
+    Verdict,
+    load_evidence,
+)
+from loka.probes.storing.same_model import check_same_model, model_differences
 
 Key = tuple[str, Pass]
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from loka.dispatch.decide import Decision
+from loka.dispatch.deciding.decide import Decision
 from loka.reports.diff import Key, PlanDiff, RunDiff
 from loka.reports.fitting import keep_figures
 from loka.reports.words import number, plain, plural

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from loka.probes.trajectories import Growth, Trajectory, diverges, growth_of
+from loka.probes.judging.trajectories import Growth, Trajectory, diverges, growth_of
 from loka.reports.axes import Axis
 from loka.reports.words import Report, Row, number, percent, plain, plural
 

@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from loka.bounds import Bound, Limit
-from loka.dispatch.candidates import Candidate
-from loka.dispatch.decide import Decision
-from loka.dispatch.judged import LossCost
-from loka.dispatch.plan import Plan
-from loka.dispatch.profile import TimeAt
+from loka.dispatch.deciding.candidates import Candidate
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.judged import LossCost
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.measuring.profile import TimeAt
 from loka.errors import EvidenceError, nearest
 from loka.formats import Pass
 from loka.reports.fitting import keep_figures

@@ -17,9 +17,9 @@ from sqlalchemy import Engine
 
 from loka.bounds import Bound
 from loka.errors import DatabaseError, EvidenceError
-from loka.probes.database import StoredRun, list_runs, open_database, read_run, resolve_url
-from loka.probes.evidence import collect_evidence
+from loka.probes.judging.evidence import collect_evidence
 from loka.probes.records import Event
+from loka.probes.storing.database import StoredRun, list_runs, open_database, read_run, resolve_url
 from loka.reports.record import build_report
 from loka.reports.words import Report, Row, best_recipe, crossing, plain, product_name
 

@@ -16,13 +16,13 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loka.bounds import Bound, Limit
-from loka.dispatch.candidates import Candidate
-from loka.dispatch.decide import Decision
-from loka.dispatch.judged import no_loss
+from loka.dispatch.deciding.candidates import Candidate
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.judged import no_loss
 from loka.errors import ArgumentError
-from loka.probes.drift import Drift
-from loka.probes.evidence import LossEvidence, ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.experts.layers import parts_of, unseen_experts
+from loka.probes.judging.drift import Drift
+from loka.probes.judging.evidence import LossEvidence, ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.records import OperandRecord
 from loka.reports.experts import experts_of
 from loka.reports.summary import summarise

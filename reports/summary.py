@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from loka.dispatch.decide import Decision
+from loka.dispatch.deciding.decide import Decision
 from loka.errors import ArgumentError
 from loka.formats import PASSES
 from loka.reports.words import (

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from loka.dispatch.sweep import Sweep, SweepPoint
+from loka.dispatch.deciding.sweep import Sweep, SweepPoint
 from loka.reports.axes import Axis
 from loka.reports.html import html_environment, inline, source_hash
 from loka.reports.words import number, percent, plain, small, speedup

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from loka.dispatch.bench import RowTimes
-from loka.dispatch.rooflines import placed, request_of_timing
+from loka.dispatch.measuring.bench import RowTimes
+from loka.dispatch.measuring.rooflines import placed, request_of_timing
 from loka.kernel_registry.registry import default_registry
 from loka.probes.records import Timing
 from loka.reports.fitting import keep_figures

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from loka.dispatch.verify import Verification
+from loka.dispatch.measuring.verify import Verification
 from loka.reports.fitting import keep_figures
 
 _NOTHING = (

@@ -67,8 +67,8 @@ def _seeded() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    if "loka.dispatch.routing" in sys.modules:  # every test is told decisions anew, as every process is
-        sys.modules["loka.dispatch.routing"]._told.clear()
+    if "loka.dispatch.running.routing" in sys.modules:  # every test is told decisions anew, as every process is
+        sys.modules["loka.dispatch.running.routing"]._told.clear()
 
 
 @pytest.fixture(autouse=True)

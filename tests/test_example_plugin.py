@@ -47,7 +47,7 @@ def test_its_kernel_is_verified_against_the_definition(run):
 
 def test_its_kernel_runs_and_is_counted(run):
     code = (
-        "import torch, loka; from loka.dispatch.linear import linear\n"
+        "import torch, loka; from loka.dispatch.running.linear import linear\n"
         "x, w = torch.randn(3, 40), torch.randn(5, 40)\n"
         "got = linear(x, w, None, 'example.linear.rowwise', '', '')\n"
         "want = linear(x, w, None, 'emulated.linear.rowwise', '', '')\n"

@@ -31,13 +31,12 @@ HOMES = {
     r"\bfloat8_(e\d|\{)": {"loka/formats.py", "kernel_registry/torch_scaled_mm.py"},
     r"perf_counter": {
         "loka/timing.py",
-        "dispatch/measure.py",  # a deadline, not a measurement
-        "probes/capture.py",
-        "probes/sampler.py",
-        "probes/session.py",
-        "probes/scopes.py",
-        "probes/steps.py",
-        "probes/writer.py",
+        "dispatch/measuring/measure.py",  # a deadline, not a measurement
+        "probes/capturing/capture.py",
+        "probes/sampling/sampler.py",
+        "probes/sampling/session.py",
+        "probes/sampling/steps.py",
+        "probes/storing/writer.py",
     },
     r"/proc/cpuinfo": {"loka/hardware.py"},
     r"get_device_capability": {"loka/hardware.py"},

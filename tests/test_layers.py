@@ -71,12 +71,12 @@ def test_a_module_imports_only_layers_below_it(name: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("statement", "module", "target"),
     [
-        ("import loka.probes.session", "loka.probes.session", "probes"),
+        ("import loka.probes.sampling.session", "loka.probes.sampling.session", "probes"),
         ("def f():\n    from loka.mods import claims", "loka.mods.claims", "mods"),
         ("from loka import dispatch", "loka.dispatch", "dispatch"),
         ("from loka import Plan", "loka", "top"),
-        ("from . import session", "loka.probes.session", "probes"),
-        ("from ..dispatch import plan", "loka.dispatch.plan", "dispatch"),
+        ("from .sampling import session", "loka.probes.sampling.session", "probes"),
+        ("from ..dispatch.deciding import plan", "loka.dispatch.deciding.plan", "dispatch"),
         ("from .. import cli", "loka.cli", "top"),
     ],
 )

@@ -32,7 +32,7 @@ from benchmarks.mods.workloads import (
 )
 from benchmarks.paired import paired, seeds_needed, smallest_seen
 from benchmarks.truth.recommendation import Table
-from loka.dispatch.convert import planned_sites, unreached
+from loka.dispatch.running.convert import planned_sites, unreached
 from loka.quantize import fake_quantize
 from loka.workloads.transformer import ByteTransformerConfig, text_batches
 

@@ -15,11 +15,11 @@ import pytest
 
 import loka
 from loka.formats import PASSES
-from loka.probes.database import open_database, read_steps
-from loka.probes.evidence import RunEvidence, load_evidence
 from loka.probes.experts.layers import parts_of
 from loka.probes.experts.statistics import MIN_MEASURED
+from loka.probes.judging.evidence import RunEvidence, load_evidence
 from loka.probes.records import StepRecord
+from loka.probes.storing.database import open_database, read_steps
 from loka.reports.experts import expert_notes
 from loka.reports.record import build_report
 from tests.made_expert_products import Slice, captured

@@ -16,9 +16,9 @@ from torch import nn
 
 import loka
 from loka.compiler import rewrite
-from loka.dispatch.convert import planned_sites, unreached
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running.convert import planned_sites, unreached
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.formats import PASSES
 from tests.loka.made_compiled import Backend
 from tests.made_moe_families import EXPERTS, GROUPED, batches, experts_of, train, trained

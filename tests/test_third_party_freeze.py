@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loka
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
 from tests.dispatch.made_conversion import decision, plan_for
 from tests.made_moe_families import FAMILIES, untrained
 

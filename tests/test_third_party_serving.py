@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import loka
-from loka.dispatch.candidates import request_of
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
-from loka.dispatch.plan import Plan
-from loka.dispatch.profile import DeviceProfile, at_rows
+from loka.dispatch.deciding.candidates import request_of
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.measuring.profile import DeviceProfile, at_rows
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.hardware import device_info
 from loka.kernel_registry.registry import default_registry
-from loka.probes.evidence import load_evidence
+from loka.probes.judging.evidence import load_evidence
 from loka.probes.records import Timing
 from tests.made_moe_families import batches, experts_of, trained
 

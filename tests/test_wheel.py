@@ -73,9 +73,9 @@ def test_an_installed_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: 
         "from importlib.metadata import distributions\n"
         f"(installed,) = distributions(path=[{str(target)!r}])\n"
         "loaded = [sys.modules[point.load().__module__].__file__ for point in installed.entry_points]\n"
-        "import loka, loka.probes.session, loka.reports.render\n"
+        "import loka, loka.probes.sampling.session, loka.reports.render\n"
         "from loka.workloads.open_bandit import load_open_bandit\n"
-        "print(loka.__file__, loka.probes.session.__file__, *loaded, len(load_open_bandit().click), sep='\\n')"
+        "print(loka.__file__, loka.probes.sampling.session.__file__, *loaded, len(load_open_bandit().click), sep='\\n')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr

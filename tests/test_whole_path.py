@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loka
-from loka.dispatch.convert import planned_sites, unreached
+from loka.dispatch.running.convert import planned_sites, unreached
 from loka.reports.build import report_of
 from loka.reports.render import FORMATS
 from loka.workloads.wukong import Wukong, WukongConfig

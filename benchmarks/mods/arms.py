@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import loka
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
 from loka.errors import LokaWarning
 from loka.formats import RECIPES, Pass
 from loka.kernel_registry.emulated import emulate

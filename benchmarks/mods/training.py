@@ -29,7 +29,7 @@ from benchmarks.mods.show import shown
 from benchmarks.mods.summary import summarised
 from benchmarks.mods.workloads import WORKLOADS, Batch, Task, make, missing, rate
 from benchmarks.record import write_record
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,9 +21,9 @@ import loka
 from benchmarks.moe.router import Texts, passage_losses, texts, trained
 from benchmarks.paired import paired
 from benchmarks.record import write_record
-from loka.dispatch.plan import Plan
-from loka.probes.database import open_database
-from loka.probes.predictions import read_experts
+from loka.dispatch.deciding.plan import Plan
+from loka.probes.judging.predictions import read_experts
+from loka.probes.storing.database import open_database
 
 _BOUND: Final[float] = 0.05
 _PROBED: Final[int] = 40  # batches of training text, one in `_EVERY` of which is sampled

@@ -18,11 +18,11 @@ from benchmarks.truth.roads import OBSERVATIONS, Observation
 from benchmarks.truth.rows import Collected, Cost, Group, Row
 from loka.formats import Pass
 from loka.numerics import MIN_COLUMNS, ProductError, gate_for
-from loka.probes.capture import Capture, Sighting
-from loka.probes.measure import ROWS, measure
-from loka.probes.products import Draw, Gemm
-from loka.probes.scope import capture_scope
-from loka.probes.sites import SiteKey, SiteMap
+from loka.probes.capturing.capture import Capture, Sighting
+from loka.probes.capturing.products import Draw, Gemm
+from loka.probes.capturing.scope import capture_scope
+from loka.probes.capturing.sites import SiteKey, SiteMap
+from loka.probes.sampling.measure import ROWS, measure
 
 # Rows of the truth: at least so many, and all of them where that is cheap.
 TRUTH_ROWS: Final[int] = 256

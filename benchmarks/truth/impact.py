@@ -27,8 +27,8 @@ from benchmarks.truth.judge import spearman
 from benchmarks.truth.materials import Material
 from benchmarks.truth.rounded import Call, find_calls, run_rounded
 from loka.formats import RECIPES
-from loka.probes.evidence import LossEvidence, RunEvidence, load_evidence
-from loka.probes.losses import logits_of
+from loka.probes.judging.evidence import LossEvidence, RunEvidence, load_evidence
+from loka.probes.sampling.losses import logits_of
 
 # A probe weighs one sampled step in so many by the loss: each early batch comes so often in a row, and counts once.
 PASSES: Final[int] = 4

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loka.formats import DEFAULT_RECIPES, RECIPES, Recipe
-from loka.probes.sites import FilterFn
+from loka.probes.capturing.sites import FilterFn
 
 EARLY: Final[int] = 8
 LATER: Final[int] = 10

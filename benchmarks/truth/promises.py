@@ -1,7 +1,7 @@
 """Whether the intervals of early steps keep their word on later ones, and whether `safe` is safe.
 
-Intervals are those of a report (`loka.probes.intervals`, frozen weights): family-wise over all rows of one material and
-split, and, to see the method without Bonferroni, each row on its own.
+Intervals are those of a report (`loka.probes.judging.intervals`, frozen weights): family-wise over all rows of one
+material and split, and, to see the method without Bonferroni, each row on its own.
 """
 
 import math
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from benchmarks.truth.judge import actual, grouped
 from benchmarks.truth.rows import Collected, Row
-from loka.probes.intervals import MIN_SAMPLES, Intervals, intervals, select_window
+from loka.probes.judging.intervals import MIN_SAMPLES, Intervals, intervals, select_window
 
 CONFIDENCE: Final[float] = 0.95
 BOUNDS: Final[tuple[float, ...]] = (0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05)

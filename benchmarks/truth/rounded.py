@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loka.formats import Recipe
-from loka.probes.capture import Capture, Sighting
-from loka.probes.measure import exact_arithmetic, is_plain_product
-from loka.probes.products import FACTORS, factors_of
-from loka.probes.scope import capture_scope
-from loka.probes.sites import FilterFn, SiteKey, SiteMap
+from loka.probes.capturing.capture import Capture, Sighting
+from loka.probes.capturing.products import FACTORS, factors_of
+from loka.probes.capturing.scope import capture_scope
+from loka.probes.capturing.sites import FilterFn, SiteKey, SiteMap
+from loka.probes.sampling.measure import exact_arithmetic, is_plain_product
 from loka.quantize import fake_quantize
 
 # Products whose output is their result plus something else, so that a change of the one is the change of the other.

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import loka
 from loka.formats import DEFAULT_RECIPES
-from loka.probes.evidence import load_evidence
-from loka.probes.sites import FilterFn
+from loka.probes.capturing.sites import FilterFn
+from loka.probes.judging.evidence import load_evidence
 from loka.timing import interleaved_ratio
 from loka.workloads.open_bandit import batches, load_open_bandit
 from loka.workloads.wukong import Wukong, WukongConfig

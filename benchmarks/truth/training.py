@@ -26,9 +26,9 @@ from benchmarks.truth.promises import BOUNDS, CONFIDENCE
 from benchmarks.truth.recommendation import Setup
 from loka.formats import DEFAULT_RECIPES, Pass
 from loka.numerics import Gate, gate_for
-from loka.probes.database import open_database, read_steps
-from loka.probes.intervals import MIN_SAMPLES, intervals, select_window
+from loka.probes.judging.intervals import MIN_SAMPLES, intervals, select_window
 from loka.probes.records import StepRecord
+from loka.probes.storing.database import open_database, read_steps
 
 STEPS: Final[int] = 800
 EVERY: Final[int] = 4

@@ -85,7 +85,7 @@ def plan(  # noqa: PLR0913 - one parameter per flag
 
 
 def _sweep(db: str, bound: "Bound", output: Path | None, format: TableFormat, options: dict[str, Any]) -> None:
-    from loka.dispatch.sweep import sweep as make_sweep
+    from loka.dispatch.deciding.sweep import sweep as make_sweep
     from loka.reports.sweep import render_html, sweep_json, sweep_text
 
     renderers = {".html": render_html, ".json": sweep_json}
@@ -107,7 +107,7 @@ def _sweep(db: str, bound: "Bound", output: Path | None, format: TableFormat, op
 
 
 def _plan(db: str, bound: "Bound", output: Path, options: dict[str, Any]) -> None:
-    from loka.dispatch.planner import plan as make_plan
+    from loka.dispatch.deciding.planner import plan as make_plan
 
     with progress("measuring kernels") as tick:
         made = make_plan(db, bound, on_progress=tick, **options)

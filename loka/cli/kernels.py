@@ -69,8 +69,8 @@ class _Job:
 
 
 def _bench_times(job: _Job, export: Path | None) -> None:
-    from loka.dispatch.bench import bench_database, bench_suite, ceilings_here, profile_of, row_times
-    from loka.dispatch.rooflines import described
+    from loka.dispatch.measuring.bench import bench_database, bench_suite, ceilings_here, profile_of, row_times
+    from loka.dispatch.measuring.rooflines import described
     from loka.kernel_registry.registry import default_registry
     from loka.reports.timings import row_times_json, timings_table
 
@@ -91,7 +91,7 @@ def _bench_times(job: _Job, export: Path | None) -> None:
 
 
 def _bench_verify(job: _Job, _: str) -> None:
-    from loka.dispatch.bench import shapes_for, verify_shapes
+    from loka.dispatch.measuring.bench import shapes_for, verify_shapes
     from loka.reports.verification import verification_rows, verification_table
 
     with progress("verifying") as tick:
@@ -102,7 +102,7 @@ def _bench_verify(job: _Job, _: str) -> None:
 
 
 def _bench_tune(job: _Job, _: str) -> None:
-    from loka.dispatch.bench import shapes_for, tune_shapes
+    from loka.dispatch.measuring.bench import shapes_for, tune_shapes
     from loka.reports.tuning import tuning_rows, tuning_table
 
     with progress("tuning") as tick:
@@ -111,8 +111,8 @@ def _bench_tune(job: _Job, _: str) -> None:
 
 
 def _bench_values(job: _Job, kinds: str) -> None:
-    from loka.dispatch.bench import compare_shapes, shapes_for
-    from loka.dispatch.rooflines import described_all
+    from loka.dispatch.measuring.bench import compare_shapes, shapes_for
+    from loka.dispatch.measuring.rooflines import described_all
     from loka.kernel_registry.registry import default_registry
     from loka.reports.values import values_table
 

@@ -111,11 +111,11 @@ def explain(  # noqa: PLR0913 - one parameter per flag
 ) -> None:
     """Show every candidate kernel of one site with its time, error and the reason it won or lost."""
     from loka.bounds import parse_bound
-    from loka.dispatch.planner import plan as make_plan
+    from loka.dispatch.deciding.planner import plan as make_plan
     from loka.formats import pass_name
-    from loka.probes.database import open_database
-    from loka.probes.predictions import read_experts, read_predictions
-    from loka.probes.trajectories import read_trajectories
+    from loka.probes.judging.predictions import read_experts, read_predictions
+    from loka.probes.judging.trajectories import read_trajectories
+    from loka.probes.storing.database import open_database
     from loka.reports.dynamics import dynamics_lines
     from loka.reports.experts import expert_lines
     from loka.reports.explain import decisions_of, explain_json, explain_text

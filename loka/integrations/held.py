@@ -13,10 +13,10 @@ from typing import Any, Final, TypedDict, Unpack
 from torch import nn
 
 from loka.errors import ArgumentError, EvidenceError, LokaWarning
-from loka.probes.audience import Listener
+from loka.probes.capturing.sites import FilterFn
 from loka.probes.records import Event, RunInfo, RunProgress, StepRecord
-from loka.probes.session import Probe, probe
-from loka.probes.sites import FilterFn
+from loka.probes.sampling.audience import Listener
+from loka.probes.sampling.session import Probe, probe
 from loka.reports.metrics import Detail, check_detail, step_metrics
 
 Loss = str | Callable[..., Any] | None

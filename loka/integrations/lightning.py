@@ -18,7 +18,7 @@ from torch import nn
 from loka.errors import ArgumentError, nearest
 from loka.integrations.held import Held, Loss, ProbeOptions, Readings
 from loka.integrations.libraries import library
-from loka.probes.audience import Listener
+from loka.probes.sampling.audience import Listener
 from loka.reports.metrics import Detail
 
 _PACKAGES: Final[tuple[str, ...]] = ("lightning.pytorch", "pytorch_lightning")

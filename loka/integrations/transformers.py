@@ -19,7 +19,7 @@ from torch import nn
 from loka.integrations.held import Held, Loss, ProbeOptions, Readings
 from loka.integrations.libraries import library
 from loka.naming import unwrap
-from loka.probes.audience import Listener
+from loka.probes.sampling.audience import Listener
 from loka.reports.metrics import Detail
 
 _transformers: Any = library("transformers", "transformers", "loka.integrations.transformers")

@@ -12,8 +12,8 @@ import math
 
 from loka.bounds import Limit
 from loka.probes.experts.statistics import ExpertError, ExpertStatistics
-from loka.probes.intervals import MIN_SAMPLES, mean_factor, tolerance_factor
-from loka.probes.verdicts import Verdict
+from loka.probes.judging.intervals import MIN_SAMPLES, mean_factor, tolerance_factor
+from loka.probes.judging.verdicts import Verdict
 
 
 def judge_experts(statistics: ExpertStatistics, recipe: str, limit: Limit, confidence: float) -> dict[int, Verdict]:

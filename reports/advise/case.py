@@ -14,19 +14,19 @@ import numpy as np
 from sqlalchemy import Engine
 
 from loka.bounds import Bound
-from loka.dispatch.candidates import request_of
-from loka.dispatch.decide import Decision
-from loka.dispatch.profile import TimeTable
+from loka.dispatch.deciding.candidates import request_of
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.measuring.profile import TimeTable
 from loka.errors import ArgumentError
 from loka.formats import ROLES, Pass
 from loka.kernel_registry.ceilings import precision_of
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest
-from loka.probes.database import find_run, read_learned, transaction
-from loka.probes.evidence import ProductEvidence, RecipeEvidence, RunEvidence
-from loka.probes.learning import restore
-from loka.probes.series import OPERAND_VALUES, RunSeries, load_series
-from loka.probes.trajectories import Trajectory
+from loka.probes.judging.evidence import ProductEvidence, RecipeEvidence, RunEvidence
+from loka.probes.judging.series import OPERAND_VALUES, RunSeries, load_series
+from loka.probes.judging.trajectories import Trajectory
+from loka.probes.sampling.learning import restore
+from loka.probes.storing.database import find_run, read_learned, transaction
 from loka.reports.advise.advice import SiteState, Status
 from loka.roofline import Ceilings
 

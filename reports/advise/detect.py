@@ -12,9 +12,9 @@ from typing import Final
 from loka.numerics import MIN_COLUMNS
 from loka.probes.distributions.extremes import LOUD_OCTAVES, Extremes
 from loka.probes.distributions.learned import OperandDistribution
-from loka.probes.evidence import ProductEvidence
-from loka.probes.learning import EXTREMES
-from loka.probes.trajectories import diverges, growth_of
+from loka.probes.judging.evidence import ProductEvidence
+from loka.probes.judging.trajectories import diverges, growth_of
+from loka.probes.sampling.learning import EXTREMES
 from loka.reports.advise.advice import Hit, Suggestion
 from loka.reports.advise.case import Case
 from loka.reports.advise.predict import feature_amax

@@ -25,8 +25,8 @@ from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.extremes import Extremes
 from loka.probes.distributions.histograms import AMAX_BIN, BELOW, BINS_PER_OCTAVE, OperandHistograms
 from loka.probes.distributions.learned import OperandDistribution
-from loka.probes.evidence import ProductEvidence, RecipeEvidence
-from loka.probes.learning import EXTREMES, STATISTICS
+from loka.probes.judging.evidence import ProductEvidence, RecipeEvidence
+from loka.probes.sampling.learning import EXTREMES, STATISTICS
 from loka.quantize import fake_quantize, finite_amax
 from loka.reports.advise.advice import Hit, Prediction, Predictions
 from loka.reports.advise.case import Case

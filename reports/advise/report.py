@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 
 from loka.bounds import Bound, checked_bound
-from loka.dispatch.options import PlanOptions
-from loka.dispatch.planner import DEFAULT_BOUND, check_loss, decide_all, time_table
-from loka.dispatch.profile import DeviceProfile
+from loka.dispatch.deciding.options import PlanOptions
+from loka.dispatch.deciding.planner import DEFAULT_BOUND, check_loss, decide_all, time_table
+from loka.dispatch.measuring.profile import DeviceProfile
 from loka.kernel_registry.registry import default_registry
-from loka.probes.database import open_database, read_timings
-from loka.probes.evidence import collect_evidence
-from loka.probes.trajectories import read_trajectories
+from loka.probes.judging.evidence import collect_evidence
+from loka.probes.judging.trajectories import read_trajectories
+from loka.probes.storing.database import open_database, read_timings
 from loka.reports.advise.advice import Advice, Checked, Figure, Hit, Rule, Suggestion
 from loka.reports.advise.case import Case
 from loka.reports.advise.rules import RULES

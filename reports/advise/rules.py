@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from typing import Final
 
-from loka.probes.trajectories import DIVERGED_BY, Trajectory
+from loka.probes.judging.trajectories import DIVERGED_BY, Trajectory
 from loka.reports.advise.advice import Hit, Prediction, Predictions, Rule
 from loka.reports.advise.case import Case
 from loka.reports.advise.detect import (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from loka.kernel_registry.spec import GemmRequest
-from loka.probes.evidence import ProductEvidence
+from loka.probes.judging.evidence import ProductEvidence
 from loka.reports.advise.advice import Prediction
 from loka.reports.advise.case import Case
 

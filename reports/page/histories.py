@@ -16,7 +16,6 @@ from sqlalchemy import Engine
 
 from loka.errors import ArgumentError
 from loka.formats import PASS_OPERANDS, Pass, Role
-from loka.probes.database import find_run, read_learned, transaction
 from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.histograms import (
     AMAX_BIN,
@@ -27,10 +26,11 @@ from loka.probes.distributions.histograms import (
     GroupKind,
     OperandHistograms,
 )
-from loka.probes.learning import STATISTICS, restore
+from loka.probes.judging.series import RunSeries, load_series, over_ranks
 from loka.probes.records import LearnedRecord
-from loka.probes.schema import METRICS
-from loka.probes.series import RunSeries, load_series, over_ranks
+from loka.probes.sampling.learning import STATISTICS, restore
+from loka.probes.storing.database import find_run, read_learned, transaction
+from loka.probes.storing.schema import METRICS
 
 logger = logging.getLogger("loka.reports")
 

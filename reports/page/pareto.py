@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from loka.dispatch.candidates import MIN_SPEEDUP, Code
+from loka.dispatch.deciding.candidates import MIN_SPEEDUP, Code
 from loka.reports.page.headline import baseline_us
 from loka.reports.words import Report, Row
 

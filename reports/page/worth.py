@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from loka.dispatch.decide import Decision
-from loka.dispatch.profile import at_rows, newest, time_key
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.measuring.profile import at_rows, newest, time_key
 from loka.probes.records import Timing
 
 CONFIDENCE: Final[float] = 0.95

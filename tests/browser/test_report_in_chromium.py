@@ -15,7 +15,7 @@ from torch import nn
 import loka
 from benchmarks.chromium import chromium, find_chromium, wait_until
 from loka.bounds import Bound
-from loka.probes.drift import Drift
+from loka.probes.judging.drift import Drift
 from loka.reports import html_report, json_report
 from loka.reports.build import built_of
 from loka.reports.page.material import Material

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loka.dispatch import linear as op
+from loka.dispatch.running import linear as op
 from tests.dispatch.made_conversion import Calls
 
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from loka.dispatch.convert import convert
+from loka.dispatch.running.convert import convert
 from loka.kernel_registry.registry import default_registry
 from tests.dispatch.made_conversion import decision, plan_for
 

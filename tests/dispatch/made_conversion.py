@@ -8,12 +8,12 @@ import pytest
 from torch import nn
 
 from loka.bounds import Bound
-from loka.dispatch.decide import Decision
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.plan import Plan
 from loka.formats import PASSES
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import GemmRequest
-from loka.probes.sites import fingerprint
+from loka.probes.capturing.sites import fingerprint
 
 # A recipe of its own for every pass, so that a kernel in the wrong place shows.
 MIXED = {"fprop": "rowwise", "dgrad": "tensorwise", "wgrad": "blockwise"}

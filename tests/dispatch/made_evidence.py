@@ -3,13 +3,13 @@
 import math
 
 from loka.bounds import Bound
-from loka.dispatch.decide import decide, request_of
-from loka.dispatch.plan import Plan
-from loka.dispatch.profile import TimeTable
+from loka.dispatch.deciding.decide import decide, request_of
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.measuring.profile import TimeTable
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry
-from loka.probes.evidence import ErrorInterval, ProductEvidence, RecipeEvidence, RunEvidence
+from loka.probes.judging.evidence import ErrorInterval, ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.records import Environment, RunInfo, RunProgress, Timing
 
 CPU = DeviceInfo(type="cpu", name="test")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loka.dispatch.linear import linear
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running.linear import linear
 from tests.dispatch.made_conversion import MIXED, decision, emulated, plan_for
 
 GROUPED = tuple(f"emulated.grouped_linear.{recipe}" for recipe in MIXED.values())

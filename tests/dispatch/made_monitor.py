@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import loka
-from loka.dispatch.decide import Candidate
+from loka.dispatch.deciding.decide import Candidate
 from tests.dispatch.made_conversion import decision, plan_for
 
 # The loud row of every batch: at LOUD the tensorwise recipe is within 0.05 everywhere, at ten times LOUD it is not.

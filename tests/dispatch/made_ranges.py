@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from loka.dispatch.by_rows import by_rows
-from loka.dispatch.decide import Decision
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.dispatch.profile import DeviceProfile
+from loka.dispatch.deciding.by_rows import by_rows
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.measuring.profile import DeviceProfile
 from loka.kernel_registry.spec import KernelSpec
 from tests.dispatch.made_conversion import decision, plan_for
 from tests.dispatch.made_evidence import BOUND, HOPPER, built_in, run

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import grouped_mm
 
 import loka
-from loka.dispatch.bench import bench_database, bench_suite, profile_of, shapes_for, verify_shapes
-from loka.dispatch.shapes import shapes_of
-from loka.probes.database import open_database
-from loka.probes.evidence import collect_evidence
+from loka.dispatch.measuring.bench import bench_database, bench_suite, profile_of, shapes_for, verify_shapes
+from loka.dispatch.measuring.shapes import shapes_of
+from loka.probes.judging.evidence import collect_evidence
+from loka.probes.storing.database import open_database
 from loka.workloads.suites import SUITES, SuiteProduct, suite
 
 COUNTS, FEATURES, HIDDEN = (5, 0, 14, 2), 16, 24

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from loka.dispatch import compare_values as module
-from loka.dispatch.compare_values import compare_values, parse_kinds
-from loka.dispatch.draws import Source
-from loka.dispatch.shapes import Shape
+from loka.dispatch.measuring import compare_values as module
+from loka.dispatch.measuring.compare_values import compare_values, parse_kinds
+from loka.dispatch.measuring.draws import Source
+from loka.dispatch.measuring.shapes import Shape
 from loka.errors import ArgumentError
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
-from loka.probes.learning import Learner
-from loka.probes.measure import Sampled
+from loka.probes.sampling.learning import Learner
+from loka.probes.sampling.measure import Sampled
 from loka.reports.values import values_table
 
 SEEN: list[tuple[str, float, float]] = []

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from loka.bounds import Bound
-from loka.dispatch.draws import Source
-from loka.dispatch.layers import LayerShape, layer_shapes, layers_of, measure_layers, passes_of
-from loka.dispatch.options import PlanOptions
-from loka.dispatch.planner import decide_all
-from loka.dispatch.profile import DeviceProfile
+from loka.dispatch.deciding.options import PlanOptions
+from loka.dispatch.deciding.planner import decide_all
+from loka.dispatch.measuring.draws import Source
+from loka.dispatch.measuring.layers import LayerShape, layer_shapes, layers_of, measure_layers, passes_of
+from loka.dispatch.measuring.profile import DeviceProfile
 from loka.formats import PASSES
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import default_registry
@@ -152,7 +152,7 @@ def small_shape():
 
 def known(shape, apart_us):
     """Times of the passes apart, and of the baselines, 10 us each."""
-    from loka.dispatch.measure import timing_of
+    from loka.dispatch.measuring.measure import timing_of
     from loka.hardware import device_info
     from loka.timing import Measurement
 

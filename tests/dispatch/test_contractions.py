@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loka.dispatch.contractions import einsum, tensordot
+from loka.dispatch.running.contractions import einsum, tensordot
 
 HIGH = ("", "", "")
 

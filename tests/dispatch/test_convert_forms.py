@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loka.dispatch.convert import convert, planned_sites, unreached
-from loka.dispatch.linear import linear
-from loka.dispatch.routing import SiteKernels
+from loka.dispatch.running.convert import convert, planned_sites, unreached
+from loka.dispatch.running.linear import linear
+from loka.dispatch.running.routing import SiteKernels
 from loka.errors import PlanError
 from tests.dispatch.made_conversion import MIXED, Calls, emulated, plan_for
 from tests.dispatch.made_converted import (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import loka
-from loka.dispatch.convert import convert, planned_sites
+from loka.dispatch.running.convert import convert, planned_sites
 from loka.errors import ArgumentError, PlanError
 from tests.dispatch.made_conversion import MIXED, emulated, plan_for
 from tests.dispatch.made_converted import Mlp, state_of

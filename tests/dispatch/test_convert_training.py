@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loka.dispatch.convert import convert, planned_sites, unreached
+from loka.dispatch.running.convert import convert, planned_sites, unreached
 from tests.dispatch.made_conversion import Calls, plan_for
 from tests.dispatch.made_converted import KN, Mlp, Written
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loka.bounds import Bound
-from loka.dispatch.decide import ATEN_OPS, MIN_SPEEDUP, request_of
+from loka.dispatch.deciding.decide import ATEN_OPS, MIN_SPEEDUP, request_of
 from loka.formats import PASSES
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.spec import KernelSpec

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import loka
-from loka.dispatch.bench import bench_database
-from loka.dispatch.draws import Source, draw_operands, sources
+from loka.dispatch.measuring.bench import bench_database
+from loka.dispatch.measuring.draws import Source, draw_operands, sources
 from loka.formats import PASS_OPERANDS, PASSES
 from loka.kernel_registry.spec import GemmRequest
-from loka.probes.database import open_database, read_learned
-from loka.probes.evidence import collect_evidence
-from loka.probes.learning import Learner
-from loka.probes.measure import Sampled
+from loka.probes.judging.evidence import collect_evidence
+from loka.probes.sampling.learning import Learner
+from loka.probes.sampling.measure import Sampled
+from loka.probes.storing.database import open_database, read_learned
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks import e8m0_replay as replay
 from loka import bounds
 from loka.bounds import Bound
-from loka.dispatch import candidates, decide, judged, planner
+from loka.dispatch.deciding import candidates, decide, judged, planner
 
 DENSE, EXPERTS = "blocks.0.mlp.up", "blocks.1.mlp.up"
 

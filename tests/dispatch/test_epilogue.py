@@ -9,21 +9,21 @@ from torch import nn
 
 import loka
 from loka.bounds import Bound
-from loka.dispatch.epilogue import epilogue_shapes
-from loka.dispatch.ladder import ladders
-from loka.dispatch.measure import measure_shapes
-from loka.dispatch.options import PlanOptions
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import decide_all
-from loka.dispatch.profile import DeviceProfile
-from loka.dispatch.routing import site_kernels
+from loka.dispatch.deciding.epilogue import epilogue_shapes
+from loka.dispatch.deciding.options import PlanOptions
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import decide_all
+from loka.dispatch.measuring.measure import measure_shapes
+from loka.dispatch.measuring.profile import DeviceProfile
+from loka.dispatch.monitoring.ladder import ladders
+from loka.dispatch.running.routing import site_kernels
 from loka.formats import PASSES
 from loka.hardware import device_info
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import default_registry
 from loka.mods import BlockNorm, FuseEpilogue, HardSwish
-from loka.probes.evidence import load_evidence
-from loka.probes.row_counts import RowCount, RowCounts
+from loka.probes.capturing.row_counts import RowCount, RowCounts
+from loka.probes.judging.evidence import load_evidence
 from tests.dispatch.made_evidence import AMPERE, BOUND, HOPPER, SAFE, built_in, product, recipe, run, timing
 from tests.dispatch.test_loss_budget import costing
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import loka
-from loka.dispatch import linear as dispatch_linear
-from loka.dispatch.convert import convert
-from loka.dispatch.executions import HIGH_PRECISION_PRODUCTS, kernel_executions, reset_kernel_executions
-from loka.dispatch.linear import linear
+from loka.dispatch.running import linear as dispatch_linear
+from loka.dispatch.running.convert import convert
+from loka.dispatch.running.executions import HIGH_PRECISION_PRODUCTS, kernel_executions, reset_kernel_executions
+from loka.dispatch.running.linear import linear
 from loka.hardware import device_info
 from loka.kernel_registry import registry as registry_module
 from loka.kernel_registry.builtin import KERNELS

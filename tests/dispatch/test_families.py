@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from loka.dispatch.draws import Source
-from loka.dispatch.families import FamilyShape, family_request, family_shapes, measure_families
-from loka.dispatch.layers import LayerShape, passes_of
-from loka.dispatch.measure import timing_of
-from loka.dispatch.options import PlanOptions
-from loka.dispatch.planner import decide_all
-from loka.dispatch.profile import DeviceProfile
+from loka.dispatch.deciding.options import PlanOptions
+from loka.dispatch.deciding.planner import decide_all
+from loka.dispatch.measuring.draws import Source
+from loka.dispatch.measuring.families import FamilyShape, family_request, family_shapes, measure_families
+from loka.dispatch.measuring.layers import LayerShape, passes_of
+from loka.dispatch.measuring.measure import timing_of
+from loka.dispatch.measuring.profile import DeviceProfile
 from loka.hardware import device_info
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import GemmRequest

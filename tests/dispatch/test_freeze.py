@@ -16,10 +16,10 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import loka
 from loka.compiler import rewrite
-from loka.dispatch import linear as op
-from loka.dispatch.convert import convert, planned_sites
-from loka.dispatch.decide import Decision
-from loka.dispatch.freeze import Frozen, freeze
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.freezing.freeze import Frozen, freeze
+from loka.dispatch.running import linear as op
+from loka.dispatch.running.convert import convert, planned_sites
 from loka.errors import KernelError, PlanError
 from loka.formats import PASSES, RECIPES
 from loka.hardware import device_info

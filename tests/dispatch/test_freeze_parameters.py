@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loka.dispatch.convert import convert
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
-from loka.dispatch.freeze import freeze
-from loka.dispatch.grouped import grouped
-from loka.dispatch.plan import Plan
-from loka.dispatch.stored_grouped import Experts as StoredExperts
-from loka.dispatch.stored_grouped import quantize_stack, stored_grouped
-from loka.dispatch.stored_weight import StoredWeight
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.freezing.freeze import freeze
+from loka.dispatch.freezing.stored_grouped import Experts as StoredExperts
+from loka.dispatch.freezing.stored_grouped import quantize_stack, stored_grouped
+from loka.dispatch.freezing.stored_weight import StoredWeight
+from loka.dispatch.running.convert import convert
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
+from loka.dispatch.running.grouped import grouped
 from loka.errors import KernelError
 from loka.formats import RECIPES
 from loka.kernel_registry.registry import default_registry

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
 
-from loka.dispatch.convert import convert, unreached
-from loka.dispatch.executions import HIGH_PRECISION_PRODUCTS, kernel_executions, reset_kernel_executions
+from loka.dispatch.running.convert import convert, unreached
+from loka.dispatch.running.executions import HIGH_PRECISION_PRODUCTS, kernel_executions, reset_kernel_executions
 from loka.kernel_registry import grouped as definition
 from loka.kernel_registry import torch_grouped
 from tests.dispatch.made_conversion import needs_a_compiler, plan_for

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from loka.dispatch import linear as dispatch_linear
-from loka.dispatch.convert import convert, planned_sites, unreached
-from loka.dispatch.executions import HIGH_PRECISION_PRODUCTS, kernel_executions, reset_kernel_executions
-from loka.dispatch.grouped import grouped
-from loka.dispatch.routing import SiteKernels
+from loka.dispatch.running import linear as dispatch_linear
+from loka.dispatch.running.convert import convert, planned_sites, unreached
+from loka.dispatch.running.executions import HIGH_PRECISION_PRODUCTS, kernel_executions, reset_kernel_executions
+from loka.dispatch.running.grouped import grouped
+from loka.dispatch.running.routing import SiteKernels
 from loka.errors import KernelError, PlanError
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 import loka
-from loka.dispatch import job, planner
+from loka.dispatch.deciding import planner
+from loka.dispatch.running import job
 from loka.errors import LokaError, PlanError
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from loka.dispatch.convert import convert, planned_sites
-from loka.dispatch.grouped import grouped
-from loka.dispatch.plan import Plan
-from loka.dispatch.routing import SiteKernels
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running.convert import convert, planned_sites
+from loka.dispatch.running.grouped import grouped
+from loka.dispatch.running.routing import SiteKernels
 from loka.errors import PlanError
 from loka.formats import PASSES
 from tests.dispatch.made_conversion import decision, needs_a_compiler, plan_for

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import loka
-from loka.dispatch.convert import planned_sites
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running.convert import planned_sites
 from tests.probes.made_fragile_experts import FRAGILE, TOKENS, Grouped, Looped, rows, train_probed
 
 SHARE = TOKENS[FRAGILE] / sum(TOKENS)

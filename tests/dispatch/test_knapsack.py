@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, sparse
 
-from loka.dispatch.knapsack import Offer, spend
+from loka.dispatch.deciding.knapsack import Offer, spend
 
 
 def brute_force(offers, budget):

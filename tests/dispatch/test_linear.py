@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from loka.dispatch import linear as op
-from loka.dispatch.linear import linear
+from loka.dispatch.running import linear as op
+from loka.dispatch.running.linear import linear
 from loka.errors import KernelError
 from tests.dispatch.made_conversion import Calls, emulated
 from tests.kernel_registry.test_gemm_kernels import EMULATED, accumulation_bound, modelled

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loka.bounds import Bound
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
 from loka.hardware import device_info
 from loka.kernel_registry.builtin import KERNELS
-from loka.probes.loss_evidence import LossEvidence
+from loka.probes.judging.loss_evidence import LossEvidence
 from tests.dispatch.made_evidence import built_in, decided, product, recipe, run, timings
 
 BASE, ROW, TENSOR = "torch.mm.bf16", "torch.scaled_mm.rowwise", "torch.scaled_mm.tensorwise"

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import loka
-from loka.dispatch.plan import Plan
-from loka.probes.evidence import load_evidence
+from loka.dispatch.deciding.plan import Plan
+from loka.probes.judging.evidence import load_evidence
 from loka.workloads.wukong import Wukong, WukongConfig
 
 BUDGETS = (1e-2, 1e-4, 2e-5, 2e-6)

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 import loka
-from loka.dispatch import plan_watch
-from loka.dispatch.convert import planned_sites
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
-from loka.dispatch.guard import Patience
-from loka.dispatch.plan_watch import PlanWatch
-from loka.dispatch.sequential import FALSE_ALARMS
-from loka.dispatch.team_watch import Team
-from loka.probes.database import open_database, read_run
+from loka.dispatch.monitoring import plan_watch
+from loka.dispatch.monitoring.guard import Patience
+from loka.dispatch.monitoring.plan_watch import PlanWatch
+from loka.dispatch.monitoring.sequential import FALSE_ALARMS
+from loka.dispatch.monitoring.team_watch import Team
+from loka.dispatch.running.convert import planned_sites
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.probes.records import MONITOR_EVENTS
+from loka.probes.storing.database import open_database, read_run
 from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_monitor import (
     LOUD,

@@ -6,8 +6,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import loka
-from loka.dispatch import effect
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
+from loka.dispatch.monitoring import effect
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from tests.dispatch.made_conversion import needs_a_compiler, plan_for
 from tests.dispatch.made_monitor import TENSORWISE, Model, batches, kinds, train
 

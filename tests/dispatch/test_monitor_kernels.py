@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import loka
-from loka.dispatch import kernel_check, plan_watch, routing
-from loka.dispatch import linear as dispatch_linear
-from loka.dispatch.convert import planned_sites
+from loka.dispatch.monitoring import kernel_check, plan_watch
+from loka.dispatch.running import linear as dispatch_linear
+from loka.dispatch.running import routing
+from loka.dispatch.running.convert import planned_sites
 from loka.hardware import device_info
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 import loka
-from loka.dispatch import plan_watch
-from loka.dispatch.convert import planned_sites
-from loka.probes.budget import Budget
-from loka.probes.database import open_database, read_run
+from loka.dispatch.monitoring import plan_watch
+from loka.dispatch.running.convert import planned_sites
+from loka.probes.sampling.budget import Budget
+from loka.probes.storing.database import open_database, read_run
 from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_monitor import TENSORWISE, Model, batches
 

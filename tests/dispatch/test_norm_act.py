@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from loka.dispatch import linear as op
-from loka.dispatch.convert import convert, planned_sites, revert, unreached
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
-from loka.dispatch.linear import linear
-from loka.dispatch.norm_act import linear_norm_act
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running import linear as op
+from loka.dispatch.running.convert import convert, planned_sites, revert, unreached
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
+from loka.dispatch.running.linear import linear
+from loka.dispatch.running.norm_act import linear_norm_act
 from loka.errors import PlanError
 from loka.kernel_registry import norm_act
 from loka.kernel_registry.norm_act import block_norm, norm_act_backward

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import loka
-from loka.dispatch.convert import convert, unreached
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
+from loka.dispatch.running.convert import convert, unreached
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.mods import BlockNorm, FuseEpilogue, HardSwish
 from tests.dispatch.made_conversion import needs_a_compiler, plan_for
 from tests.dispatch.made_fused import fused_model, fused_plan, named

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import loka
-from loka.dispatch import kernel_check, plan_watch, routing
-from loka.dispatch import linear as dispatch_linear
-from loka.dispatch.convert import planned_sites
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
+from loka.dispatch.monitoring import kernel_check, plan_watch
+from loka.dispatch.running import linear as dispatch_linear
+from loka.dispatch.running import routing
+from loka.dispatch.running.convert import planned_sites
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.norm_act import Defined, tensorwise_layer
 from loka.kernel_registry.registry import Registry

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loka.bounds import Bound
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
 from loka.errors import PlanError
 from tests.dispatch.made_evidence import AMPERE, HOPPER, built_in, decided, made_plan, product, recipe
 

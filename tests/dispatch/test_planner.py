@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loka.bounds import Bound
-from loka.dispatch import planner
-from loka.dispatch.draws import draw_operands
-from loka.dispatch.measure import measure_products
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.dispatch.profile import DeviceProfile
+from loka.dispatch.deciding import planner
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.measuring.draws import draw_operands
+from loka.dispatch.measuring.measure import measure_products
+from loka.dispatch.measuring.profile import DeviceProfile
 from loka.errors import ArgumentError, EvidenceError, PlanError
 from loka.formats import PASSES, RECIPES
 from loka.hardware import device_info
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
-from loka.probes.database import open_database
 from loka.probes.records import StepRecord
+from loka.probes.storing.database import open_database
 from loka.reports.build import report_of
 from loka.reports.diff import diff
 from loka.timing import Measurement
@@ -297,7 +297,7 @@ def test_times_that_cannot_be_right_are_not_kept(dtype, trusted, caplog, monkeyp
             for name in calls
         }
 
-    monkeypatch.setattr("loka.dispatch.measure.measure", starved)
+    monkeypatch.setattr("loka.dispatch.measuring.measure.measure", starved)
     assert bool(measure_products(run(small(dtype=dtype)), built_in(), "cpu", budget_s=20.0)) is trusted
     assert ("too busy to tell" in caplog.text) is not trusted
 

@@ -18,8 +18,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import loka
-from loka.dispatch.convert import convert, planned_sites, revert
-from loka.dispatch.weights import kept_bytes
+from loka.dispatch.running.convert import convert, planned_sites, revert
+from loka.dispatch.running.weights import kept_bytes
 from loka.errors import PlanError
 from tests.dispatch.made_conversion import Calls, plan_for
 

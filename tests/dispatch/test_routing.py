@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from loka.dispatch import linear as op
-from loka.dispatch import routing
-from loka.dispatch.plan import Plan
-from loka.dispatch.routing import SiteKernels, device_of, site_kernels
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running import linear as op
+from loka.dispatch.running import routing
+from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
 from loka.errors import KernelError, PlanError
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry

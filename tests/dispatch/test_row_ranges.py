@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from loka.bounds import Bound
-from loka.dispatch.by_rows import by_rows, depends_on_rows, kernel_for, kernels_of, words
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.dispatch.row_boundaries import Gap, Room, boundaries
+from loka.dispatch.deciding.by_rows import by_rows, depends_on_rows, kernel_for, kernels_of, words
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.row_boundaries import Gap, Room, boundaries
 from loka.errors import PlanError
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.spec import KernelSpec
-from loka.probes.evidence import LossEvidence
+from loka.probes.judging.evidence import LossEvidence
 from loka.reports.diff import diff_plans
 from loka.reports.diff_text import diff_json, diff_text
 from loka.reports.explain import explain_json, explain_text

@@ -11,20 +11,20 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import loka
-from loka.dispatch.by_rows import by_rows
-from loka.dispatch.convert import convert, planned_sites, unreached
-from loka.dispatch.decide import Candidate
-from loka.dispatch.effect import put_into_effect
-from loka.dispatch.executions import HIGH_PRECISION_PRODUCTS, kernel_executions, reset_kernel_executions
-from loka.dispatch.freeze import freeze
-from loka.dispatch.grouped import grouped
-from loka.dispatch.guard import Guard, Patience, Reading
-from loka.dispatch.kernel_check import KernelCheck
-from loka.dispatch.ladder import ladders
-from loka.dispatch.linear import linear
+from loka.dispatch.deciding.by_rows import by_rows
+from loka.dispatch.deciding.decide import Candidate
+from loka.dispatch.freezing.freeze import freeze
+from loka.dispatch.monitoring.effect import put_into_effect
+from loka.dispatch.monitoring.guard import Guard, Patience, Reading
+from loka.dispatch.monitoring.kernel_check import KernelCheck
+from loka.dispatch.monitoring.ladder import ladders
+from loka.dispatch.running.convert import convert, planned_sites, unreached
+from loka.dispatch.running.executions import HIGH_PRECISION_PRODUCTS, kernel_executions, reset_kernel_executions
+from loka.dispatch.running.grouped import grouped
+from loka.dispatch.running.linear import linear
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import default_registry
-from loka.probes.products import Gemm
+from loka.probes.capturing.products import Gemm
 from loka.stepping_aside import stepping_aside
 from tests.dispatch.made_conversion import emulated, needs_a_compiler
 from tests.dispatch.made_experts import Experts, K, N, offsets_of
@@ -299,7 +299,7 @@ def test_the_check_of_a_kernel_looks_at_that_of_the_rows_of_the_call(monkeypatch
     made = ladder_of("tensorwise", "rowwise")
     rung = replace(made.rungs[0], kernel=by_rows(few, 16, many))
     seen = []
-    monkeypatch.setattr("loka.dispatch.kernel_check.load", lambda name: seen.append(name))
+    monkeypatch.setattr("loka.dispatch.monitoring.kernel_check.load", lambda name: seen.append(name))
     for rows in (8, 80):
         a, b = torch.randn(1, rows, 16), torch.randn(1, 32, 16)
         KernelCheck().look(made, rung, gemm(a, b))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loka.dispatch.sequential import ALARM, FALSE_ALARMS, JUMP, Jumps, LimitTest, advance
+from loka.dispatch.monitoring.sequential import ALARM, FALSE_ALARMS, JUMP, Jumps, LimitTest, advance
 
 SITES, STEPS = 1000, 1500
 REFERENCE, LEAST = 8, 4

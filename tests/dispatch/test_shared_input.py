@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from loka.dispatch import shared_input
-from loka.dispatch.convert import convert
-from loka.dispatch.shared_input import forget_input, reused_inputs
+from loka.dispatch.running import shared_input
+from loka.dispatch.running.convert import convert
+from loka.dispatch.running.shared_input import forget_input, reused_inputs
 from loka.formats import PASSES
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.layers import Layer

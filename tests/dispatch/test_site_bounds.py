@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loka.bounds import Bound
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
 from loka.errors import ArgumentError, PlanError
 from loka.formats import PASSES
 from loka.hardware import device_info
 from loka.kernel_registry.builtin import KERNELS
-from loka.probes.evidence import ErrorInterval, GatedError
-from loka.probes.loss_evidence import LossEvidence
+from loka.probes.judging.evidence import ErrorInterval, GatedError
+from loka.probes.judging.loss_evidence import LossEvidence
 from tests.dispatch.made_evidence import built_in, decided, product, recipe, run, timings
 
 BASE, ROW, TENSOR = "torch.mm.bf16", "emulated.linear.rowwise", "emulated.linear.tensorwise"

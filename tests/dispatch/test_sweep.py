@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from loka.bounds import Bound
-from loka.dispatch.options import PlanArguments
-from loka.dispatch.planner import PlanOptions, decide_all, plan
-from loka.dispatch.sweep import sweep, sweep_evidence
+from loka.dispatch.deciding.options import PlanArguments
+from loka.dispatch.deciding.planner import PlanOptions, decide_all, plan
+from loka.dispatch.deciding.sweep import sweep, sweep_evidence
 from loka.errors import ArgumentError, EvidenceError
 from loka.hardware import device_info
 from tests.dispatch.made_evidence import built_in, product, recipe, run, timings

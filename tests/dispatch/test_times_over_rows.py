@@ -6,25 +6,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loka.dispatch import measure as measure_module
-from loka.dispatch.bench import bench_database, times_over_rows
-from loka.dispatch.candidates import request_of
-from loka.dispatch.decide import decide
-from loka.dispatch.draws import Source, dealt_out, draw_operands
-from loka.dispatch.layers import LayerShape, measure_layers
-from loka.dispatch.measure import measure_products
-from loka.dispatch.plan import Plan
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.dispatch.profile import DeviceProfile, TimeTable, at_rows
-from loka.dispatch.shapes import shapes_of
+from loka.dispatch.deciding.candidates import request_of
+from loka.dispatch.deciding.decide import decide
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.measuring import measure as measure_module
+from loka.dispatch.measuring.bench import bench_database, times_over_rows
+from loka.dispatch.measuring.draws import Source, dealt_out, draw_operands
+from loka.dispatch.measuring.layers import LayerShape, measure_layers
+from loka.dispatch.measuring.measure import measure_products
+from loka.dispatch.measuring.profile import DeviceProfile, TimeTable, at_rows
+from loka.dispatch.measuring.shapes import shapes_of
 from loka.errors import ArgumentError
 from loka.hardware import device_info
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
+from loka.probes.capturing.row_counts import row_counts
 from loka.probes.distributions.gather import packed
 from loka.probes.experts.statistics import ExpertStatistics
-from loka.probes.learning import EXPERTS
 from loka.probes.records import LearnedRecord
-from loka.probes.row_counts import row_counts
+from loka.probes.sampling.learning import EXPERTS
 from loka.reports.explain import explain_json, explain_text
 from loka.reports.timings import row_times_json, timings_table
 from loka.timing import measure as loka_measure

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 
 pytest.importorskip("triton")
-from loka.dispatch import draws
-from loka.dispatch import tune as tune_module
-from loka.dispatch.draws import Source
-from loka.dispatch.shapes import Shape
-from loka.dispatch.tune import tune
-from loka.dispatch.tune_keys import keys_of
+from loka.dispatch.measuring import draws
+from loka.dispatch.measuring import tune as tune_module
+from loka.dispatch.measuring.draws import Source
+from loka.dispatch.measuring.shapes import Shape
+from loka.dispatch.measuring.tune import tune
+from loka.dispatch.measuring.tune_keys import keys_of
 from loka.errors import ArgumentError, LokaError, PlanError
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.spec import GemmRequest
@@ -395,7 +395,7 @@ RANKS = """
 import os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from loka.dispatch import draws, tune as module
+from loka.dispatch.measuring import draws, tune as module
 from dataclasses import replace
 from loka.kernel_registry.triton.launches import TUNABLES
 from tests.dispatch.test_tune import keys_of, quickly, shapes, shortened

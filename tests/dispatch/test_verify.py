@@ -7,17 +7,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from loka.dispatch.bench import suite_shapes
-from loka.dispatch.draws import Source, draw_operands
-from loka.dispatch.shapes import Shape
-from loka.dispatch.verify import Verification, allowed_share, compare, parts_of, verify
+from loka.dispatch.measuring.bench import suite_shapes
+from loka.dispatch.measuring.draws import Source, draw_operands
+from loka.dispatch.measuring.shapes import Shape
+from loka.dispatch.measuring.verify import Verification, allowed_share, compare, parts_of, verify
 from loka.hardware import DeviceInfo, device_info
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.grouped import native
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
-from loka.probes.learning import Learner
-from loka.probes.measure import Sampled
+from loka.probes.sampling.learning import Learner
+from loka.probes.sampling.measure import Sampled
 from loka.reports.verification import verification_table
 from loka.workloads.suites import SUITES
 from tests.dispatch import faulty_kernels

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loka.dispatch import weights
-from loka.dispatch.convert import convert
-from loka.dispatch.linear import linear
+from loka.dispatch.running import weights
+from loka.dispatch.running.convert import convert
+from loka.dispatch.running.linear import linear
 from loka.kernel_registry import emulated, torch_scaled_mm
 from loka.kernel_registry.layers import Layer, Needs, Sides
 from tests.dispatch.made_cached import (

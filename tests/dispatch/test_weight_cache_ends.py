@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loka.dispatch import weights
-from loka.dispatch.convert import convert, revert
+from loka.dispatch.running import weights
+from loka.dispatch.running.convert import convert, revert
 from loka.formats import PASS_OPERANDS, RECIPES
 from loka.kernel_registry.operands import quantize_operand
 from loka.kernel_registry.registry import default_registry

@@ -16,23 +16,23 @@ from torch import nn
 
 import loka
 from loka.bounds import Bound
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.measuring.profile import DeviceProfile, TimeTable
 from loka.dispatch.placement.evaluate import evaluate
 from loka.dispatch.placement.options import PlaceOptions
 from loka.dispatch.placement.place import place
 from loka.dispatch.placement.record import METHODS, Placement
-from loka.dispatch.plan import Plan
-from loka.dispatch.profile import DeviceProfile, TimeTable
 from loka.errors import ArgumentError
 from loka.hardware import current_device, device_info
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.triton.launch import CODES, Key, Launch
 from loka.kernel_registry.triton.tuned import Provenance, TunedLaunch, Tuning
-from loka.probes.database import list_runs, open_database, read_learned, read_steps, read_timings, write_timings
-from loka.probes.learning import STATISTICS, restore
-from loka.probes.predictions import predicted
+from loka.probes.judging.predictions import predicted
 from loka.probes.routing.convert import convert
 from loka.probes.routing.spill import ClosedRequests, Spill, TraceFacts
 from loka.probes.routing.trace import RoutingTrace
+from loka.probes.sampling.learning import STATISTICS, restore
+from loka.probes.storing.database import list_runs, open_database, read_learned, read_steps, read_timings, write_timings
 from loka.reports.build import report_of
 from loka.reports.render import FORMATS
 from loka.reports.routing_record import routing_report

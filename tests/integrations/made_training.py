@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from loka.probes.database import list_runs, open_database, read_steps
+from loka.probes.storing.database import list_runs, open_database, read_steps
 
 
 def runs_of(db):

@@ -7,8 +7,8 @@ import torch
 from loka.formats import PASS_OPERANDS, PASSES, RECIPES
 from loka.kernel_registry.builtin import KERNELS
 from loka.numerics import product_errors
-from loka.probes.measure import measure
-from loka.probes.products import Draw, Factors, gemm
+from loka.probes.capturing.products import Draw, Factors, gemm
+from loka.probes.sampling.measure import measure
 from tests.kernel_registry.made_gemm import accumulation_bound, heavy_tailed, modelled, normal, with_zero_rows
 
 DEFINITIONS = {spec.recipe: spec for spec in KERNELS if spec.op == "bmm" and spec.library == "emulated"}

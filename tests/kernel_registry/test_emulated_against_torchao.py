@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import loka
 from loka import hardware
-from loka.dispatch.linear import linear
+from loka.dispatch.running.linear import linear
 from loka.formats import PASS_OPERANDS, PASSES, RECIPES
 from loka.kernel_registry import emulated
 from loka.quantize import bf16_codes, dequantize, quantize

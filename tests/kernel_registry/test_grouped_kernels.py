@@ -14,8 +14,8 @@ from loka.kernel_registry.emulated import emulate
 from loka.kernel_registry.grouped_tokens import spread
 from loka.kernel_registry.spec import GemmRequest
 from loka.numerics import product_errors
-from loka.probes.measure import measure
-from loka.probes.products import Draw, Factors, gemm
+from loka.probes.capturing.products import Draw, Factors, gemm
+from loka.probes.sampling.measure import measure
 from tests.kernel_registry.made_devices import interprets_triton
 from tests.kernel_registry.made_gemm import heavy_tailed, normal, subnormal, with_zero_rows
 from tests.kernel_registry.made_grouped import (

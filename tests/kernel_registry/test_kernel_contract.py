@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loka.dispatch.verify import allowed_share
+from loka.dispatch.measuring.verify import allowed_share
 from loka.errors import KernelError
 from loka.formats import PASS_OPERANDS, PASSES, RECIPES
 from loka.hardware import DeviceInfo, device_info

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loka.dispatch.draws import Source, draw_operands
-from loka.dispatch.verify import Verification, allowed_share, compare, parts_of
+from loka.dispatch.measuring.draws import Source, draw_operands
+from loka.dispatch.measuring.verify import Verification, allowed_share, compare, parts_of
 from loka.errors import PlanError
 from loka.formats import BLOCK, RECIPES
 from loka.hardware import FP8_CAPABILITY, DeviceInfo, device_info, has_capability, shared_bytes

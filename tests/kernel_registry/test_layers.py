@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from loka.dispatch import linear as dispatch_linear
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
-from loka.dispatch.linear import linear
+from loka.dispatch.running import linear as dispatch_linear
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
+from loka.dispatch.running.linear import linear
 from loka.hardware import DeviceInfo
 from loka.kernel_registry import emulated
 from loka.kernel_registry import operands as operands_module

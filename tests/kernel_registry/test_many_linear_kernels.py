@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from loka.dispatch.draws import Source
-from loka.dispatch.shapes import Shape
-from loka.dispatch.verify import verify
+from loka.dispatch.measuring.draws import Source
+from loka.dispatch.measuring.shapes import Shape
+from loka.dispatch.measuring.verify import verify
 from loka.errors import KernelError
 from loka.formats import PASS_OPERANDS, PASSES
 from loka.kernel_registry.builtin import KERNELS

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from loka.compiler import rewrite
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
 
 
 class Backend:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loka.dispatch.convert import convert
-from loka.dispatch.linear import linear
+from loka.dispatch.running.convert import convert
+from loka.dispatch.running.linear import linear
 from tests.dispatch.made_conversion import MIXED, emulated, plan_for
 from tests.dispatch.made_converted import FORMS, KN, Bypassing, Form, Mlp, TiedByFunction, TiedByModule, Written
 from tests.loka.made_compiled import Backend, train

@@ -16,8 +16,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from loka.compiler import rewrite
-from loka.dispatch.convert import convert, unreached
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running.convert import convert, unreached
 from loka.errors import ArgumentError, PlanError
 from loka.formats import RECIPES
 from loka.quantize import fake_quantize

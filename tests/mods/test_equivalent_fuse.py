@@ -9,11 +9,11 @@ from torch import nn
 
 import loka
 import loka.mods
-from loka.dispatch.convert import unreached
+from loka.dispatch.running.convert import unreached
 from loka.errors import ModError
 from loka.mods import FuseParallelLinears, Hadamard
 from loka.mods.fuse import JoinedPart
-from loka.probes.sites import fingerprint
+from loka.probes.capturing.sites import fingerprint
 from tests.dispatch.made_conversion import plan_for
 from tests.mods.made_blocks import make_blocks, make_input
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import loka.mods
-from loka.dispatch.convert import unreached
+from loka.dispatch.running.convert import unreached
 from loka.errors import ArgumentError, ModError
 from loka.formats import RECIPES
 from loka.mods import Hadamard, KeepRowsHigh, PadToAlignment, SplitOutlierRows

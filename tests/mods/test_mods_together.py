@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loka
 import loka.mods
-from loka.dispatch.convert import convert, planned_sites, revert, unreached
+from loka.dispatch.running.convert import convert, planned_sites, revert, unreached
 from loka.errors import ModError
 from loka.mods import BlockNorm, FusedLinearNormAct, FuseEpilogue, HardSwish, NoBias, SquaredReLU
 from loka.reports.build import report_of

@@ -8,9 +8,9 @@ from torch.distributed.fsdp import fully_shard
 
 import loka.mods
 from loka.bounds import Bound
-from loka.dispatch.convert import convert
-from loka.dispatch.decide import Decision
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running.convert import convert
 from loka.errors import ModError
 from loka.kernel_registry.spec import GemmRequest
 from loka.mods import BlockNorm

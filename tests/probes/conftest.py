@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from loka.probes.database import resolve_url
+from loka.probes.storing.database import resolve_url
 from tests.probes.made_server import Server, find_binaries
 from tests.requirements_of_ci import missing
 

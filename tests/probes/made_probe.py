@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import loka
-from loka.probes import backward
-from loka.probes.database import open_database, read_run, read_steps
+from loka.probes.capturing import backward
+from loka.probes.storing.database import open_database, read_run, read_steps
 
 PASSES_OF_TWO = Counter(
     {("up", "fprop"): 1, ("down", "fprop"): 1, ("down", "dgrad"): 1, ("down", "wgrad"): 1, ("up", "wgrad"): 1}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loka.formats import DEFAULT_RECIPES, PASS_OPERANDS, PASSES, ROLES
 from loka.numerics import ProductError
 from loka.probes.records import Environment, OperandRecord, ProductRecord, RunInfo, RunProgress, StepRecord, Timing
-from loka.probes.writer import RunWriter
+from loka.probes.storing.writer import RunWriter
 
 NAN, INF = math.nan, math.inf
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loka.probes.budget import Budget
+from loka.probes.sampling.budget import Budget
 
 DENSE_GRACE_S = {1: 2.0, 10: 0.45, 50: 0.05, 100: 0.0}
 

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import loka
-from loka.probes.database import open_database, read_learned
-from loka.probes.evidence import load_evidence
-from loka.probes.learning import STATISTICS, restore
+from loka.probes.judging.evidence import load_evidence
+from loka.probes.sampling.learning import STATISTICS, restore
+from loka.probes.storing.database import open_database, read_learned
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, product, recorded, seen
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loka.probes.sites import SiteMap
+from loka.probes.capturing.sites import SiteMap
 from tests.probes.made_probe import probed, product, seen
 from tests.probes.made_sites import Using, X, all_passes, parameter, sampled, shape, x_input
 

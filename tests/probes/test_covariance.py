@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loka.errors import ArgumentError, LokaError
+from loka.probes.capturing.storage import hold, storage_key
 from loka.probes.distributions import moments
 from loka.probes.distributions.covariance import FULL_FEATURES, RANK, Covariance, signs, square_root
-from loka.probes.storage import hold, storage_key
 
 # Ranks of the tests: None is the full form.
 RANKS = [None, 8, 64]

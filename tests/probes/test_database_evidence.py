@@ -8,11 +8,11 @@ from contextlib import closing
 import pytest
 
 from loka.errors import DatabaseError
-from loka.probes.database import list_runs, open_database, read_learned, read_steps
-from loka.probes.evidence import load_evidence
+from loka.probes.judging.evidence import load_evidence
+from loka.probes.judging.trajectories import read_trajectories
 from loka.probes.records import DynamicsRecord, LearnedRecord, LossImpact, StepRecord
-from loka.probes.trajectories import read_trajectories
-from loka.probes.writer import RunWriter
+from loka.probes.storing.database import list_runs, open_database, read_learned, read_steps
+from loka.probes.storing.writer import RunWriter
 from tests.probes.made_records import (
     INF,
     NAN,

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import text
 
 from loka.errors import DatabaseError
-from loka.probes.database import (
+from loka.probes.records import Timing
+from loka.probes.storing.database import (
     list_runs,
     open_database,
     read_run,
@@ -19,7 +20,6 @@ from loka.probes.database import (
     transaction,
     write_timings,
 )
-from loka.probes.records import Timing
 from tests.probes.made_records import contents, foreign_database, made_product, made_step, write_run
 
 TIMING = Timing(

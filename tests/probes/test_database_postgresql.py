@@ -20,12 +20,20 @@ import loka
 from loka.bounds import Bound
 from loka.cli import app
 from loka.errors import DatabaseError, LokaError
-from loka.probes import schema, writer
-from loka.probes.database import list_runs, open_database, place, read_learned, read_run, read_steps, resolve_url
-from loka.probes.evidence import load_evidence
+from loka.probes.judging.evidence import load_evidence
 from loka.probes.records import Event, LearnedRecord
-from loka.probes.server import is_passing, shown, shown_text
-from loka.probes.writer import RunWriter
+from loka.probes.storing import schema, writer
+from loka.probes.storing.database import (
+    list_runs,
+    open_database,
+    place,
+    read_learned,
+    read_run,
+    read_steps,
+    resolve_url,
+)
+from loka.probes.storing.server import is_passing, shown, shown_text
+from loka.probes.storing.writer import RunWriter
 from tests.probes.made_records import made_info, made_product, made_progress, made_step, write_run
 from tests.probes.made_server import PASSWORD, Cable
 

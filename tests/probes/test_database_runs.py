@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loka.errors import DatabaseError, EvidenceError
-from loka.probes.database import list_runs, open_database, read_run, read_steps, read_timings, write_timings
-from loka.probes.process import Process, is_gone, this_process
 from loka.probes.records import Event
-from loka.probes.writer import RunWriter
+from loka.probes.storing.database import list_runs, open_database, read_run, read_steps, read_timings, write_timings
+from loka.probes.storing.process import Process, is_gone, this_process
+from loka.probes.storing.writer import RunWriter
 from tests.fuzz.mutations import HOSTILE_NAMES
 from tests.probes.made_records import (
     INF,
@@ -176,7 +176,7 @@ def test_the_last_write_and_the_process_are_known(db):
 
 
 def test_a_process_is_gone_only_when_that_is_certain():
-    script = "from loka.probes.process import this_process; print(this_process().start, flush=True); input()"
+    script = "from loka.probes.storing.process import this_process; print(this_process().start, flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     own = this_process()
     living = Process(host=own.host, pid=child.pid, start=child.stdout.readline().strip())

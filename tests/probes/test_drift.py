@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loka.probes.drift import REACH, TREND_SAMPLES, Drift, fit_trends
-from loka.probes.evidence import load_evidence
+from loka.probes.judging.drift import REACH, TREND_SAMPLES, Drift, fit_trends
+from loka.probes.judging.evidence import load_evidence
 from tests.probes.made_records import NAN, made_product, made_progress, made_step, write_run
 
 

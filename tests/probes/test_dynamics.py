@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 import loka
 from loka.formats import FORMATS
-from loka.probes import dynamics
-from loka.probes.database import list_runs, open_database, read_run, read_steps
-from loka.probes.evidence import load_evidence
+from loka.probes.judging.evidence import load_evidence
+from loka.probes.judging.trajectories import Trajectory, diverges, growth_of, read_trajectories
 from loka.probes.records import DynamicsRecord
-from loka.probes.team import step_from
-from loka.probes.trajectories import Trajectory, diverges, growth_of, read_trajectories
+from loka.probes.sampling import dynamics
+from loka.probes.sampling.team import step_from
+from loka.probes.storing.database import list_runs, open_database, read_run, read_steps
 from loka.quantize import cast
 from tests.probes.made_probe import assert_nothing_attached, probed
 from tests.probes.made_records import made_info, made_product, made_step, plain, write_run

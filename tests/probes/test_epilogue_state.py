@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from loka.errors import ArgumentError
+from loka.probes.capturing.epilogues import Epilogue
 from loka.probes.distributions.gather import packed
-from loka.probes.epilogues import Epilogue
-from loka.probes.learning import EPILOGUE, Learner, merged, restore
 from loka.probes.records import LearnedRecord
+from loka.probes.sampling.learning import EPILOGUE, Learner, merged, restore
 
 
 def record(steps, samples=1):

@@ -15,10 +15,10 @@ from loka.bounds import Bound
 from loka.errors import ArgumentError, DatabaseError, EvidenceError
 from loka.formats import DEFAULT_RECIPES, PASSES
 from loka.numerics import product_error
-from loka.probes.database import open_database
-from loka.probes.evidence import MIN_SAMPLES, collect_evidence, load_evidence
+from loka.probes.judging.evidence import MIN_SAMPLES, collect_evidence, load_evidence
 from loka.probes.records import Event
-from loka.probes.writer import RunWriter
+from loka.probes.storing.database import open_database
+from loka.probes.storing.writer import RunWriter
 from tests.probes.made_records import (
     INF,
     NAN,

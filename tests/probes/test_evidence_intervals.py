@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from loka.probes.intervals import (
+from loka.probes.judging.intervals import (
     MARGIN,
     MIN_SAMPLES,
     RECENT_SAMPLES,

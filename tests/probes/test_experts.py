@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from loka.bounds import Limit
 from loka.errors import ArgumentError
 from loka.numerics import ProductError
-from loka.probes.database import open_database
 from loka.probes.distributions.gather import packed, unpacked
 from loka.probes.experts.layers import parts_of, unseen_experts
 from loka.probes.experts.statistics import MIN_MEASURED, ExpertStatistics
 from loka.probes.experts.verdicts import judge_experts, unsafe_experts
-from loka.probes.intervals import MIN_SAMPLES
-from loka.probes.predictions import read_experts
+from loka.probes.judging.intervals import MIN_SAMPLES
+from loka.probes.judging.predictions import read_experts
+from loka.probes.storing.database import open_database
 from tests.probes.made_fragile_experts import EXPERTS, FRAGILE, TOKENS, Everyone, Grouped, Looped, rows, train_probed
 
 

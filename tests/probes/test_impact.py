@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loka
 from loka.formats import DEFAULT_RECIPES, RECIPES
-from loka.probes.impact import ImpactMeter, block_of
-from loka.probes.losses import ModelLoss, apply_hook, items_of, logits_of, true_scale
-from loka.probes.products import Factors, gemm
+from loka.probes.capturing.products import Factors, gemm
+from loka.probes.sampling.impact import ImpactMeter, block_of
+from loka.probes.sampling.losses import ModelLoss, apply_hook, items_of, logits_of, true_scale
 from loka.quantize import fake_quantize
 from tests.probes.made_probe import probed, recorded
 
@@ -373,8 +373,8 @@ def test_a_users_own_mode_is_not_shown_the_second_backward(tmp_path):
 def test_products_that_do_not_fit_into_one_step_take_turns(tmp_path, monkeypatch):
     model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.ReLU())], nn.Linear(64, 1))
     # Room for two of the six: 128 rows of 64 columns under four recipes take 128 KiB.
-    monkeypatch.setattr("loka.probes.impact._KEPT_BYTES", 300 << 10)
-    monkeypatch.setattr("loka.probes.impact._SHARE", 0.5)
+    monkeypatch.setattr("loka.probes.sampling.impact._KEPT_BYTES", 300 << 10)
+    monkeypatch.setattr("loka.probes.sampling.impact._SHARE", 0.5)
 
     def loop():
         for step in range(4 * 7):

@@ -11,13 +11,13 @@ from loka.errors import ArgumentError
 from loka.formats import DEFAULT_RECIPES, RECIPES
 from loka.kernel_registry.emulated import emulate
 from loka.numerics import product_error
-from loka.probes.database import open_database, read_learned, read_run, read_steps
 from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.gather import packed, unpacked
-from loka.probes.learning import EXTREMES, LEARN_EVERY, STATISTICS, Learner, merged, restore
-from loka.probes.measure import Sampled
-from loka.probes.predictions import predicted, read_predictions
+from loka.probes.judging.predictions import predicted, read_predictions
 from loka.probes.records import LearnedRecord
+from loka.probes.sampling.learning import EXTREMES, LEARN_EVERY, STATISTICS, Learner, merged, restore
+from loka.probes.sampling.measure import Sampled
+from loka.probes.storing.database import open_database, read_learned, read_run, read_steps
 from tests.probes.made_probe import Two, probed
 
 MANY = 100 << 20
@@ -175,7 +175,7 @@ def test_a_truncated_record_is_refused_in_words():
 
 
 def test_without_memory_the_run_says_what_was_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("loka.probes.learning._LIMIT_BYTES", 1 << 10)
+    monkeypatch.setattr("loka.probes.sampling.learning._LIMIT_BYTES", 1 << 10)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
 
     def loop():

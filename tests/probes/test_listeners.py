@@ -8,7 +8,7 @@ from torch import nn
 
 import loka
 from loka.errors import ArgumentError
-from loka.probes.database import open_database, read_run, read_steps
+from loka.probes.storing.database import open_database, read_run, read_steps
 from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_monitor import TENSORWISE, Model, batches
 from tests.dispatch.made_monitor import train as train_monitored

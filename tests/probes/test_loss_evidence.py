@@ -12,10 +12,10 @@ from scipy import stats
 
 from loka.bounds import Bound
 from loka.errors import ArgumentError
-from loka.probes.evidence import LossEvidence, load_evidence
-from loka.probes.loss_evidence import TOGETHER
+from loka.probes.judging.evidence import LossEvidence, load_evidence
+from loka.probes.judging.loss_evidence import TOGETHER
 from loka.probes.records import LossImpact, StepRecord
-from loka.probes.writer import RunWriter
+from loka.probes.storing.writer import RunWriter
 from tests.probes.made_records import NAN, made_error, made_info, made_product, made_progress, write_run
 
 RECIPES_TAKEN = ("tensorwise", "rowwise", "blockwise", "mxfp8")

@@ -11,10 +11,10 @@ from torch import nn
 
 from loka.formats import DEFAULT_RECIPES, PASS_OPERANDS, PASSES, RECIPES, recipe
 from loka.numerics import product_error, product_errors
-from loka.probes import measure as measure_module
-from loka.probes.convolution import convolution_gemm
-from loka.probes.measure import measure, rows_of
-from loka.probes.products import Draw, Factors, gemm
+from loka.probes.capturing.convolution import convolution_gemm
+from loka.probes.capturing.products import Draw, Factors, gemm
+from loka.probes.sampling import measure as measure_module
+from loka.probes.sampling.measure import measure, rows_of
 from tests.probes.made_probe import probed, product
 
 DTYPES = {"e4m3": (ml_dtypes.float8_e4m3fn, 448.0), "e5m2": (ml_dtypes.float8_e5m2, 57344.0)}
@@ -400,7 +400,7 @@ def test_small_products_are_measured_on_more_rows(n, k, rows):
 def test_a_reduction_longer_than_a_slab_is_the_same_product_in_pieces(monkeypatch):
     a, b = heavy_tailed(20, 2100), heavy_tailed(150, 2100)
     whole = measured(a, b)
-    monkeypatch.setattr("loka.probes.measure._SLAB", 1 << 15)  # pieces of 256 along k, slabs of 128 rows
+    monkeypatch.setattr("loka.probes.sampling.measure._SLAB", 1 << 15)  # pieces of 256 along k, slabs of 128 rows
     pieces = measured(a, b)
     for name, error in whole.errors.items():
         if "fast_accum" not in name:

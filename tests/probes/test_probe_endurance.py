@@ -15,7 +15,7 @@ from torch import nn
 
 import loka
 from loka.errors import ArgumentError, EvidenceError
-from loka.probes.database import list_runs, open_database
+from loka.probes.storing.database import list_runs, open_database
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, probed, product, recorded, seen, train
 from tests.probes.made_session import warned
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import loka
-from loka.dispatch.convert import unreached
-from loka.dispatch.executions import kernel_executions, reset_kernel_executions
+from loka.dispatch.running.convert import unreached
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.formats import PASSES
 from loka.stepping_aside import stepping_aside, steps_aside
 from tests.dispatch.made_conversion import decision, plan_for

@@ -10,7 +10,7 @@ from torch import nn
 import loka
 from loka.errors import ArgumentError, DatabaseError, EvidenceError
 from loka.formats import DEFAULT_RECIPES
-from loka.probes.evidence import load_evidence
+from loka.probes.judging.evidence import load_evidence
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, probed, product, recorded, train
 from tests.probes.made_session import warned
 

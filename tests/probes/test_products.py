@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loka.probes.products import FACTORS, Draw, Factors, Forward, aten, factors_of, gemm, stratified
-from loka.probes.sites import SiteKey
-from loka.probes.storage import Place, hold, inner_tensors, storage_key
+from loka.probes.capturing.products import FACTORS, Draw, Factors, Forward, aten, factors_of, gemm, stratified
+from loka.probes.capturing.sites import SiteKey
+from loka.probes.capturing.storage import Place, hold, inner_tensors, storage_key
 
 sizes = st.integers(1, 5)
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import loka
 from loka.errors import ArgumentError
-from loka.probes.evidence import load_evidence
-from loka.probes.learning import ROWS
+from loka.probes.capturing.row_counts import MOST_POINTS, CallRows, RowCount, RowCounts, median_rows, row_counts
+from loka.probes.judging.evidence import load_evidence
 from loka.probes.records import LearnedRecord
-from loka.probes.row_counts import MOST_POINTS, CallRows, RowCount, RowCounts, median_rows, row_counts
-from loka.probes.writer import RunWriter
+from loka.probes.sampling.learning import ROWS
+from loka.probes.storing.writer import RunWriter
 from tests.probes.made_records import made_info, made_product, made_progress, made_step
 
 CALLS = st.dictionaries(st.integers(1, 10_000), st.integers(1, 1000), min_size=1, max_size=40)

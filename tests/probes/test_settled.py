@@ -6,7 +6,7 @@ import random
 import pytest
 
 from loka.numerics import ProductError
-from loka.probes.settled import Settled
+from loka.probes.sampling.settled import Settled
 
 
 def error(value):

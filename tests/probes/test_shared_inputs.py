@@ -7,9 +7,9 @@ from torch import nn
 
 import loka
 from loka.errors import ArgumentError
-from loka.probes.database import open_database, read_learned
-from loka.probes.learning import SHARED_INPUT, restore
-from loka.probes.shared_inputs import SharedInput, families
+from loka.probes.capturing.shared_inputs import SharedInput, families
+from loka.probes.sampling.learning import SHARED_INPUT, restore
+from loka.probes.storing.database import open_database, read_learned
 
 
 class Block(nn.Module):

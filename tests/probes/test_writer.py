@@ -13,10 +13,10 @@ import pytest
 
 from loka.errors import DatabaseError
 from loka.formats import DEFAULT_RECIPES
-from loka.probes import sqlite_file
-from loka.probes.database import list_runs, open_database, read_run, read_steps
 from loka.probes.records import Event
-from loka.probes.writer import RunWriter
+from loka.probes.storing import sqlite_file
+from loka.probes.storing.database import list_runs, open_database, read_run, read_steps
+from loka.probes.storing.writer import RunWriter
 from tests.probes.made_records import made_info, made_product, made_progress, made_step, write_run
 
 ROOT = Path(__file__).parents[2]

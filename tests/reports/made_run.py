@@ -2,9 +2,9 @@
 
 import math
 
-from loka.dispatch.decide import Candidate, Decision
+from loka.dispatch.deciding.decide import Candidate, Decision
 from loka.kernel_registry.spec import GemmRequest
-from loka.probes.evidence import ErrorInterval, ProductEvidence, RecipeEvidence, RunEvidence
+from loka.probes.judging.evidence import ErrorInterval, ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.records import Environment, Event, OperandRecord, RunInfo, RunProgress
 
 NAN, INF = math.nan, math.inf

@@ -23,8 +23,8 @@ from loka.kernel_registry.spec import GemmRequest
 from loka.mods.rotation import Mixing, Rotation, channel_scale
 from loka.mods.smooth import scales
 from loka.numerics import product_error
-from loka.probes.database import open_database, write_timings
 from loka.probes.records import Timing
+from loka.probes.storing.database import open_database, write_timings
 from loka.quantize import fake_quantize
 from loka.reports.advise.detect import pace_words
 from loka.reports.advise.rules import RULES

@@ -11,10 +11,10 @@ from rich.console import Console
 from scipy import stats
 
 from loka.bounds import Bound
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.plan import Plan
 from loka.errors import ArgumentError, EvidenceError
-from loka.probes.drift import Drift
-from loka.probes.evidence import load_evidence
+from loka.probes.judging.drift import Drift
+from loka.probes.judging.evidence import load_evidence
 from loka.probes.records import Environment
 from loka.reports import csv_report, html_report, markdown, table
 from loka.reports.diff import diff, diff_plans, diff_runs

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from loka.bounds import Bound
-from loka.dispatch.candidates import Candidate
-from loka.dispatch.decide import Decision
-from loka.dispatch.judged import LossCost
-from loka.dispatch.plan import Plan
+from loka.dispatch.deciding.candidates import Candidate
+from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.judged import LossCost
+from loka.dispatch.deciding.plan import Plan
 from loka.errors import EvidenceError
 from loka.kernel_registry.spec import GemmRequest
 from loka.probes.records import Timing

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loka
-from loka.dispatch.convert import planned_sites
+from loka.dispatch.running.convert import planned_sites
 from tests.dispatch.made_monitor import Model, batches, train
 
 FORMATS = ("table", "md", "html", "json")
@@ -62,7 +62,7 @@ def test_events_are_shown_with_the_training_they_belong_to(monitored, format, ca
 
 def test_the_run_keeps_the_totals_of_the_probe(monitored):
     path, _ = monitored
-    from loka.probes.database import open_database, read_run
+    from loka.probes.storing.database import open_database, read_run
 
     engine = open_database(path, create=False)
     run = read_run(engine)

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 import loka
 from benchmarks.plan_scale import evidence_of, registry_of, times_of
 from loka.bounds import Bound
-from loka.dispatch.judged import LossCost
-from loka.dispatch.planner import PlanOptions, decide_all
-from loka.dispatch.sweep import sweep_evidence
+from loka.dispatch.deciding.judged import LossCost
+from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.sweep import sweep_evidence
 from loka.formats import PASSES
-from loka.probes.loss_evidence import LossEvidence
+from loka.probes.judging.loss_evidence import LossEvidence
 from loka.probes.records import Event, Timing
 from loka.reports import html_report
 from loka.reports.html import fragment

@@ -10,7 +10,7 @@ from torch import nn
 
 import loka
 from loka.bounds import Bound
-from loka.probes.database import open_database
+from loka.probes.storing.database import open_database
 from loka.reports import build, html_report, json_report
 from loka.reports.build import built_of, report_of
 from loka.reports.page import histories as module

@@ -7,7 +7,7 @@ import pytest
 
 from loka.bounds import Bound
 from loka.errors import ArgumentError
-from loka.probes.loss_evidence import LossEvidence
+from loka.probes.judging.loss_evidence import LossEvidence
 from loka.probes.records import Event
 from loka.reports import json_report
 from loka.reports.record import build_report

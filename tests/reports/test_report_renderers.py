@@ -10,8 +10,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from loka.bounds import Bound
-from loka.probes.evidence import ErrorInterval, GatedError
-from loka.probes.loss_evidence import LossEvidence
+from loka.probes.judging.evidence import ErrorInterval, GatedError
+from loka.probes.judging.loss_evidence import LossEvidence
 from loka.probes.records import Event
 from loka.reports import csv_report, html_report, markdown, table
 from loka.reports.record import build_report

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from loka.bounds import Bound
-from loka.dispatch.sweep import Sweep, SweepPoint
+from loka.dispatch.deciding.sweep import Sweep, SweepPoint
 from loka.reports.sweep import render_html, sweep_json, sweep_text
 from tests.reports.made_run import HOSTILE
 

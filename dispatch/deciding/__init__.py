@@ -1,0 +1,7 @@
+"""Deciding: candidates, what they cost and how wrong they are, and the plan that comes out."""
+
+if __name__ != "loka.dispatch.deciding":
+    raise ImportError(
+        "this folder is the package loka.dispatch.deciding: write 'import loka.dispatch.deciding' instead of "
+        "'import deciding'"
+    )

@@ -1,0 +1,332 @@
+"""Candidates: every kernel that could serve one product, with what is known of it, and what speaks against it.
+
+The questions, for each candidate, in order: available here? can it serve this product? is its error known and within
+the bound? is it faster than the baseline? The first objection is the reason that is told.
+
+Where the rows of a product vary, a kernel has to serve all of the row counts that stand for its calls, and what counts
+is its mean time over those at which the baseline was timed: all kernels of a product are compared at the same ones.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from loka.bounds import Bound, Limit
+from loka.dispatch.deciding.judged import Judged, LossCost, finite, judge_recipe
+from loka.dispatch.measuring.profile import LEAST_COVERED, NO_ROWS, KernelTime, TimeAt, TimeTable, at_rows, varies
+from loka.hardware import DeviceInfo
+from loka.kernel_registry.registry import Registry
+from loka.kernel_registry.spec import GemmRequest, KernelSpec, Op
+from loka.probes.capturing.row_counts import RowCounts
+from loka.probes.judging.evidence import ProductEvidence, RecipeEvidence
+from loka.probes.judging.loss_evidence import LossEvidence
+from loka.timing import faster
+
+# Why a candidate was not chosen.
+Code = Literal[
+    "unavailable",
+    "cannot",
+    "undecided",
+    "over_bound",
+    "untimed",
+    "no_gain",
+    "budget_spent",
+    "slower",
+    "tie",
+    "filtered",
+]
+
+# A kernel must beat the baseline by this factor: less is not worth any error (DESIGN: speed > 1.05 x the baseline).
+MIN_SPEEDUP: Final[float] = 1.05
+
+# The ops whose kernels a plan can put to work. Products of the others are probed, timed and verified, and stay as
+# written.
+DISPATCHED: Final[frozenset[Op]] = frozenset({"linear", "grouped_linear", "linear_norm_act"})
+
+# aten op, without overload and in-place underscore -> what the registry calls it. Anything else is "other".
+ATEN_OPS: Final[dict[str, Op]] = {
+    "mm": "linear",
+    "addmm": "linear",
+    "_addmm_activation": "linear",
+    "linear": "linear",
+    "mv": "linear",
+    "addmv": "linear",
+    "_scaled_mm": "linear",
+    "_scaled_mm_v2": "linear",
+    "bmm": "bmm",
+    "baddbmm": "bmm",
+    "addbmm": "bmm",
+    "_grouped_mm": "grouped_linear",
+    "_scaled_grouped_mm": "grouped_linear",
+    "_scaled_grouped_mm_v2": "grouped_linear",
+    "convolution": "convolution",
+    "convolution_backward": "convolution",
+    "_convolution": "convolution",
+}
+
+
+# Weights of experts are held as [experts, n, k] or [experts, k, n].
+_EXPERTS_DIM: Final[int] = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One kernel considered for one product. Times in microseconds per call; None where not measured.
+
+    Where the rows of the product vary, `time_us` is the mean over its row counts, and `times` what it is made of.
+    """
+
+    kernel: str
+    recipe: str | None
+    code: Code | None  # None: chosen, or admissible and equal to the chosen one
+    reason: str
+    time_us: float | None = None
+    spread_us: float | None = None
+    error_mean: float | None = None
+    error_upper: float | None = None  # what a bound on the error was compared with
+    loss: LossCost | None = None
+    times: tuple[TimeAt, ...] | None = None
+
+
+def request_of(evidence: ProductEvidence, parameters: Mapping[str, tuple[int, ...]] | None = None) -> GemmRequest:
+    """Return the request that a product of the model makes of the registry, at its median m.
+
+    The batch of a grouped product is its number of experts, which the shapes of the run's `parameters` tell; where they
+    do not, it is 0.
+    """
+    op = ATEN_OPS.get(evidence.op, ATEN_OPS.get(evidence.op.removesuffix("_"), "other"))
+    batch = evidence.batch
+    if op == "grouped_linear":
+        shape = (parameters or {}).get(evidence.parameter, ())
+        batch = shape[0] if len(shape) == _EXPERTS_DIM else 0
+    return GemmRequest(
+        site=evidence.site,
+        product=evidence.product,
+        op=op,
+        m=evidence.m,
+        n=evidence.n,
+        k=evidence.k,
+        dtype=evidence.dtype,
+        batch=batch,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One candidate with everything that is known of it."""
+
+    spec: KernelSpec
+    request: GemmRequest
+    evidence: ProductEvidence
+    judged: Judged
+    limit: Limit
+    unavailable: str | None
+    unable: str | None
+    baseline: str
+    baseline_time: KernelTime | None
+    time: KernelTime | None
+    # Row counts that it has no time at, and its baseline has one; where too few were timed, those of the baseline.
+    missing: tuple[int, ...] = ()
+
+    @property
+    def known_time(self) -> KernelTime:
+        """The time of an admissible case, which is known."""
+        assert self.time is not None  # _ask_timed lets no untimed case pass
+        return self.time
+
+    @property
+    def known_baseline_time(self) -> KernelTime:
+        """The time of the baseline of an admissible case, which is known."""
+        assert self.baseline_time is not None
+        return self.baseline_time
+
+    @property
+    def known_recipe(self) -> RecipeEvidence:
+        """The evidence of an admissible case, which is known."""
+        assert self.recipe is not None  # _ask_error lets none without evidence pass
+        return self.recipe
+
+    @property
+    def recipe(self) -> RecipeEvidence | None:
+        """The evidence of its recipe, where there is any."""
+        return self.judged.evidence
+
+    @property
+    def loss(self) -> LossEvidence | None:
+        """What the case does to the loss, where a step has shown it."""
+        return self.recipe.loss if self.recipe is not None else None
+
+
+Objection = tuple[Code, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Considered:
+    """All candidates of one product, and which of them nothing speaks against."""
+
+    request: GemmRequest
+    evidence: ProductEvidence
+    baseline: KernelSpec
+    baseline_time: KernelTime | None
+    rejected: tuple[tuple[Case, Objection], ...]
+    admissible: tuple[Case, ...]
+    selected: bool
+    limit: Limit
+    rows: RowCounts | None = NO_ROWS  # at which its kernels are compared; None: too few were timed
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether it takes part in a budget of loss."""
+        return self.limit.metric == "loss"
+
+
+def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether there is one
+    request: GemmRequest,
+    evidence: ProductEvidence,
+    bound: Bound,
+    registry: Registry,
+    times: TimeTable,
+    device: DeviceInfo,
+    *,
+    selected: bool = True,
+) -> Considered:
+    """Put the questions to every candidate of a product; raise KernelError when the registry has no baseline for it."""
+    baseline = registry.baseline(request)
+    rows = times.timed(baseline.name, request, evidence.rows)
+    baseline_time = times.of_baseline(baseline.name, request, rows)
+    untimed = times.missing(baseline.name, request, evidence.rows) if rows is None else ()
+    limit = bound.limit(evidence.product, evidence.site)
+    specs = registry.candidates(request.op) or registry.low_precision()
+    judged = {name: judge_recipe(name, evidence, limit) for name in {spec.recipe or "" for spec in specs}}
+    cases = [
+        Case(
+            spec,
+            request,
+            evidence,
+            judged[spec.recipe or ""],
+            limit,
+            registry.unavailable(spec, device),
+            unable_at(spec, request, evidence.rows, registry, device),
+            baseline.name,
+            baseline_time,
+            times.of_candidate(spec.name, request, baseline_time, rows),
+            times.missing(spec.name, request, rows) if rows is not None else untimed,
+        )
+        for spec in specs
+    ]
+    left_out: Objection = ("filtered", "the plan's filter leaves this site out")
+    objections = [_objection(case) if selected else left_out for case in cases]
+    return Considered(
+        request=request,
+        evidence=evidence,
+        baseline=baseline,
+        baseline_time=baseline_time,
+        rejected=tuple((case, found) for case, found in zip(cases, objections, strict=True) if found is not None),
+        admissible=tuple(case for case, found in zip(cases, objections, strict=True) if found is None),
+        selected=selected,
+        limit=limit,
+        rows=rows,
+    )
+
+
+def unable_at(
+    spec: KernelSpec, request: GemmRequest, rows: RowCounts, registry: Registry, device: DeviceInfo
+) -> str | None:
+    """Return why a kernel cannot serve a product at one of its row counts, or None."""
+    reason = registry.cannot(spec, request, device)
+    if reason is not None or not varies(request, rows):
+        return reason
+    for each in rows.points:
+        reason = registry.cannot(spec, at_rows(request, each.rows), device)
+        if reason is not None:
+            return f"with {each.rows} rows: {reason}"
+    return None
+
+
+def fastest(cases: list[Case]) -> tuple[Case, Case]:
+    """Return the fastest of some admissible cases, and the one to take: the first by name of those that tie with it."""
+    best = min(cases, key=lambda case: (case.known_time.median_us, case.spec.name))
+    ties = [case for case in cases if not faster(best.known_time, case.known_time)]
+    return best, min(ties, key=lambda case: case.spec.name)
+
+
+def rejected_candidate(case: Case, code: Code, reason: str) -> Candidate:
+    """Return a case as a candidate that lost."""
+    gated = case.judged.gated
+    error = gated.error if gated else None
+    return Candidate(
+        kernel=case.spec.name,
+        recipe=case.spec.recipe,
+        code=code,
+        reason=reason,
+        time_us=case.time.median_us if case.time else None,
+        spread_us=case.time.spread_us if case.time else None,
+        error_mean=finite(error.mean) if error else None,
+        error_upper=finite(error.upper_tolerance) if error else None,
+        loss=case.judged.loss,
+        times=(case.time.at or None) if case.time else None,
+    )
+
+
+def _objection(case: Case) -> Objection | None:
+    return next((found for ask in _QUESTIONS if (found := ask(case)) is not None), None)
+
+
+def _ask_available(case: Case) -> Objection | None:
+    return None if case.unavailable is None else ("unavailable", case.unavailable)
+
+
+def _ask_able(case: Case) -> Objection | None:
+    reason = case.unable
+    if reason is None and case.request.op not in DISPATCHED:
+        reason = "dispatch runs linear products and those of experts; this one stays as written"
+    if reason is None and not case.evidence.parameter:
+        reason = "no parameter takes part in this product, and a plan finds products by their parameter"
+    return None if reason is None else ("cannot", reason)
+
+
+def _ask_timed(case: Case) -> Objection | None:
+    rows = case.evidence.rows
+    if varies(case.request, rows) and (case.time is None or case.baseline_time is None):
+        listed = ", ".join(map(str, case.missing))
+        if case.baseline_time is not None:
+            return "untimed", f"never timed with {listed} rows, as its baseline {case.baseline} was on this device"
+        rest = f"; its other row counts do not carry {LEAST_COVERED:.0%} of the calls and of the rows"
+        rest = rest if len(case.missing) < len(rows.points) else ""
+        return "untimed", f"its baseline {case.baseline} was never timed with {listed} rows on this device{rest}"
+    if case.time is None:
+        return "untimed", f"never timed at {_shape(case.request)} on this device"
+    if case.baseline_time is None or (case.baseline_time.assumed and not case.time.assumed):
+        return "untimed", f"its baseline {case.baseline} was never timed at {_shape(case.request)} on this device"
+    return None
+
+
+def _ask_gain(case: Case) -> Objection | None:
+    time, baseline = case.known_time, case.known_baseline_time
+    speedup = baseline.median_us / time.median_us
+    numbers = f"{time.median_us:.4g} us against {baseline.median_us:.4g} us of {case.baseline} ({speedup:.3g}x)"
+    numbers += time.words
+    if speedup <= MIN_SPEEDUP:
+        return "no_gain", f"{numbers}: not more than {MIN_SPEEDUP}x the baseline's speed"
+    if not time.assumed and not faster(time, baseline):
+        spread = time.spread_us + baseline.spread_us
+        return "no_gain", f"{numbers}: inside the measured spread of {spread:.3g} us"
+    return None
+
+
+_QUESTIONS: Final[tuple[Callable[[Case], Objection | None], ...]] = (
+    _ask_available,
+    _ask_able,
+    lambda case: case.judged.objection,
+    _ask_timed,
+    _ask_gain,
+)
+
+
+def objection_to_time(case: Case) -> Objection | None:
+    """Return what speaks against the time of a candidate, whatever its error."""
+    return _ask_timed(case) or _ask_gain(case)
+
+
+def _shape(request: GemmRequest) -> str:
+    return f"{request.m}x{request.k}x{request.n} {request.dtype}"

@@ -1,0 +1,155 @@
+"""The class that a module becomes when weights of it are stored in FP8: what it holds, saves, loads and refuses.
+
+In place of a Parameter `w` there are two buffers, `w`, the codes as [.., n, k], and `w_scale`; and `w_kept`, the
+numbers of the experts that are not multiplied in FP8, where there are any. What the module's code finds under `w` is a
+`StoredWeight`. A linear layer without a forward of its own reads its buffers directly.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from loka.dispatch.deciding.by_rows import kernels_of
+from loka.dispatch.freezing.storage import Storage, Tensors, check_inference
+from loka.dispatch.freezing.stored import stored_linear
+from loka.dispatch.freezing.stored_grouped import quantize_stack, stored_kernel
+from loka.dispatch.freezing.stored_weight import StoredWeight
+from loka.dispatch.running.convert import FROZEN
+from loka.dispatch.running.weights import halves_of
+from loka.kernel_registry.operands import DTYPES
+
+_SCALE: Final = "_scale"
+_KEPT: Final = "_kept"
+
+
+def names_taken(module: nn.Module, name: str) -> list[str]:
+    """Return the names that a module has already, of those that a stored `name` needs."""
+    return [each for each in (f"{name}{_SCALE}", f"{name}{_KEPT}") if hasattr(module, each)]
+
+
+def made_of(weight: Tensor, storage: Storage) -> Tensors:
+    """Quantise a weight, as its model has it: codes, scales, and the numbers of kept experts."""
+    with torch.no_grad():
+        codes, scale = quantize_stack(weight.mT if storage.turned else weight, storage.spec)
+        return codes, scale, weight[list(storage.kept)] if storage.kept else None
+
+
+def store(module: nn.Module, stored: dict[str, tuple[Storage, Tensors]]) -> None:
+    """Put codes and scales in the place of the Parameters that a module had under these names."""
+    linear = stored.keys() == {"weight"} and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    for name, (_, (codes, scale, high)) in stored.items():
+        module.register_buffer(name, codes)
+        module.register_buffer(f"{name}{_SCALE}", scale)
+        if high is not None:
+            module.register_buffer(f"{name}{_KEPT}", high)
+    module.__class__ = _frozen_class(cast(Any, type(module)), tuple(stored), linear)
+    setattr(module, FROZEN, {name: storage for name, (storage, _) in stored.items()})
+
+
+def load_kernels(storage: Storage) -> None:
+    """Import the kernels of a stored weight: Dynamo cannot trace how that is done."""
+    for kernel in kernels_of(storage.kernel):
+        if storage.op == "grouped_linear":
+            stored_kernel(kernel)
+        else:
+            halves_of(kernel)
+
+
+def _forward(self: Any, input: Tensor) -> Tensor:
+    """Run a linear layer on its stored weight."""
+    storage, buffers = getattr(self, FROZEN)["weight"], self._buffers
+    check_inference(input, storage.site, self.out_features, self.in_features)
+    codes, scale = buffers["weight"], buffers[f"weight{_SCALE}"]
+    return stored_linear(input, codes, scale, self.bias, storage.kernel, storage.traceable)
+
+
+def _get(name: str) -> property:
+    """Make the attribute under which a module's code finds a stored weight."""
+
+    def get(self: Any) -> StoredWeight:
+        buffers = self._buffers
+        tensors = buffers[name], buffers[f"{name}{_SCALE}"], buffers.get(f"{name}{_KEPT}")
+        return StoredWeight.whole(getattr(self, FROZEN)[name], *tensors)
+
+    return property(get)
+
+
+def _apply(self: Any, base: Any, function: Callable[[Tensor], Tensor], recurse: bool) -> Any:
+    """Move codes and scales with the module; of a cast of the model, the weight has the dtype alone."""
+    before = dict(self._buffers)
+    base._apply(self, function, recurse)
+    frozen = getattr(self, FROZEN)
+    for name, storage in frozen.items():
+        dtype = function(torch.empty(0, dtype=storage.dtype, device=before[name].device)).dtype
+        frozen[name] = replace(storage, dtype=dtype)
+        for each in (name, f"{name}{_SCALE}"):
+            moved = self._buffers[each]
+            if moved.dtype != before[each].dtype:
+                self._buffers[each] = before[each].to(moved.device)
+    return self
+
+
+def _load(self: Any, base: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load codes and scales; a weight in high precision is quantised."""
+    for name, storage in getattr(self, FROZEN).items():
+        key, codes = f"{prefix}{name}", self._buffers[name]
+        given = state.get(key)
+        if not isinstance(given, Tensor) or given.dtype == codes.dtype:
+            continue
+        if given.dtype not in DTYPES or given.shape != storage.shape:
+            args[-1].append(
+                f"{key} is {given.dtype} {list(given.shape)}; this frozen layer takes {codes.dtype} "
+                f"{list(codes.shape)}, or high precision {list(storage.shape)}."
+            )
+            return
+        made, scale, high = made_of(given.to(codes.device), storage)
+        state = {**state, key: made, f"{key}{_SCALE}": scale}
+        if high is not None:
+            state[f"{key}{_KEPT}"] = high
+    base._load_from_state_dict(self, state, prefix, *args)
+
+
+@functools.cache
+def _frozen_class(base: Any, names: tuple[str, ...], linear: bool) -> Any:
+    """Make the class that a module of class `base` becomes."""
+
+    def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return _apply(self, base, fn, recurse)
+
+    def load(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _load(self, base, state_dict, prefix, *args)
+
+    def restore(self: Any, state: Any) -> None:
+        base.__setstate__(self, state)
+        setattr(self, FROZEN, dict(getattr(self, FROZEN)))  # a copy's own
+        for storage in getattr(self, FROZEN).values():
+            load_kernels(storage)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        make, arguments, *state = base.__reduce_ex__(self, protocol)
+        if arguments[:1] == (made,):  # no name leads to the class: name what it is made from
+            make, arguments = _restore, (base, names, linear)
+        return make, arguments, *state
+
+    members = {
+        **{name: _get(name) for name in names},
+        **({"forward": _forward} if linear else {}),
+        "_apply": apply,
+        "_load_from_state_dict": load,
+        "__reduce_ex__": reduce,
+        "__setstate__": restore,
+        "__module__": __name__,
+        "__doc__": None,
+    }
+    made = type(f"Frozen{base.__name__}", (base,), members)
+    return made
+
+
+def _restore(base: Any, names: tuple[str, ...], linear: bool) -> Any:
+    """Make an empty frozen module, for `copy` and for those who save whole models."""
+    made = _frozen_class(base, names, linear)
+    return made.__new__(made)

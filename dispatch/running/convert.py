@@ -1,0 +1,330 @@
+"""Eager conversion: the same model object, with every planned product on its planned kernels.
+
+Nothing is replaced. A linear layer's class is swapped for one whose forward calls `dispatch.running.linear`, that of
+one with its norm and activation (`loka.mods.FuseEpilogue`) for one that calls `dispatch.running.norm_act`; a module
+that multiplies by a bare Parameter gets a class whose forward runs inside a scope that reroutes exactly those products.
+Parameters, buffers, hooks and `state_dict` stay as they are, and a checkpoint knows nothing of LoKA.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from functools import partial
+from os import PathLike
+from typing import Any, Final, Literal, cast, get_args
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from loka.dispatch.deciding.by_rows import kernels_of
+from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.running.job import all_or_none, check_plans
+from loka.dispatch.running.linear import linear
+from loka.dispatch.running.norm_act import linear_norm_act
+from loka.dispatch.running.reroute import Reroute, Route
+from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
+from loka.dispatch.running.weights import forget, halves_of, keep
+from loka.errors import ArgumentError, PlanError
+from loka.kernel_registry.norm_act import is_norm_act, runs_fused
+from loka.naming import BASE_CLASS, clean_fqn, unwrap
+
+# Modules whose own forward does not run the product of the weight they hold: it happens in a module above.
+_HOLDERS: Final = (
+    nn.ParameterList,
+    nn.ParameterDict,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+)
+# A table whose rows are looked up may serve as a weight anywhere, most often in the root.
+_TABLES: Final = (nn.Embedding, nn.EmbeddingBag)
+# Modules that may compute everything below them in one fused call, in which no product can be rerouted. They refrain
+# from it while a torch-function mode is active, so the scope has to be around the outermost of them.
+FUSING: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_MARK: Final = "_loka_routes"  # name of a parameter in the module -> Route
+FROZEN: Final = "_loka_frozen"  # of a layer that `freeze` has stored: its kernel, recipe and whether it is traceable
+
+
+def convert(
+    model: nn.Module,
+    plan: Plan | str | PathLike[str],
+    *,
+    emulate: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    cache_weights: bool = False,
+) -> nn.Module:
+    """Run a model's products as planned: in place, eager; returns the model. `revert` is the way back.
+
+    `plan`: a plan, or the path of one.
+    `emulate=True` lets emulated kernels stand in for those that cannot run on this device. With a `process_group`, all
+    its ranks, each of which has to call this, first make sure that they hold the same plan. Raises PlanError, with the
+    model untouched, when the plan belongs to another model, a kernel cannot run here, or the model is compiled or
+    converted already. A weight that is used where its own module's forward does not run is not reached: after a step,
+    `unreached` names such sites. The same holds for a checkpoint that begins inside of the forward that uses a bare
+    Parameter: what it recomputes stays in high precision.
+
+    `cache_weights=True` quantises a weight once per optimiser step and pass, and not in every micro-batch of gradient
+    accumulation; no number changes. It is off by default: it gains little where micro-batches are large and nothing
+    without accumulation (benchmarks/weight_cache.py), costs a copy of the weight per pass, in FP8 (in fp32 where
+    kernels are emulated), and asks that weights are not edited through `.data` between two steps of an optimiser.
+    `dispatch.running.weights` says what else it leaves alone.
+    """
+    load = partial(plan_of, plan)
+    loaded = load() if process_group is None else all_or_none(load, process_group)
+    prepare = partial(_prepare, model, loaded, emulate=emulate)
+    if process_group is not None:
+        check_plans(loaded, process_group)
+        assigned = all_or_none(prepare, process_group)
+    else:
+        assigned = prepare()
+    for _, routes in assigned if cache_weights else ():
+        for name in {name for route in routes.values() for name in route.kernels.as_tuple()}:
+            for kernel in kernels_of(name):
+                halves_of(kernel)  # now, where it can be refused
+    for module, parameters in assigned:
+        module.__class__ = _converted_class(_kind_of(module, parameters), cast(Any, type(module)))
+        setattr(module, _MARK, parameters)
+        for parameter in _parameters_of(module) if cache_weights else ():
+            keep(parameter)
+    return model
+
+
+def plan_of(given: Plan | str | PathLike[str]) -> Plan:
+    """Return a plan that is given as itself or by its path; raise ArgumentError for anything else, PlanError."""
+    if isinstance(given, Plan):
+        return given
+    if not isinstance(given, str | PathLike):
+        raise ArgumentError(
+            f"A plan is a loka.Plan or the path of one, not {type(given).__name__}: loka.plan(...) makes it, "
+            "loka.Plan.load(path) reads it."
+        )
+    return Plan.load(given)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`, in place: every module of the model gets back its class; returns the model.
+
+    Parameters, buffers, hooks and optimiser state stay as they are, and the model may be converted again. A model or
+    submodule of which nothing is converted is left as it is. Works on copies, and on what was wrapped or parametrised
+    before or after the conversion; parametrisations from before can be removed only once it is undone. Raises
+    PlanError, with nothing changed, for a compiled model.
+    """
+    converted = [module for module in model.modules() if _MARK in vars(module)]
+    if converted:
+        check_eager(model, "go on as planned. Revert the model first and compile it again afterwards.")
+    for module in converted:
+        for parameter in _parameters_of(module):
+            forget(parameter)
+        module.__class__ = _reverted_class(type(module))
+        delattr(module, _MARK)
+    return model
+
+
+def _parameters_of(module: nn.Module) -> list[Tensor]:
+    """Return the Parameters that a converted module has routes of, without computing any."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return [parameters[name] for name in getattr(module, _MARK) if name in parameters]
+
+
+def _prepare(model: nn.Module, plan: Plan, *, emulate: bool) -> "list[Assignment]":
+    """Check all that can be wrong, and decide what becomes of which module, while nothing is changed."""
+    _check_convertible(model)
+    plan.check_model(model)
+    assigned = _assign(unwrap(model), site_kernels(plan, device_of(model), emulate=emulate))
+    for module, parameters in assigned:
+        for route in parameters.values():
+            if route.kernels.op == "linear_norm_act" and _kind_of(module, parameters) != "Joint":
+                raise PlanError(
+                    f"The plan runs {route.site!r} with its norm and activation in one kernel, and in this model it is "
+                    f"{type(module).__name__}, without both. Apply the mods of the model that was probed, FuseEpilogue "
+                    "among them, or probe and plan this one."
+                )
+    return assigned
+
+
+def planned_sites(model: nn.Module) -> dict[str, SiteKernels]:
+    """Return the kernels of every site of a converted model; empty for one that is not converted."""
+    return {route.site: route.kernels for route in routes_of(model)}
+
+
+def unreached(model: nn.Module) -> tuple[str, ...]:
+    """Return the converted sites that no product has reached since the conversion, in the order of the model.
+
+    After a training step this should be empty. A site that stays here has its weight used elsewhere than in its own
+    module's forward, or in a form that cannot be rerouted, and runs in high precision; `backend="loka"` of
+    `torch.compile` may reach it, since it finds a product by its weight wherever it runs.
+    """
+    return tuple(route.site for route in routes_of(model) if not route.reached)
+
+
+def routes_of(model: nn.Module) -> Iterator[Route]:
+    """Yield the routes of a converted model's sites; what they say holds from the next step on."""
+    for module in model.modules():
+        yield from getattr(module, _MARK, {}).values()
+
+
+def check_not_frozen(model: nn.Module) -> None:
+    """Raise PlanError when a layer of the model is stored in FP8."""
+    for name, module in model.named_modules():
+        if hasattr(module, FROZEN):
+            raise PlanError(
+                f"{type(unwrap(model)).__name__} is frozen (see {name or 'its root'!r}): its weights are there in FP8 "
+                "alone. Load the model again and start from that."
+            )
+
+
+def _check_convertible(model: nn.Module) -> None:
+    check_not_frozen(model)
+    for name, module in model.named_modules():
+        if hasattr(module, _MARK):
+            raise PlanError(
+                f"{type(unwrap(model)).__name__} is converted already (see {name or 'its root'!r}). Two plans cannot "
+                "hold at once: undo the first with loka.revert(model)."
+            )
+    check_eager(
+        model,
+        "not see the conversion. Convert first and compile afterwards, or use "
+        'torch.compile(model, backend="loka", options={"plan": ...}).',
+    )
+
+
+def check_eager(model: nn.Module, what: str) -> None:
+    """Raise PlanError when the model or a part of it is compiled; `what` its compiled code would do."""
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+            raise PlanError(f"{name or 'The model'!r} is compiled, and its compiled code would {what}")
+
+
+# --- which module's class reaches which site ---
+
+Assignment = tuple[nn.Module, dict[str, Route]]
+
+
+def _assign(model: nn.Module, routes: Mapping[str, SiteKernels]) -> list[Assignment]:
+    """Decide, before anything is changed, which modules reach the planned sites, and by which of their parameters."""
+    modules = {clean_fqn(name): module for name, module in model.named_modules()}
+    assigned: dict[str, Assignment] = {}
+    for site, kernels in routes.items():
+        module = modules.get(site)
+        parameter = site if module is None else f"{site}.weight"
+        owner, _, name = parameter.rpartition(".")
+        holder = modules.get(owner)
+        if holder is None or not _has_tensor(holder, name):
+            raise PlanError(
+                f"The plan has the site {site!r}, and this model has no module or parameter of that name that a "
+                "product could be rerouted from. Probe and plan this model again."
+            )
+        runner = _runner(modules, owner)
+        _, parameters = assigned.setdefault(runner, (modules[runner], {}))
+        parameters[parameter[len(runner) + 1 :] if runner else parameter] = Route(site, kernels)
+    return list(assigned.values())
+
+
+def _has_tensor(module: nn.Module, name: str) -> bool:
+    """Whether a module has a tensor of this name; one that is parametrised is not computed, which might change it."""
+    return is_parametrized(module, name) or isinstance(getattr(module, name, None), Tensor)
+
+
+def _runner(modules: Mapping[str, nn.Module], owner: str) -> str:
+    """Return the name of the module whose forward a scope has to surround to see the products of `owner`'s weights."""
+    runner = "" if isinstance(modules[owner], _TABLES) else owner
+    while runner and (isinstance(modules[runner], _HOLDERS) or _is_overridden(modules[runner])):
+        runner = _parent(runner)
+    if _is_overridden(modules[runner]):
+        raise PlanError(
+            f"The products of {owner!r} cannot be rerouted: `forward` is replaced on the instance of "
+            f"{type(modules[runner]).__name__}, and on what is between. Convert the model first, wrap it afterwards."
+        )
+    above = runner
+    while above:
+        above = _parent(above)
+        runner = above if isinstance(modules[above], FUSING) else runner
+    return runner
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_overridden(module: nn.Module) -> bool:
+    """Whether a function on the instance hides the forward of the module's class."""
+    return "forward" in vars(module)
+
+
+# --- the classes ---
+
+# Planned: a linear layer that calls `dispatch.running.linear` itself. Joint: one with norm and activation, that calls
+# `dispatch.running.norm_act`. Routed: any module, within a scope that reroutes.
+Kind = Literal["Planned", "Joint", "Routed"]
+
+
+def _kind_of(module: nn.Module, parameters: Mapping[str, Route]) -> Kind:
+    if parameters.keys() != {"weight"}:
+        return "Routed"
+    if type(module).forward is nn.Linear.forward:
+        return "Planned"
+    return "Joint" if runs_fused(module) else "Routed"
+
+
+@functools.cache
+def _converted_class(kind: Kind, base: Any) -> Any:
+    """Make the class that a module of class `base` becomes."""
+
+    def planned(self: Any, input: Tensor) -> Tensor:
+        route: Route = self._loka_routes["weight"]
+        route.reached = True
+        kernels = route.kernels
+        return linear(input, self.weight, self.bias, kernels.fprop, kernels.dgrad, kernels.wgrad)
+
+    @is_norm_act
+    def joint(self: Any, input: Tensor) -> Tensor:
+        route: Route = self._loka_routes["weight"]
+        route.reached = True
+        return linear_norm_act(input, self.weight, self.bias, self.eps, route.kernels.as_tuple())
+
+    @functools.wraps(base.forward)
+    def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with Reroute.of(self, self._loka_routes):
+            return base.forward(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        make, arguments, *state = base.__reduce_ex__(self, protocol)
+        if arguments[:1] == (made,):  # the class is made here, so no name leads to it: name what it is made from
+            make, arguments = _restore, (kind, base)
+        return make, arguments, *state
+
+    forwards = {"Planned": planned, "Joint": joint, "Routed": routed}
+    members = {
+        "forward": forwards[kind],
+        "__reduce_ex__": reduce,
+        "__module__": __name__,
+        "__doc__": None,
+        BASE_CLASS: base,
+    }
+    made = type(f"{kind}{base.__name__}", (base,), members)
+    return made
+
+
+def _reverted_class(made: Any) -> Any:
+    """Return a class without the one of `_converted_class` in it, which others may have derived theirs from since.
+
+    Parametrisations and FSDP make such classes, and parametrisations add properties to the class that they find.
+    """
+    if not any(BASE_CLASS in vars(each) for each in made.__mro__):
+        return made
+    own = {key: value for key, value in vars(made).items() if key not in ("__dict__", "__weakref__")}
+    if BASE_CLASS not in own:
+        name = functools.reduce(lambda name, kind: name.replace(kind, "", 1), get_args(Kind), made.__name__)
+        return type(made)(name, tuple(map(_reverted_class, made.__bases__)), own)
+    base = own[BASE_CLASS]
+    added = {key: value for key, value in own.items() if isinstance(value, property)}
+    # Beside the properties that were there before: they are removed one by one from the class that a module has.
+    return type(made)(base.__name__, base.__bases__, {**vars(base), **added}) if added else base
+
+
+def _restore(kind: Kind, base: Any) -> Any:
+    """Make an empty converted module, for `copy` and for those who save whole models."""
+    made = _converted_class(kind, base)
+    return made.__new__(made)
