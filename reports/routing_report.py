@@ -88,7 +88,8 @@ def routing_html(trace: RoutingTrace) -> str:
             maps=_heat_maps(trace),
             left_out=max(len(trace.domains) + 1 - _MOST_MAPS, 0),
             style=style,
-            style_hash=source_hash(style),
+            style_hashes=[source_hash(style)],
+            script_hashes=[],
         )
     )
 

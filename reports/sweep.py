@@ -108,7 +108,8 @@ def render_html(sweep: Sweep) -> str:
             rows=[([fill(point) for fill in columns.values()], _marks(point)) for point in sweep.points],
             plot=_plot(sweep),
             style=style,
-            style_hash=source_hash(style),
+            style_hashes=[source_hash(style)],
+            script_hashes=[],
         )
     )
 

@@ -1,16 +1,10 @@
 """Advice: each rule fires on a model that was trained to have its condition, tells the truth, and else is silent."""
 
 import ast
-import functools
-import io
-import json
-import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 import loka
@@ -26,35 +20,12 @@ from loka.numerics import product_error
 from loka.probes.records import Timing
 from loka.probes.storing.database import open_database, write_timings
 from loka.quantize import fake_quantize
-from loka.reports.advise.detect import pace_words
 from loka.reports.advise.rules import RULES
-from loka.reports.advise.text import advice_json, advice_markdown, advice_plain, advice_text
+from loka.reports.advise.text import advice_json
 from tests.probes.made_records import made_product, made_step, write_run
+from tests.reports.made_advice import Ill, advised, normal, trained, with_loud_row, with_outliers
 
 CPU = str(device_info("cpu"))
-
-
-def trained(path, model, data, *, steps=14, lr=1e-3, after=lambda step: None):
-    """Train a model a little under the probe: every second step sampled, unhurried by the budget."""
-    torch.manual_seed(0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    with loka.probe(model, path, every=1, overhead=100):
-        for step in range(steps):
-            optimizer.zero_grad()
-            model(data(torch.Generator().manual_seed(step))).square().mean().backward()
-            optimizer.step()
-            after(step)
-    return path
-
-
-def normal(generator, rows=128, width=64):
-    return torch.randn(rows, width, generator=generator)
-
-
-@functools.cache
-def advised(path):
-    """Advise at the default bound, once per run."""
-    return loka.advise(path, device="cpu")
 
 
 def of(advice, mod):
@@ -63,77 +34,6 @@ def of(advice, mod):
 
 def checked(advice, mod):
     return next(each for each in advice.checked if each.mod == mod)
-
-
-class Healthy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.norm, self.act, self.down = nn.Linear(64, 96), nn.LayerNorm(96), nn.SiLU(), nn.Linear(96, 32)
-
-    def forward(self, x):
-        return self.down(self.act(self.norm(self.up(x))))
-
-
-class Ill(nn.Module):
-    """Mean cancellation before the norm, a Swish far below zero, three linears on one input, and k = 13."""
-
-    def __init__(self):
-        super().__init__()
-        self.inp, self.norm = nn.Linear(13, 64, bias=False), nn.LayerNorm(64)
-        self.q, self.k, self.v = (nn.Linear(64, 48, bias=False) for _ in range(3))
-        self.act, self.out = nn.SiLU(), nn.Linear(48, 32, bias=False)
-
-    def forward(self, x):
-        h = self.norm(self.inp(x) + 8.0)
-        return self.out(self.act(8 * self.q(h) * self.k(h) + 8 * self.v(h) - 4))
-
-
-class Outliers(nn.Module):
-    """A raw count among normalised features, which the weight makes up for."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 96, bias=False), nn.Linear(96, 32, bias=False)
-        with torch.no_grad():
-            self.up.weight[:, 5] *= 1e-5
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x)))
-
-
-def with_outliers(generator):
-    x = normal(generator)
-    x[:, 5] *= 1e5
-    return x
-
-
-def with_loud_row(generator):
-    x = normal(generator)
-    x[0] *= 3e4
-    return x
-
-
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("healthy") / "run.db", Healthy(), normal, lr=1e-2)
-
-
-@pytest.fixture(scope="module")
-def ill(tmp_path_factory):
-    path, model = tmp_path_factory.mktemp("ill") / "run.db", Ill()
-    return trained(path, model, lambda generator: normal(generator, width=13), lr=1e-4)
-
-
-@pytest.fixture(scope="module")
-def outliers(tmp_path_factory):
-    model = Outliers()
-    return trained(tmp_path_factory.mktemp("outliers") / "run.db", model, with_outliers, lr=1e-15), model
-
-
-@pytest.fixture(scope="module")
-def loud(tmp_path_factory):
-    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.ReLU(), nn.Linear(96, 32, bias=False))
-    return trained(tmp_path_factory.mktemp("loud") / "run.db", model, with_loud_row, lr=1e-15), model
 
 
 # --- nothing is called for ---
@@ -402,100 +302,3 @@ def test_bad_arguments_are_refused_in_words(tmp_path, healthy):
         loka.advise(tmp_path / "none.db")
     with pytest.raises(EvidenceError, match="is no run"):
         loka.advise(healthy, run="nothing", device="cpu")
-
-
-# --- rendering ---
-
-
-def test_every_format_tells_the_same(ill):
-    advice = advised(ill)
-    document = json.loads(advice_json(advice))
-    assert document["schema"] == 1
-    assert [each["mod"] for each in document["suggestions"]] == [each.mod for each in advice.suggestions]
-    time = document["suggestions"][0]["predictions"]["time_us"]
-    assert time["after"] is None
-    assert time["how"]
-    for text in (advice_plain(advice), advice_markdown(advice)):
-        for each in advice.suggestions:
-            assert each.mod in text
-            assert f"{each.figure.value:.3g}" in text
-
-
-def test_names_cannot_break_out_of_a_rendering(ill):
-    advice = advised(ill)
-    names = ("\x1b[31mred", "a|b", "[bold]x[/]", "`x`", "<script>")
-    hostile = replace(advice, suggestions=(replace(advice.suggestions[0], targets=names),))
-    console = Console(file=io.StringIO(), width=200)
-    console.print(advice_text(hostile))
-    assert "\x1b[31mred" not in console.file.getvalue()
-    assert "[bold]x[/]" in console.file.getvalue()
-    rows = [line for line in advice_markdown(hostile).splitlines() if line.startswith("| BlockNorm")]
-    assert all("<script>" not in row.replace("`", "") or "&" in row or "`" in row for row in rows)
-
-
-def test_infinite_figures_are_null_in_json(ill):
-    advice = advised(ill)
-    figure = replace(advice.suggestions[0].figure, value=math.inf)
-    document = json.loads(advice_json(replace(advice, suggestions=(replace(advice.suggestions[0], figure=figure),))))
-    assert document["suggestions"][0]["figure"]["value"] is None
-
-
-# --- the command line, and what reports show of the dynamics ---
-
-
-def run_cli(*arguments):
-    from typer.testing import CliRunner
-
-    from loka.cli import app
-
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    return result.exit_code, result.output
-
-
-def test_the_command_writes_every_format(ill, tmp_path):
-    code, text = run_cli("advise", ill, "--device", "cpu")
-    assert code == 0
-    assert "BlockNorm" in text
-    code, text = run_cli("advise", ill, "--device", "cpu", "--format", "json", "--bound", "0.1")
-    assert json.loads(text)["bound"] == "row_error <= 0.1 at 95 % confidence"
-    for name, mark in (("md", "# FP8 advice"), ("table", "The evidence calls for")):
-        target = tmp_path / f"advice.{name}"
-        assert run_cli("advise", ill, "--device", "cpu", "--format", name, "-o", target)[0] == 0
-        assert mark in target.read_text(encoding="utf-8")
-    code, text = run_cli("advise", tmp_path / "none.db")
-    assert code == 2
-    assert "There is no probe database" in text
-
-
-def test_explain_ends_with_the_dynamics_around_the_site(ill):
-    code, text = run_cli("explain", ill, "out", "--device", "cpu")
-    assert code == 0
-    assert "dynamics: input from act (SiLU)" in text
-    code, text = run_cli("explain", ill, "q", "--device", "cpu")
-    assert "dynamics: input from norm (LayerNorm)" in text
-
-
-def test_a_report_holds_the_dynamics_and_the_page_draws_them(ill, healthy):
-    code, text = run_cli("report", ill, "--device", "cpu", "--format", "json")
-    assert code == 0
-    parts = {part["name"]: part for part in json.loads(text)["dynamics"]["parts"]}
-    assert parts["norm"]["feeds"] == ["q", "k", "v"]
-    assert parts["norm"]["values"]["cancellation"][-1] > 0.9
-    assert len(parts["norm.bias"]["steps"]) == len(parts["norm.bias"]["values"]["norm"])
-    code, page = run_cli("report", healthy, "--device", "cpu", "--format", "html")
-    assert "Training dynamics" in page
-    assert page.count('<path class="series') == 3  # up, norm and down have a bias
-    assert "none grows without settling" in page
-    assert "<td>act</td>" in page
-
-
-def test_a_report_without_dynamics_says_nothing_of_them(tmp_path):
-    write_run(tmp_path / "run.db", [made_step(100 * index, made_product()) for index in range(10)])
-    assert "Training dynamics" not in run_cli("report", tmp_path / "run.db", "--device", "cpu", "--format", "html")[1]
-
-
-def test_a_bias_that_turned_or_sped_up_is_told_in_words_and_not_as_a_huge_share():
-    assert "kept 40% of the pace" in pace_words(0.4)
-    for faster in (370.1, math.inf):
-        assert "%" not in pace_words(faster)
-        assert "faster in its second half" in pace_words(faster)
