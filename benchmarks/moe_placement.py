@@ -1,6 +1,7 @@
 """Bytes between devices against device load: one half of a routing trace is fitted to, the other half is judged.
 
     python -m benchmarks.moe_placement TRACE            # 8 devices, no replicas, five random halves, curve of loads
+    python -m benchmarks.moe_placement TRACE --splits 200 20    # twenty other halves, printed only
     python -m benchmarks.moe_placement --scale          # time and memory for 10,000 requests x 58 layers x 256 experts
 
 Requests of the judged half are sent to devices from their prefill alone: all at once, 16 at a time, and one by one,
@@ -60,11 +61,11 @@ def spread(rows: list[dict[str, float]]) -> str:
     return "; ".join(parts)
 
 
-def study(trace: RoutingTrace, splits: int, curve: tuple[float, ...]) -> dict[str, Any]:
+def study(trace: RoutingTrace, splits: range, curve: tuple[float, ...]) -> dict[str, Any]:
     """Return what each method reaches on the halves that were not fitted to."""
     found: dict[str, list[dict[str, float]]] = {}
     for load in sorted(curve, key=lambda each: each != TARGET["load"]):
-        for split in range(FIRST_SPLIT, FIRST_SPLIT + splits):
+        for split in splits:
             fit, other = halves(trace, split)
             placement = place(fit, PlaceOptions(devices=DEVICES, max_load=load))
             for said, window in WINDOWS.items() if load == TARGET["load"] else ((f", cap {load:g}", 1024),):
@@ -119,6 +120,9 @@ def main() -> None:
     parser.add_argument("trace", nargs="?", type=Path)
     parser.add_argument("--record", default="moe_placement", help="name of the record, for another trace")
     parser.add_argument("--quick", action="store_true", help="one split, no curve; at scale, a twentieth")
+    parser.add_argument(
+        "--splits", nargs=2, type=int, metavar=("FIRST", "COUNT"), help="other halves: no curve or record"
+    )
     parser.add_argument("--scale", action="store_true", help="time and memory instead")
     chosen = parser.parse_args()
     if chosen.scale:
@@ -132,6 +136,12 @@ def main() -> None:
         parser.error("give a routing trace, or --scale")
     trace = RoutingTrace.load(chosen.trace)
     layers, notes = usable_layers(trace)
+    if chosen.splits is not None:
+        first, count = chosen.splits
+        for name, said in study(trace.select(layers=layers), range(first, first + count), (TARGET["load"],)).items():
+            if name != "rows":
+                print(f"{name:<60} {said}")
+        return
     settings = {
         "trace": hashlib.sha256(chosen.trace.read_bytes()).hexdigest(),
         "requests": trace.requests,
@@ -140,7 +150,8 @@ def main() -> None:
         "devices": DEVICES,
         "target": TARGET,
     }
-    results = study(trace.select(layers=layers), 1 if chosen.quick else SPLITS, (1.2,) if chosen.quick else CURVE)
+    splits = range(FIRST_SPLIT, FIRST_SPLIT + (1 if chosen.quick else SPLITS))
+    results = study(trace.select(layers=layers), splits, (TARGET["load"],) if chosen.quick else CURVE)
     command = "python -m benchmarks.moe_placement TRACE"
     if chosen.record != "moe_placement":
         command += f" --record {chosen.record}"

@@ -14,6 +14,7 @@ from loka.errors import ArgumentError
 
 SLACK: Final[float] = 0.10  # of group sizes, around equal
 _PASSES: Final[int] = 50  # of K-means
+_SCALINGS: Final[int] = 40  # of likely groups to equal sizes
 _SAME: Final[float] = 1e-6  # squared distance of points of length one that float32 cannot tell apart
 
 
@@ -47,6 +48,23 @@ def assign(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def assign_equal(scores: np.ndarray, slack: float = SLACK) -> np.ndarray:
     """Return the best device of each request with group sizes equal within `slack`."""
     return assign(scores, *size_limits(len(scores), scores.shape[1], slack))
+
+
+def likely_groups(scores: np.ndarray, doubt: float) -> np.ndarray:
+    """Return how likely each request is served by each device [request, device], when scores err by about `doubt`.
+
+    Shares of exp(score / doubt), every device as many requests in all (Sinkhorn's scaling). No doubt: the best device.
+    """
+    devices = scores.shape[1]
+    if doubt <= 0:
+        return np.asarray(np.eye(devices)[assign_equal(scores, 0.0)])
+    logits = (scores - scores.max(axis=1, keepdims=True)) / doubt
+    price = np.zeros(devices)
+    for _ in range(_SCALINGS):
+        likely = np.exp(logits - price - (logits - price).max(axis=1, keepdims=True))
+        likely /= likely.sum(axis=1, keepdims=True)
+        price += np.log(np.maximum(likely.mean(axis=0) * devices, _SAME))
+    return np.asarray(likely)
 
 
 def assign_arriving(scores: np.ndarray, window: int, slack: float = SLACK) -> np.ndarray:

@@ -3,7 +3,8 @@
 Given the groups, each layer is a transportation problem (transport.py). Given the places, the groups are an assignment
 problem with equal sizes (grouping.py). The two alternate from several starts, while the price of load on each device,
 one for all layers, rises or falls with what it carries. Groups are formed from what the prefill tells (as they will be
-when requests are served), places from denoised decode counts (smoothing.py).
+when requests are served), places from denoised decode counts (smoothing.py). In the end places settle for groups as
+uncertain predictions will form them: a request that fits two devices nearly as well counts on both.
 """
 
 from dataclasses import dataclass, replace
@@ -11,14 +12,16 @@ from typing import Final
 
 import numpy as np
 
-from loka.dispatch.placement.grouping import assign_equal, clusters_of, normalised
+from loka.dispatch.placement.grouping import assign_equal, clusters_of, likely_groups, normalised
 from loka.dispatch.placement.options import PlaceOptions
 from loka.dispatch.placement.smoothing import Smoothed
 from loka.dispatch.placement.transport import Load, Repair, carried, load_of, place_by_gain, places_under_load
 
 _SWEEPS: Final[int] = 24
 _STEP: Final[float] = 0.1  # of prices, in shares of the mean load; it falls with the sweeps
-_REPAIRED: Final[int] = 3  # of the starts, the best
+_SETTLED: Final[int] = 3  # of the starts, the best
+_SETTLING: Final[int] = 14  # sweeps of prices once groups stand
+_SETTLING_STEP: Final[float] = 0.12  # of these prices, as _STEP; with 0.02 to 0.12 they end alike, with 0.3 they swing
 _FEW: Final[int] = 2  # starts, where only the order of magnitude matters
 _WORK: Final[int] = 24_000  # layers x experts of all starts together
 _MARGINS: Final[tuple[float, ...]] = (1.0, 0.75, 0.5, 0.25)
@@ -98,9 +101,9 @@ def solve(problem: Problem) -> tuple[Joint, Problem]:
 
 def _best_start(problem: Problem, starts: list[np.ndarray]) -> Joint:
     found = sorted((_alternate(problem, groups) for groups in starts), key=lambda joint: -joint.value)
-    repaired = [_repaired(problem, joint) for joint in found[:_REPAIRED]]
-    held = [joint for joint in repaired if joint.held]
-    return max(held, key=lambda joint: joint.value) if held else min(repaired, key=lambda joint: joint.ratio)
+    settled = [_settled(problem, joint) for joint in found[:_SETTLED]]
+    held = [joint for joint in settled if joint.held]
+    return max(held, key=lambda joint: joint.value) if held else min(settled, key=lambda joint: joint.ratio)
 
 
 def refined(problem: Problem, joint: Joint, use: np.ndarray) -> Joint:
@@ -160,8 +163,12 @@ def _alternate(problem: Problem, groups: np.ndarray) -> Joint:
 
 def _use(problem: Problem, groups: np.ndarray) -> np.ndarray:
     """Return denoised tokens per request that each group sends to each expert [layer, device, expert]."""
-    member = (groups == np.arange(problem.devices)[:, None]).astype(np.float32)
-    use = (member @ problem.smoothed.cleaned).astype(np.float64) / len(groups)
+    return _use_of(problem, (groups == np.arange(problem.devices)[:, None]).astype(np.float32))
+
+
+def _use_of(problem: Problem, member: np.ndarray) -> np.ndarray:
+    """Return the same for requests that belong to several devices in part, `member` [device, request]."""
+    use = (member @ problem.smoothed.cleaned).astype(np.float64) / member.shape[1]
     return np.asarray(use.reshape(problem.devices, problem.layers, -1).transpose(1, 0, 2))
 
 
@@ -206,10 +213,36 @@ def _joint(problem: Problem, device: np.ndarray, groups: np.ndarray, load: Load)
     )
 
 
-def _repaired(problem: Problem, joint: Joint) -> Joint:
-    gain = gain_of(problem, _use(problem, joint.groups))
-    repair = Repair(gain, problem.counts, joint.device, problem.margin)
+def _settled(problem: Problem, joint: Joint) -> Joint:
+    """Return the places for groups as they are likely to come out when requests are served, within the cap.
+
+    Groups of the trace itself are fitted to its requests; later ones go where an uncertain score sends them.
+    """
+    served = carried(problem.counts, joint.device, problem.devices)
+    doubt = float((carried(problem.smoothed.known, joint.device, problem.devices) - served).std())
+    member = likely_groups(_scores(problem, joint.device), doubt).T.astype(np.float32)
+    gain = gain_of(problem, _use_of(problem, member))
+    repair = Repair(gain, problem.counts, _priced(problem, joint, gain), problem.margin)
     repair.run(problem.options.max_load)
     groups = assign_equal(_scores(problem, repair.device), problem.options.slack)
     load = load_of(problem.counts, repair.device, problem.devices, problem.margin)
     return _joint(problem, repair.device, groups, load)
+
+
+def _priced(problem: Problem, joint: Joint, gain: np.ndarray) -> np.ndarray:
+    """Return the places [layer, expert] with the most gain, at prices of load that come to rest near the cap."""
+    device, groups = joint.device, joint.groups
+    prices, rush = np.zeros(problem.devices), np.zeros((problem.layers, problem.devices))
+    best = joint
+    for sweep in range(_SETTLING):
+        load = load_of(problem.counts, device, problem.devices, problem.margin)
+        prices = np.maximum(prices + _SETTLING_STEP / (1 + sweep / 4) * (load.ratio - problem.options.max_load), 0.0)
+        if problem.options.busiest:  # as while groups and places alternated
+            found = _joint(problem, device, groups, load)
+            best = found if found.value > best.value else best
+            rush += (_rush(problem, device) - rush) / (sweep + 2)
+        placed = place_by_gain(gain - (prices + rush)[:, :, None] * load.weight, problem.slots)
+        if np.array_equal(placed, device) and not (prices.any() or rush.any()):
+            break
+        device = placed
+    return best.device if problem.options.busiest else device

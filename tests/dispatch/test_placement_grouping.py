@@ -12,6 +12,7 @@ from loka.dispatch.placement.grouping import (
     assign_arriving,
     assign_equal,
     clusters_of,
+    likely_groups,
     nearest_groups,
     normalised,
     paper_groups,
@@ -33,6 +34,23 @@ def test_the_assignment_is_the_best_of_all_within_the_sizes():
     )
     groups = assign(scores, low, high)
     assert scores[np.arange(7), groups].sum() == pytest.approx(best)
+
+
+def test_a_request_in_doubt_belongs_to_devices_in_part_and_devices_stay_equal():
+    two = likely_groups(np.array([[1.0, 0.0], [0.0, 1.0]]), 0.5)
+    assert two[0, 0] == pytest.approx(1 / (1 + np.exp(-2.0)))  # a score better by two doubts
+    scores = drawn(40, 5)
+    likely = likely_groups(scores + np.arange(5), 0.5)  # what is good for all alike decides nothing
+    assert np.allclose(likely.sum(axis=1), 1)
+    assert np.allclose(likely.sum(axis=0), 8, atol=1e-3)
+    assert np.allclose(likely, likely_groups(scores, 0.5), atol=1e-4)
+
+
+def test_without_doubt_a_request_belongs_to_its_device_alone():
+    scores = drawn(12, 3)
+    sure = np.eye(3)[assign_equal(scores, 0.0)]
+    assert np.array_equal(likely_groups(scores, 0.0), sure)
+    assert np.abs(likely_groups(scores + 50 * sure, 0.5) - sure).max() < 1e-12
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.sampled_from([0.0, 0.1, 0.5]))
