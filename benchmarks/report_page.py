@@ -1,127 +1,94 @@
-"""The HTML report of a large model: how long it takes to build, how large it is, and when a browser is ready for it.
+"""The HTML report of a large model: from its database to the file, how large that is, and when a browser is ready.
 
-2,000 sites in three passes, four recipes each, every built-in kernel a candidate, all of them timed; operands,
-histories of every site, histograms of as many as a page holds. All of it is made up; building the report and the
-page, and the browser, are real. Deciding is a plan's work (`plan_scale`) and not counted. The browser is a headless
-Chromium of the system; its times are those of the page, from the start of the navigation.
+2,000 sites in three passes, four recipes each, every built-in kernel a candidate and those that run here timed; what
+was learned of every product; a run in training of ten sampled steps (`report_database`, written by the probe's own
+writer). What is timed is what a user types, `loka report DB --format html -o FILE`, in a process of its own; and, in
+this process, the steps of it. The browser is a headless Chromium of the system; its times are those of the page, from
+the start of the navigation.
 """
 
 import argparse
-import random
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
 from benchmarks.chromium import chromium, wait_until
-from benchmarks.plan_scale import evidence_of, registry_of, times_of
 from benchmarks.record import write_record
+from benchmarks.report_database import STEPS, write_database
 from loka.bounds import Bound
-from loka.collecting import uncollected
-from loka.dispatch.deciding.planner import PlanOptions, decide_all
-from loka.formats import DEFAULT_RECIPES, PASS_OPERANDS
-from loka.probes.judging.evidence import ProductEvidence
-from loka.probes.records import OperandRecord
+from loka.formats import DEFAULT_RECIPES
+from loka.probes.judging.evidence import load_evidence
+from loka.reports.build import built_of, report_of
 from loka.reports.html_report import render
-from loka.reports.page.material import MOST_SITES, Material
 from loka.reports.page.plotly_script import plotly_script
-from loka.reports.record import build_report
-from loka.reports.words import Report
+
+T = TypeVar("T")
 
 LIMITS: Final[dict[str, float]] = {"build s": 2.0, "MB": 8.0, "interactive s": 2.0}
-_STEPS, _GROUPS, _BINS = 12, 3, 40
+_BOUND: Final[Bound] = Bound(row_error=0.05)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What a page takes; times in seconds, medians over repetitions."""
+    """What a report takes, in seconds of processor time where not said otherwise; medians over repetitions."""
 
-    record_cpu_s: float  # evidence and decisions to the report
-    page_cpu_s: float  # the report to the page, Plotly's script included
-    build_cpu_s: float  # both
-    build_wall_s: float
+    command_cpu_s: float  # `loka report`, from the interpreter's start to its end
+    command_wall_s: float
+    start_cpu_s: float  # of that, the interpreter and PyTorch: a process that imports them and ends
+    evidence_cpu_s: float  # reading the samples, and judging them
+    report_cpu_s: float  # deciding every kernel, and the document
+    material_cpu_s: float  # histories, histograms and advice
+    page_cpu_s: float  # the page, Plotly's script included
     megabytes: float
     candidates: int
 
 
-def made(sites: int) -> tuple[Any, dict[tuple[str, str], Any], Material]:
-    """Return evidence, decisions and material of a large run."""
-    generator = random.Random(0)
-    registry, evidence = registry_of(0), evidence_of(sites, generator)
-    evidence = replace(evidence, products=tuple(_with_operands(each, generator) for each in evidence.products))
-    timings = times_of(evidence, registry, generator)
-    options = PlanOptions(device=torch.device("cpu"), measure=False)
-    plan = decide_all(evidence, Bound(row_error=0.05), registry, timings, options)
-    decisions = {(each.request.site, str(each.request.product)): each for each in plan.decisions}
-    return evidence, decisions, _material(evidence.products, generator)
-
-
-def _with_operands(product: ProductEvidence, generator: random.Random) -> ProductEvidence:
-    operands = {
-        role: OperandRecord(
-            **{"role": role, "amax": generator.lognormvariate(0, 2), "rms": generator.lognormvariate(-2, 1)},
-            **{"zeros": generator.random(), "nan": 0, "inf": 0, "elements": product.m * product.k},
-            underflow={name: generator.random() / 100 for name in DEFAULT_RECIPES},
-            saturation=dict.fromkeys(DEFAULT_RECIPES, 0.0),
-        )
-        for role in PASS_OPERANDS[product.product]
-    }
-    recipes = product.recipes
-    if product.product != "fprop":  # only a forward product has an effect on the loss
-        recipes = tuple(replace(recipe, loss=None) for recipe in recipes)
-    return replace(product, operands=operands, recipes=recipes)
-
-
-def _material(products: tuple[ProductEvidence, ...], generator: random.Random) -> Material:
-    histories: dict[str, Any] = {}
-    for each in products:
-        curves = {
-            name: [float(f"{generator.uniform(0.01, 0.1):.4g}") for _ in range(_STEPS)] for name in DEFAULT_RECIPES
-        }
-        steps = list(range(0, 100 * _STEPS, 100))
-        histories.setdefault(each.site, {})[each.product] = {"steps": steps, "of": 200, "recipes": curves}
-    groups = ("tensor", "row", "1 x 128")[:_GROUPS]
-    histograms = {
-        site: {
-            role: {
-                "samples": 200,
-                "groups": {name: _levels(generator) for name in groups},
-            }
-            for role in ("input", "weight", "grad_output")
-        }
-        for site in list(histories)[:MOST_SITES]
-    }
-    return Material(histories=histories, histograms=histograms, partial=True)
-
-
-def _levels(generator: random.Random) -> list[int]:
-    """Return a histogram like those of normal values: energy that falls by some 6 dB an octave."""
-    peak = generator.randint(0, 3)
-    return [-3 * abs(at - peak) - generator.randint(0, 5) for at in range(_BINS)]
-
-
-def built(evidence: Any, decisions: dict[tuple[str, str], Any], material: Material) -> tuple[Cost, Report, str]:
-    """Build the page once, as a fresh process does."""
+def cost_of(db: Path, page: Path) -> Cost:
+    """Make the report once as a user does, and once step by step."""
+    command_cpu_s, command_wall_s = process_s(
+        [*(sys.executable, "-m", "loka", "report", str(db), "--format", "html", "--output", str(page))]
+    )
+    start_cpu_s, _ = process_s([sys.executable, "-c", "import torch"])
     plotly_script.cache_clear()
-    wall, begin = time.perf_counter(), time.process_time()
-    with uncollected():
-        report = build_report(evidence, Bound(row_error=0.05), decisions)
-    middle = time.process_time()
-    text = render(report, material)
-    end = time.process_time()
-    cost = Cost(
-        record_cpu_s=middle - begin,
-        page_cpu_s=end - middle,
-        build_cpu_s=end - begin,
-        build_wall_s=time.perf_counter() - wall,
+    _, evidence_s = timed(lambda: load_evidence(db))
+    report, report_s = timed(lambda: report_of(db, _BOUND))
+    built, built_s = timed(lambda: built_of(db, _BOUND))
+    text, page_s = timed(lambda: render(built.report, built.material))
+    return Cost(
+        command_cpu_s=command_cpu_s,
+        command_wall_s=command_wall_s,
+        start_cpu_s=start_cpu_s,
+        evidence_cpu_s=evidence_s,
+        report_cpu_s=report_s - evidence_s,
+        material_cpu_s=built_s - report_s,
+        page_cpu_s=page_s,
         megabytes=len(text.encode()) / 1e6,
         candidates=sum(len(row["kernels"]) for row in report["sites"]),
     )
-    return cost, report, text
+
+
+def timed(action: Callable[[], T]) -> tuple[T, float]:
+    """Return what an action returns and the processor time that it takes, on all cores together."""
+    begin = time.process_time()
+    return action(), time.process_time() - begin
+
+
+def process_s(command: Sequence[str]) -> tuple[float, float]:
+    """Return processor and wall-clock time of a process."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, capture_output=True, check=True)
+    wall_s, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall_s
 
 
 def browsed(browser: Any, path: Path) -> dict[str, float]:
@@ -137,7 +104,7 @@ def browsed(browser: Any, path: Path) -> dict[str, float]:
     charts = page.evaluate("performance.now()")
     search = page.evaluate(
         """() => new Promise((done) => { const begin = performance.now(); const text = document.getElementById("text");
-        text.value = "7.proj"; text.dispatchEvent(new Event("input", { bubbles: true }));
+        text.value = "7.linear"; text.dispatchEvent(new Event("input", { bubbles: true }));
         requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - begin))); })"""
     )
     begin = time.perf_counter()
@@ -155,7 +122,7 @@ def browsed(browser: Any, path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Build the page and open it, several times each."""
+    """Write the database, make its page and open it, several times each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, default=2000)
     parser.add_argument("--repetitions", type=int, default=5)
@@ -164,20 +131,25 @@ def main() -> None:
     arguments = parser.parse_args()
     sites, repetitions = (100, 1) if arguments.quick else (arguments.sites, arguments.repetitions)
     torch.set_num_threads(1)
-    evidence, decisions, material = made(sites)
-    runs = [built(evidence, decisions, material) for _ in range(repetitions)]
-    costs = [asdict(cost) for cost, _, _ in runs]
-    results: dict[str, Any] = {"build": {name: statistics.median(cost[name] for cost in costs) for name in costs[0]}}
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        path = (arguments.keep or Path(folder) / "report.html").resolve()
-        path.write_text(runs[-1][2], encoding="utf-8")
-        seen = [browsed(browser, path) for _ in range(repetitions)]
-        results["browser"] = {name: statistics.median(each[name] for each in seen) for name in seen[0]}
-        results["browser version"] = browser.version
+        db, page = Path(folder) / "run.db", (arguments.keep or Path(folder) / "report.html").resolve()
+        write_database(db, sites)
+        busy = os.getloadavg()[0]
+        built_of(db, _BOUND)  # what is imported only where it is needed
+        costs = [asdict(cost_of(db, page)) for _ in range(repetitions)]
+        seen = [browsed(browser, page) for _ in range(repetitions)]
+        results: dict[str, Any] = {
+            "build": {name: statistics.median(cost[name] for cost in costs) for name in costs[0]},
+            "browser": {name: statistics.median(each[name] for each in seen) for name in seen[0]},
+            "browser version": browser.version,
+            "database MB": db.stat().st_size / 1e6,
+            "other processes at work": busy,  # on a busy machine wall-clock times say nothing, and others too much
+        }
     settings = {
         "sites": sites,
         "passes": 3,
         "recipes": len(DEFAULT_RECIPES),
+        "sampled steps": STEPS,
         "repetitions": repetitions,
         "limits": LIMITS,
     }

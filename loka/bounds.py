@@ -141,7 +141,7 @@ class Bound:
 
     @property
     def _general(self) -> tuple[Metric, float]:
-        return _only_limit({"row_error": self.row_error, "sqnr_db": self.sqnr_db, "loss": self.loss})
+        return _the_limit(self.row_error, self.sqnr_db, self.loss)
 
     def limit(self, product: Pass, site: str) -> Limit:
         """Return what a pass of a site is held to. A limit on the loss is the whole budget."""
@@ -150,8 +150,8 @@ class Bound:
             if own is not None:
                 return next(each.limit for each in self.per_site if each.pattern == own)
         if self.loss is not None and product != "fprop":
-            return Limit(metric="row_error", value=DEFAULT_ROW_ERROR, bias=GRADIENT_BIAS)
-        return Limit(metric=self.metric, value=self.value)
+            return _BACKWARD
+        return _limit_of_all(*self._general)
 
     def check_sites(self, sites: Iterable[str]) -> None:
         """Raise ArgumentError, naming the nearest site, for a pattern of `per_site` that covers none of these."""
@@ -161,6 +161,14 @@ class Bound:
         """Return e.g. `row_error <= 0.05 (row_error <= 0.01 on 'head*') at 95 % confidence`."""
         own = f" ({', '.join(map(str, self.per_site))})" if self.per_site else ""
         return f"{_shown(self.metric, self.value)}{own} at {100 * self.confidence:g} % confidence"
+
+
+_BACKWARD: Final[Limit] = Limit(metric="row_error", value=DEFAULT_ROW_ERROR, bias=GRADIENT_BIAS)
+
+
+@functools.lru_cache(maxsize=64)  # asked for every product of a model, again and again
+def _limit_of_all(metric: Metric, value: float) -> Limit:
+    return Limit(metric=metric, value=value)
 
 
 def checked_bound(bound: object) -> Bound:
@@ -221,6 +229,11 @@ def _bound(metric: Metric, value: float, per_site: Mapping[str, Bound]) -> Bound
     return Bound(
         row_error=limits.get("row_error"), sqnr_db=limits.get("sqnr_db"), loss=limits.get("loss"), per_site=per_site
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _the_limit(row_error: float | None, sqnr_db: float | None, loss: float | None) -> tuple[Metric, float]:
+    return _only_limit({"row_error": row_error, "sqnr_db": sqnr_db, "loss": loss})
 
 
 def _only_limit(limits: Mapping[Metric, float | None], pattern: str | None = None) -> tuple[Metric, float]:

@@ -18,15 +18,17 @@ from loka.dispatch.deciding.decide import Decision
 from loka.dispatch.deciding.planner import PlanOptions, check_loss, decide_all, time_table
 from loka.hardware import current_device
 from loka.kernel_registry.registry import default_registry
-from loka.probes.judging.evidence import RunEvidence, collect_evidence
+from loka.probes.judging.evidence import RunEvidence, read_and_condense
+from loka.probes.judging.series import RunSeries
 from loka.probes.judging.trajectories import Trajectory, read_trajectories
 from loka.probes.records import Timing
 from loka.probes.storing.database import open_database, read_timings
 from loka.reports.advise.case import Case
 from loka.reports.advise.report import advise_on
 from loka.reports.dynamics import dynamics_section
-from loka.reports.page.histories import histograms, histories
-from loka.reports.page.material import MOST_SITES, Material
+from loka.reports.page.histories import histories
+from loka.reports.page.material import MOST_READ, MOST_SITES, Material
+from loka.reports.page.operands import histograms
 from loka.reports.page.worth import worth_of
 from loka.reports.record import build_report
 from loka.reports.words import Report, ordered
@@ -85,7 +87,7 @@ def built_of(
 def _built(
     engine: Engine, bound: Bound, run: str | None, device: torch.device | str | None, *, material: bool
 ) -> Built:
-    evidence = collect_evidence(engine, run, confidence=bound.confidence)
+    evidence, series = read_and_condense(engine, run, confidence=bound.confidence)
     options = PlanOptions(device=current_device() if device is None else torch.device(device), measure=False)
     timings = read_timings(engine, str(options.info))
     trajectories = read_trajectories(engine, evidence.info.id)
@@ -95,7 +97,7 @@ def _built(
         made = decide_all(evidence, bound, default_registry(), timings, options)
         decisions = {(each.request.site, each.request.product): each for each in made.decisions}
     report = {**build_report(evidence, bound, decisions), "dynamics": dynamics_section(trajectories)}
-    case = _Read(evidence, bound, decisions, timings, trajectories, options)
+    case = _Read(evidence, series, bound, decisions, timings, trajectories, options)
     return Built(report=report, material=_material(engine, report, case) if material else _NOTHING)
 
 
@@ -104,6 +106,7 @@ class _Read:
     """What a report was made of."""
 
     evidence: RunEvidence
+    series: RunSeries
     bound: Bound
     decisions: Mapping[tuple[str, str], Decision]
     timings: tuple[Timing, ...]
@@ -115,13 +118,15 @@ def _material(engine: Engine, report: Report, read: _Read) -> Material:
     gates = {(row["site"], row["pass"]): recipe["gate"] for row in report["sites"] for recipe in row["recipes"][:1]}
     run, calls = read.evidence.info.id, {(each.site, str(each.product)): each.calls for each in read.evidence.products}
     urgent = list(dict.fromkeys(row["site"] for row in ordered(report)))
-    partial = len(urgent) > MOST_SITES
+    partial, case = len(urgent) > MOST_SITES, _case(engine, read)
+    unadvised = partial or case.to_read() > MOST_READ
     return Material(
-        histories=histories(engine, run, gates),
-        histograms=histograms(engine, run, urgent[:MOST_SITES] if partial else None),
-        advice=None if partial else advise_on(_case(engine, read), str(read.options.info)),
+        histories=histories(read.series, gates),
+        histograms=histograms(engine, run, frozenset(urgent[:MOST_SITES]) if partial else None),
+        advice=None if unadvised else advise_on(case, str(read.options.info)),
         worth=worth_of(read.decisions, calls, read.timings),
         partial=partial,
+        unadvised=unadvised,
     )
 
 
@@ -135,4 +140,5 @@ def _case(engine: Engine, read: _Read) -> Case:
         times=time_table(read.timings, read.options),
         registry=default_registry(),
         ceilings=None,
+        series=read.series,
     )

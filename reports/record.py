@@ -163,25 +163,27 @@ def _product(product: ProductEvidence, bound: Bound, decision: Decision | None) 
 def _recipe(recipe: RecipeEvidence, limit: Limit) -> dict[str, Any]:
     gated = recipe.gated(limit)
     interval = gated.error
-    numbers = {
-        "row_error.mean": interval.mean,
-        "row_error.low": interval.low,
-        "row_error.high": interval.high,
-        "row_error.p99": interval.p99,
-        "row_error.upper_tolerance": interval.upper_tolerance,
-        "sqnr_db": recipe.sqnr_db,
-        "relative_error": recipe.relative_error,
-        "mere": recipe.mere,
+    row_error = {
+        "mean": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "p99": interval.p99,
+        "upper_tolerance": interval.upper_tolerance,
     }
-    note, infinite = _explain(numbers, gated.note)
+    others = {"sqnr_db": recipe.sqnr_db, "relative_error": recipe.relative_error, "mere": recipe.mere}
+    note: str = gated.note
+    infinite: list[str] = []
+    shown: Mapping[str, float | None] = row_error
+    if not _all_finite(row_error, others):
+        named = {f"row_error.{name}": value for name, value in row_error.items()}
+        note, infinite = _explain(named | others, gated.note)
+        shown = {name: _finite(value) for name, value in row_error.items()}
     return {
         "recipe": recipe.recipe,
         "format": recipe.format,
         "verdict": recipe.judge(limit),
         "n": recipe.samples,
-        "row_error": {
-            name.partition(".")[2]: _finite(value) for name, value in numbers.items() if name.startswith("row_error.")
-        },
+        "row_error": shown,
         "gate": gated.gate,
         "horizon": recipe.horizon,
         "drift": _drift(gated.drift, limit.most if limit.metric != "loss" else None),
@@ -228,12 +230,14 @@ def _drift(drift: Drift | None, limit: float | None) -> dict[str, Any] | None:
 
 
 def _operand(operand: OperandRecord) -> dict[str, Any]:
-    shares = {
-        **{f"underflow.{recipe}": share for recipe, share in operand.underflow.items()},
-        **{f"saturation.{recipe}": share for recipe, share in operand.saturation.items()},
-    }
-    numbers = {"amax": operand.amax, "rms": operand.rms, "zeros": operand.zeros, **shares}
-    note, _ = _explain(numbers, "")
+    numbers = {"amax": operand.amax, "rms": operand.rms, "zeros": operand.zeros}
+    note = ""
+    if not _all_finite(numbers, operand.underflow, operand.saturation):
+        shares = {
+            **{f"underflow.{recipe}": share for recipe, share in operand.underflow.items()},
+            **{f"saturation.{recipe}": share for recipe, share in operand.saturation.items()},
+        }
+        note, _ = _explain(numbers | shares, "")
     return {
         "amax": _finite(operand.amax),
         "rms": _finite(operand.rms),
@@ -341,6 +345,11 @@ def _open_error(product: ProductEvidence, best: Mapping[str, Any], limit: Limit)
     if best["bias"] is None and limit.bias is not None:
         return "its error along the gradient is not known"
     return "the bound lies inside the interval: more samples may settle it"
+
+
+def _all_finite(*numbers: Mapping[str, float]) -> bool:
+    """Whether all of these are finite, as nearly all are; a sum that overflows is looked at more closely elsewhere."""
+    return all(math.isfinite(sum(each.values())) for each in numbers)
 
 
 def _explain(numbers: Mapping[str, float], note: str) -> tuple[str, list[str]]:

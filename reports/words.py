@@ -191,12 +191,20 @@ def plural(count: int, noun: str) -> str:
 
 def best_recipe(row: Row) -> Row | None:
     """Return the entry of the row's best recipe, or None where nothing was measured."""
-    return next((recipe for recipe in row["recipes"] if recipe["recipe"] == row["best"]), None)
+    recipes: Sequence[Row] = row["recipes"]
+    for recipe in recipes:
+        if recipe["recipe"] == row["best"]:
+            return recipe
+    return None
 
 
 def chosen_kernel(row: Row) -> Row | None:
     """Return the entry of the chosen kernel, or None where nothing was decided."""
-    return next((kernel for kernel in row["kernels"] if kernel["status"] == "chosen"), None)
+    kernels: Sequence[Row] = row["kernels"]
+    for kernel in kernels:  # the first, as a rule
+        if kernel["status"] == "chosen":
+            return kernel
+    return None
 
 
 def ordered(report: Report) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Deciding: candidates, what they cost and how wrong they are, and the plan that comes out."""
+"""Deciding: candidates, what they cost and how wrong they are, and the plan that comes out, one for all ranks."""
 
 if __name__ != "loka.dispatch.deciding":
     raise ImportError(

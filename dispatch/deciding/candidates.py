@@ -7,12 +7,13 @@ Where the rows of a product vary, a kernel has to serve all of the row counts th
 is its mean time over those at which the baseline was timed: all kernels of a product are compared at the same ones.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from loka.bounds import Bound, Limit
-from loka.dispatch.deciding.judged import Judged, LossCost, finite, judge_recipe
+from loka.dispatch.deciding.judged import Judged, LossCost, judge_recipe
 from loka.dispatch.measuring.profile import LEAST_COVERED, NO_ROWS, KernelTime, TimeAt, TimeTable, at_rows, varies
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
@@ -128,6 +129,11 @@ class Case:
     # Row counts that it has no time at, and its baseline has one; where too few were timed, those of the baseline.
     missing: tuple[int, ...] = ()
 
+    def on(self, spec: KernelSpec, time: KernelTime) -> "Case":
+        """Return the case of another kernel of the same recipe, with a time of its own."""
+        known = (self.request, self.evidence, self.judged, self.limit, self.unavailable, self.unable)
+        return Case(spec, *known, self.baseline, self.baseline_time, time, self.missing)
+
     @property
     def known_time(self) -> KernelTime:
         """The time of an admissible case, which is known."""
@@ -158,6 +164,8 @@ class Case:
 
 
 Objection = tuple[Code, str]
+# Of a case that is asked whatever its error.
+_NO_LIMIT: Final[Limit] = Limit(metric="row_error", value=math.inf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +188,36 @@ class Considered:
         return self.limit.metric == "loss"
 
 
-def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether there is one
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """One kernel for all products of one shape: what is known of it, and what speaks against it, whatever its error."""
+
+    spec: KernelSpec
+    unavailable: str | None
+    unable: str | None
+    time: KernelTime | None
+    missing: tuple[int, ...]
+    before: Objection | None  # asked before the error
+    after: Objection | None  # and after it
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What is the same for all products of one shape."""
+
+    baseline: KernelSpec
+    baseline_time: KernelTime | None
+    rows: RowCounts | None
+    offers: tuple[_Offer, ...]
+    recipes: tuple[str, ...]  # of the offers
+
+
+# What `consider` keeps of each shape while nothing but the site changes: layers of a model are alike.
+Shapes = dict[tuple[object, ...], _Shape]
+_LEFT_OUT: Final[Objection] = ("filtered", "the plan's filter leaves this site out")
+
+
+def consider(  # noqa: PLR0913 - the six things a choice rests on, whether there is one, and what others have shared
     request: GemmRequest,
     evidence: ProductEvidence,
     bound: Bound,
@@ -189,44 +226,84 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, and whether t
     device: DeviceInfo,
     *,
     selected: bool = True,
+    shapes: Shapes | None = None,
 ) -> Considered:
-    """Put the questions to every candidate of a product; raise KernelError when the registry has no baseline for it."""
-    baseline = registry.baseline(request)
-    rows = times.timed(baseline.name, request, evidence.rows)
-    baseline_time = times.of_baseline(baseline.name, request, rows)
-    untimed = times.missing(baseline.name, request, evidence.rows) if rows is None else ()
+    """Put the questions to every candidate of a product; raise KernelError when the registry has no baseline for it.
+
+    shapes: kept between products under one registry, one table of times and one device.
+    """
+    shape = _shape_of(request, evidence, registry, times, device, {} if shapes is None else shapes)
     limit = bound.limit(evidence.product, evidence.site)
-    specs = registry.candidates(request.op) or registry.low_precision()
-    judged = {name: judge_recipe(name, evidence, limit) for name in {spec.recipe or "" for spec in specs}}
-    cases = [
-        Case(
-            spec,
-            request,
-            evidence,
-            judged[spec.recipe or ""],
-            limit,
-            registry.unavailable(spec, device),
-            unable_at(spec, request, evidence.rows, registry, device),
-            baseline.name,
-            baseline_time,
-            times.of_candidate(spec.name, request, baseline_time, rows),
-            times.missing(spec.name, request, rows) if rows is not None else untimed,
-        )
-        for spec in specs
-    ]
-    left_out: Objection = ("filtered", "the plan's filter leaves this site out")
-    objections = [_objection(case) if selected else left_out for case in cases]
+    judged = {name: judge_recipe(name, evidence, limit) for name in shape.recipes}
+    rejected: list[tuple[Case, Objection]] = []
+    admissible: list[Case] = []
+    baseline, baseline_time = shape.baseline.name, shape.baseline_time
+    for offer in shape.offers:
+        spec = offer.spec
+        error = judged[spec.recipe or ""]
+        known = (offer.unavailable, offer.unable, baseline, baseline_time, offer.time, offer.missing)
+        case = Case(spec, request, evidence, error, limit, *known)
+        objection = (offer.before or error.objection or offer.after) if selected else _LEFT_OUT
+        if objection is None:
+            admissible.append(case)
+        else:
+            rejected.append((case, objection))
     return Considered(
         request=request,
         evidence=evidence,
-        baseline=baseline,
+        baseline=shape.baseline,
         baseline_time=baseline_time,
-        rejected=tuple((case, found) for case, found in zip(cases, objections, strict=True) if found is not None),
-        admissible=tuple(case for case, found in zip(cases, objections, strict=True) if found is None),
+        rejected=tuple(rejected),
+        admissible=tuple(admissible),
         selected=selected,
         limit=limit,
-        rows=rows,
+        rows=shape.rows,
     )
+
+
+def _shape_of(
+    request: GemmRequest,
+    evidence: ProductEvidence,
+    registry: Registry,
+    times: TimeTable,
+    device: DeviceInfo,
+    shapes: Shapes,
+) -> _Shape:
+    """Return what is known of the shape of a product, and keep it."""
+    shape = (request.product, request.op, request.m, request.n, request.k, request.dtype, request.batch)
+    key = (*shape, evidence.rows, not evidence.parameter)
+    if key not in shapes:
+        baseline = registry.baseline(request)
+        rows = times.timed(baseline.name, request, evidence.rows)
+        baseline_time = times.of_baseline(baseline.name, request, rows)
+        untimed = times.missing(baseline.name, request, evidence.rows) if rows is None else ()
+        specs = registry.candidates(request.op) or registry.low_precision()
+        nothing = Judged(None, None, None, None)
+        cases = [
+            Case(
+                spec,
+                request,
+                evidence,
+                nothing,
+                _NO_LIMIT,
+                registry.unavailable(spec, device),
+                unable_at(spec, request, evidence.rows, registry, device),
+                baseline.name,
+                baseline_time,
+                times.of_candidate(spec.name, request, baseline_time, rows),
+                times.missing(spec.name, request, rows) if rows is not None else untimed,
+            )
+            for spec in specs
+        ]
+        recipes = tuple(dict.fromkeys(spec.recipe or "" for spec in specs))
+        shapes[key] = _Shape(baseline, baseline_time, rows, tuple(map(_offer, cases)), recipes)
+    return shapes[key]
+
+
+def _offer(case: Case) -> _Offer:
+    before = _ask_available(case) or _ask_able(case)
+    after = None if before is not None else objection_to_time(case)
+    return _Offer(case.spec, case.unavailable, case.unable, case.time, case.missing, before, after)
 
 
 def unable_at(
@@ -252,24 +329,19 @@ def fastest(cases: list[Case]) -> tuple[Case, Case]:
 
 def rejected_candidate(case: Case, code: Code, reason: str) -> Candidate:
     """Return a case as a candidate that lost."""
-    gated = case.judged.gated
-    error = gated.error if gated else None
+    spec, time, judged = case.spec, case.time, case.judged
     return Candidate(
-        kernel=case.spec.name,
-        recipe=case.spec.recipe,
+        kernel=spec.name,
+        recipe=spec.recipe,
         code=code,
         reason=reason,
-        time_us=case.time.median_us if case.time else None,
-        spread_us=case.time.spread_us if case.time else None,
-        error_mean=finite(error.mean) if error else None,
-        error_upper=finite(error.upper_tolerance) if error else None,
-        loss=case.judged.loss,
-        times=(case.time.at or None) if case.time else None,
+        time_us=time.median_us if time is not None else None,
+        spread_us=time.spread_us if time is not None else None,
+        error_mean=judged.mean,
+        error_upper=judged.upper,
+        loss=judged.loss,
+        times=(time.at or None) if time is not None else None,
     )
-
-
-def _objection(case: Case) -> Objection | None:
-    return next((found for ask in _QUESTIONS if (found := ask(case)) is not None), None)
 
 
 def _ask_available(case: Case) -> Objection | None:
@@ -312,15 +384,6 @@ def _ask_gain(case: Case) -> Objection | None:
         spread = time.spread_us + baseline.spread_us
         return "no_gain", f"{numbers}: inside the measured spread of {spread:.3g} us"
     return None
-
-
-_QUESTIONS: Final[tuple[Callable[[Case], Objection | None], ...]] = (
-    _ask_available,
-    _ask_able,
-    lambda case: case.judged.objection,
-    _ask_timed,
-    _ask_gain,
-)
 
 
 def objection_to_time(case: Case) -> Objection | None:

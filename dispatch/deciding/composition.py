@@ -12,6 +12,7 @@ take together was timed together.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Final
 
 from loka.dispatch.deciding.candidates import MIN_SPEEDUP, Candidate, Case, Code, Considered, unable_at
@@ -29,6 +30,7 @@ from loka.timing import faster
 
 # Objections that come after the question whether the error is within the limit.
 _PAST_ERROR: Final[tuple[Code, ...]] = ("untimed", "no_gain")
+_NAME: Final = attrgetter("kernel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +233,9 @@ def _objection(spec: KernelSpec, layer: _Group, registry: Registry, device: Devi
 
 def case_of(spec: KernelSpec, considered: Considered) -> Case | None:
     """Return a case of this recipe whose error is within the limit of a pass, None where there is none."""
-    past = [case for case, (code, _) in considered.rejected if code in _PAST_ERROR]
-    cases = [case for case in (*considered.admissible, *past) if case.spec.recipe == spec.recipe]
+    recipe = spec.recipe
+    cases = [case for case, (code, _) in considered.rejected if case.spec.recipe == recipe and code in _PAST_ERROR]
+    cases += [case for case in considered.admissible if case.spec.recipe == recipe]
     return min(cases, key=lambda case: case.spec.name, default=None)
 
 
@@ -284,7 +287,7 @@ def _refused(spec: KernelSpec, objection: _Objection, time: KernelTime | None) -
 def _with_refused(decisions: tuple[Decision, ...], refused: list[Candidate]) -> tuple[Decision, ...]:
     """Tell the kernels of all passes that lost with the forward product, once."""
     first, *others = decisions
-    told = tuple(sorted((*first.rejected, *refused), key=lambda candidate: candidate.kernel))
+    told = tuple(sorted((*first.rejected, *refused), key=_NAME))
     return (replace(first, rejected=told), *others)
 
 
@@ -296,11 +299,13 @@ def _taken(
     assert case is not None  # else `_objection` has refused the kernel
     assert chosen.time_us is not None  # else `apart` is unknown
     share = chosen.time_us / apart.median_us
-    own_time = replace(
-        time,
+    own_time = KernelTime(
         median_us=time.median_us * share,
         spread_us=time.spread_us * share,
+        source=time.source,
+        assumed=time.assumed,
         at=tuple(replace(each, time_us=each.time_us * share, spread_us=each.spread_us * share) for each in time.at),
+        over=time.over,
     )
     beaten = Candidate(
         kernel=chosen.kernel,
@@ -313,9 +318,9 @@ def _taken(
         times=chosen.times,
     )
     rejected = [each for each in chosen.rejected if each.kernel != chosen.kernel]
-    decision = won(
-        replace(case, spec=spec, time=own_time),
+    return won(
+        case.on(spec, own_time),
         considered.baseline,
-        tuple(sorted((*rejected, beaten), key=lambda candidate: candidate.kernel)),
+        tuple(sorted((*rejected, beaten), key=_NAME)),
+        together=f"; {together}",
     )
-    return replace(decision, why=f"{decision.why}; {together}")

@@ -7,6 +7,7 @@ was given. The baseline (high precision) is always a candidate and always admiss
 
 import math
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 from loka.bounds import Bound
@@ -48,6 +49,8 @@ __all__ = [
 _PROGRESS: Final[tuple[Code, ...]] = (
     *("unavailable", "cannot", "undecided", "over_bound", "untimed", "no_gain", "budget_spent"),
 )
+_RANK: Final[dict[str, int]] = {code: rank for rank, code in enumerate(_PROGRESS)}
+_NAME: Final = attrgetter("kernel")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +186,14 @@ def _beaten_baseline(baseline: KernelSpec, winner: Case) -> Candidate:
     )
 
 
-def won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...]) -> Decision:
-    """Return the decision for an admissible case."""
+def won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...], *, together: str = "") -> Decision:
+    """Return the decision for an admissible case; `together` ends the sentence on why."""
     time, baseline_time, recipe = winner.known_time, winner.known_baseline_time, winner.known_recipe
     gated = recipe.gated(winner.limit)
     why = (
         f"{baseline_time.median_us / time.median_us:.3g}x the speed of {baseline.name} "
         f"({time.median_us:.4g} us against {baseline_time.median_us:.4g} us{time.words}, {time.source}); "
-        f"{_within(winner)}"
+        f"{_within(winner)}{together}"
     )
     return Decision(
         request=winner.request,
@@ -265,7 +268,11 @@ def _why_baseline(considered: Considered, rejected: list[Candidate]) -> str:
         return f"the model computes this product in FP8 already, so it stays as written ({baseline})"
     if not rejected:
         return f"no other kernel is known, so it stays on {baseline}"
-    nearest = min(rejected, key=lambda each: _distance(each, by_loss=by_loss))
+    furthest = max(_RANK.get(each.code or "", 0) for each in rejected)
+    nearest = min(
+        (each for each in rejected if _RANK.get(each.code or "", 0) == furthest),
+        key=lambda each: _distance(each, by_loss=by_loss),
+    )
     if nearest.code in ("unavailable", "cannot"):
         return f"no kernel here serves it, so it stays on {baseline}; {nearest.kernel}: {nearest.reason}"
     if nearest.code == "budget_spent":
@@ -277,12 +284,12 @@ def _why_baseline(considered: Considered, rejected: list[Candidate]) -> str:
 
 
 def _distance(candidate: Candidate, *, by_loss: bool) -> tuple[float | str, ...]:
-    """Return the key by which the candidate that came furthest is the smallest."""
+    """Return the key by which, of candidates that came equally far, the nearest is the smallest."""
     cost = candidate.loss.cost if candidate.loss is not None else None
     numbers = (candidate.time_us, cost if by_loss else candidate.error_upper)
     known = (math.inf if number is None else number for number in numbers)
-    return -_PROGRESS.index(candidate.code or "unavailable"), *known, candidate.kernel
+    return *known, candidate.kernel
 
 
 def _by_name(rejected: list[Candidate]) -> tuple[Candidate, ...]:
-    return tuple(sorted(rejected, key=lambda candidate: candidate.kernel))
+    return tuple(sorted(rejected, key=_NAME))

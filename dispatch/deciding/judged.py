@@ -33,15 +33,21 @@ class Judged:
     gated: GatedError | None  # the error that the limit is compared with
     loss: LossCost | None
     objection: ErrorObjection | None
+    mean: float | None = None  # of that error, where it is a number; and the most that it is
+    upper: float | None = None
 
 
 def judge_recipe(name: str, product: ProductEvidence, limit: Limit) -> Judged:
     """Judge the recipe of this name."""
-    found = next((recipe for recipe in product.recipes if recipe.recipe == name), None)
-    if found is None:
+    for found in product.recipes:
+        if found.recipe == name:
+            break
+    else:
         because = product.unmeasured or "the probe did not measure it; name it in probe(recipes=...)"
         return Judged(None, None, None, ("undecided", f"the error of {name} is unknown here: {because}"))
-    return Judged(found, found.gated(limit), loss_cost(found.loss), _objection(found, product, limit))
+    gated = found.gated(limit)
+    mean, upper = finite(gated.error.mean), finite(gated.error.upper_tolerance)
+    return Judged(found, gated, loss_cost(found.loss), _objection(found, product, limit), mean, upper)
 
 
 def _objection(recipe: RecipeEvidence, product: ProductEvidence, limit: Limit) -> ErrorObjection | None:

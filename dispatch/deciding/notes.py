@@ -96,10 +96,8 @@ def _is_safe(product: ProductEvidence, limit: Limit) -> bool:
 
 def _lost(decisions: tuple[Decision, ...], code: str) -> int:
     """Count the products that stay on their baseline and have a candidate rejected with this code."""
-    return sum(
-        decision.recipe is None and any(candidate.code == code for candidate in decision.rejected)
-        for decision in decisions
-    )
+    kept = [decision.rejected for decision in decisions if decision.recipe is None]
+    return sum(code in [candidate.code for candidate in rejected] for rejected in kept)
 
 
 def _about_times(decisions: tuple[Decision, ...], options: PlanOptions) -> list[str]:

@@ -21,10 +21,12 @@ from sqlalchemy import Engine
 
 from loka.bounds import DEFAULT_ROW_ERROR, Bound, checked_bound
 from loka.collecting import uncollected
-from loka.dispatch.deciding.candidates import Considered, consider, request_of
+from loka.dispatch.deciding.candidates import Considered, Shapes, consider, request_of
 from loka.dispatch.deciding.composition import composed
 from loka.dispatch.deciding.decide import Decision, conclude
 from loka.dispatch.deciding.epilogue import Basis, epilogue_shapes, with_epilogues
+from loka.dispatch.deciding.job import plan_together
+from loka.dispatch.deciding.kept_experts import keeping, without_unsafe_experts
 from loka.dispatch.deciding.loss_budget import Ration, Spending, share_out
 from loka.dispatch.deciding.notes import plan_notes
 from loka.dispatch.deciding.options import DEFAULT_BUDGET_S, Filter, PlanOptions
@@ -34,8 +36,6 @@ from loka.dispatch.measuring.families import family_shapes, measure_families
 from loka.dispatch.measuring.layers import PRODUCTS_SHARE, layer_shapes, measure_layers
 from loka.dispatch.measuring.measure import measure_products, measure_shapes
 from loka.dispatch.measuring.profile import DeviceProfile, TimeTable
-from loka.dispatch.running.job import plan_together
-from loka.dispatch.running.kept_experts import keeping, without_unsafe_experts
 from loka.errors import DatabaseError, EvidenceError
 from loka.formats import PASSES, Pass
 from loka.kernel_registry.registry import Registry, default_registry
@@ -252,6 +252,7 @@ def decide_products(
     with uncollected():
         # In an order of their own: which of two equal purchases a budget is spent on depends on it.
         products = sorted(evidence.products, key=lambda product: (product.site, PASSES.index(product.product)))
+        shapes: Shapes = {}
         considered = tuple(
             consider(
                 request_of(product, evidence.info.fingerprint),
@@ -261,6 +262,7 @@ def decide_products(
                 times,
                 info,
                 selected=product.site in selected,
+                shapes=shapes,
             )
             for product in products
         )

@@ -32,10 +32,10 @@ from loka.dispatch.deciding.candidates import (
     rejected_candidate,
 )
 from loka.dispatch.deciding.decide import Decision, conclude
+from loka.dispatch.deciding.kept_experts import keeping, without_unsafe_experts
 from loka.dispatch.deciding.loss_budget import Ration
 from loka.dispatch.deciding.row_boundaries import Gap, Room, boundaries
 from loka.dispatch.measuring.profile import KernelTime, TimeAt, TimeTable, at_rows
-from loka.dispatch.running.kept_experts import keeping, without_unsafe_experts
 from loka.formats import RECIPES
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from loka.bounds import Bound
 
 
+ByRowsOption = Annotated[
+    bool,
+    typer.Option(
+        "--by-rows/--no-by-rows",
+        help="Where calls differ in rows, as decode and prefill do: a kernel for few rows and one for many.",
+    ),
+]
+
+
 @told
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the database, reports and plan.")] = Path("loka-demo"),
@@ -57,6 +66,7 @@ def plan(  # noqa: PLR0913 - one parameter per flag
     ] = None,
     budget: Annotated[float, typer.Option("--budget", help="Seconds to spend on measuring missing times.")] = 30.0,
     bound_for: BoundForOption = None,
+    by_rows: ByRowsOption = True,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Show what a range of bounds would gain instead; no plan is written.")
     ] = False,
@@ -76,6 +86,7 @@ def plan(  # noqa: PLR0913 - one parameter per flag
         "assume_speedup": assume_speedup,
         "budget_s": budget,
         "filter": filter,
+        "by_rows": by_rows,
     }
     limits = parse_bound(bound, bound_for or ())
     if sweep:

@@ -23,6 +23,7 @@ from loka.cli.shared import (
     told,
     write,
 )
+from loka.collecting import uncollected
 from loka.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -49,25 +50,27 @@ def report(  # noqa: PLR0913 - one parameter per flag
     ] = None,
 ) -> None:
     """Show, for every GEMM of a probed run, whether FP8 is safe, how sure that is, and what it would gain."""
-    from loka.bounds import parse_bound
+    with uncollected():  # what is imported stays
+        from loka.bounds import parse_bound
 
     limits = parse_bound(bound, bound_for or ())
     if watch or interval is not None:
         _watch(db, limits, run, interval, watch=watch, plain_table=(format, output, fail_on) == _PLAIN_TABLE)
         return
-    from loka.reports.build import built_of
-    from loka.reports.render import rendered
-    from loka.reports.summary import fails
-    from loka.reports.table import print_table
+    with uncollected():
+        from loka.reports.build import built_of
+        from loka.reports.render import rendered
+        from loka.reports.summary import fails
+        from loka.reports.table import print_table
 
-    is_page = format is ReportFormat.HTML
-    with progress("reading the run"):
-        built = built_of(db, limits, run=run, device=device, material=is_page)
-    document = built.report
-    if format is ReportFormat.TABLE and output is None:
-        print_table(document, Console())
-    else:
-        write(rendered(built, format.value), output)
+        is_page = format is ReportFormat.HTML
+        with progress("reading the run"):
+            built = built_of(db, limits, run=run, device=device, material=is_page)
+        document = built.report
+        if format is ReportFormat.TABLE and output is None:
+            print_table(document, Console())
+        else:
+            write(rendered(built, format.value), output)
     if fail_on is not None:
         failures = fails(document, fail_on.value)
         if failures:

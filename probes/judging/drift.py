@@ -71,21 +71,28 @@ class Trends:
         width: Floats = -special.stdtrit(freedom, alpha / 2) * self.slope_error
         return width
 
-    def drift(self, number: int, half_width: float) -> Drift | None:
-        """Return one series as a record; None where no line could be drawn."""
-        slope = float(self.slope[number])
-        if not math.isfinite(slope):
-            return None
-        low, high = _per_100(slope - half_width), _per_100(slope + half_width)
-        return Drift(
-            per_100_steps=_per_100(slope),
-            low=low,
-            high=high,
-            significant=low > 0.0 or high < 0.0,
-            step=int(self.step[number]),
-            error=math.exp(min(float(self.level[number]), _LARGEST)),
-            span=int(self.span[number]),
+    def drifts(self, half_width: Floats, wanted: NDArray[np.bool_]) -> list[Drift | None]:
+        """Return the wanted series as records, half_width [num_series]; None where no line could be drawn."""
+        result: list[Drift | None] = [None] * self.slope.size
+        some = np.flatnonzero(wanted & np.isfinite(self.slope))
+        slope, half = self.slope[some], half_width[some]
+        columns = zip(
+            some.tolist(),
+            *(map(math.expm1, _per_100(each)) for each in (slope, slope - half, slope + half)),
+            *(each[some].tolist() for each in (self.step, self.level, self.span)),
+            strict=True,
         )
+        for number, change, low, high, step, level, span in columns:
+            result[number] = Drift(
+                per_100_steps=change,
+                low=low,
+                high=high,
+                significant=low > 0.0 or high < 0.0,
+                step=step,
+                error=math.exp(min(level, _LARGEST)),
+                span=span,
+            )
+        return result
 
 
 def fit_trends(of: Ints, step: Ints, log_error: Floats, num_series: int) -> Trends:
@@ -132,6 +139,7 @@ def _lines(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     return slope, deviation * widened / spread, level, deviation
 
 
-def _per_100(slope: float) -> float:
-    """Return the relative change over 100 steps; at most 1e300, which is more than any error can do."""
-    return math.expm1(min(100.0 * slope, _LARGEST))
+def _per_100(slope: Floats) -> list[float]:
+    """Return the change of the logarithm over 100 steps; at most that to 1e300, which is more than any error can do."""
+    change: list[float] = np.minimum(100.0 * slope, _LARGEST).tolist()
+    return change

@@ -108,10 +108,13 @@ def tolerance_factor(samples: int, alpha: float) -> float:
 
 def select_window(series: Ints, step: Ints, value: Floats, num_series: int, *, frozen: bool) -> Window:
     """Choose the entries that are evidence. Of several entries of one step the largest counts; none may be NaN."""
-    order = np.lexsort((value, step, series))
-    last = np.ones(order.size, dtype=bool)
-    last[:-1] = (series[order][1:] != series[order][:-1]) | (step[order][1:] != step[order][:-1])
-    order = order[last]
+    same = series[1:] == series[:-1]
+    order = np.arange(series.size)
+    if not ((series[1:] > series[:-1]) | (same & (step[1:] > step[:-1]))).all():
+        order = np.lexsort((value, step, series))
+        last = np.ones(order.size, dtype=bool)
+        last[:-1] = (series[order][1:] != series[order][:-1]) | (step[order][1:] != step[order][:-1])
+        order = order[last]
     of, at = series[order], step[order]
     total = np.bincount(of, minlength=num_series)
     is_late = at >= WARMUP_STEPS

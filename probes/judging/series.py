@@ -6,8 +6,8 @@ and step, so the last sample of a row is its newest. In a distributed run every 
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -32,7 +32,6 @@ from loka.probes.storing.schema import (
     operand_recipes,
     operands,
     products,
-    recipes,
     samples,
     steps,
 )
@@ -41,10 +40,15 @@ logger = logging.getLogger("loka.probes")
 
 OPERAND_VALUES: Final = ("amax", "rms", "zeros", "nan", "inf", "elements")
 SHAPE: Final = ("batch", "m", "n", "k", "calls")
+# Where whole numbers are in a row of operands, which begins with step, position and slot.
+_OPERAND_COUNTS: Final = [3 + OPERAND_VALUES.index(name) for name in ("nan", "inf", "elements")]
 # Whose labels a curvature rests on, from none at all to the least sure.
 LABELS: Final = ("", "closed", "sampled", "empirical")
-# Both databases take at least this many parameters in one statement.
-_MOST_PARAMETERS: Final = 10_000
+# The rows of a product that an error is over, among the counts of a comparison.
+_ROWS: Final[str] = COUNTS[0]
+# Samples of one step whose operands are asked for by name; of more, the whole step is read.
+_FEW: Final = 200
+_LARGEST_CODE: Final = 2**62
 
 # (recipe, underflow, saturation) by (steps.number, position, slot).
 Shares = Mapping[tuple[int, int, int], list[tuple[str, float, float]]]
@@ -93,6 +97,7 @@ class Merged:
     key: Ints  # [n, keys]
     value: Floats  # [n, columns]
     ranks: Ints  # [n], that have an entry
+    alone: bool  # no rank had several entries of one key: nothing was decided
 
 
 def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) -> RunSeries:
@@ -104,18 +109,16 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
     table = table[np.lexsort((table[:, 1], table[:, 2], table[:, 0]))]  # by step, then as it saw them, then by rank
     rows = _row_names(table[:, 3], static)
     row_of = {name: index for index, name in enumerate(rows)}
-    row = np.array([row_of[_name(static, key)] for key in table[:, 3].tolist()], dtype=np.int64)
+    row = _looked_up(table[:, 3], lambda key: row_of[_name(static, key)])
     order = np.argsort(row, kind="stable")
     row, table = row[order], table[order]
-    measured = _of_recipes(connection, errors, (*METRICS, *COUNTS), run)
+    measured = _of_recipes(connection, errors, (*METRICS, _ROWS), run)
     taken = _of_recipes(connection, impacts, IMPACTS, run)
     names = recipe_names(connection)
     used = {key: looked_up(names, key, "recipes") for key in whole(np.union1d(measured[:, 2], taken[:, 2])).tolist()}
     known = tuple(dict.fromkeys((*run_recipes, *sorted(used.values()))))
     of_recipe = {key: known.index(name) for key, name in used.items()}
-    role = case({name: index for index, name in enumerate(ROLES)}, value=operands.c.role)
-    values = [operands.c[name] for name in ("step", "position", "slot", *OPERAND_VALUES)]
-    inputs = _numbers(connection, _of_run(select(*values, role), operands, run))
+    inputs = _inputs(connection, run)
     of_step = _numbers(connection, _steps_query(run))
     return RunSeries(
         rows=rows,
@@ -133,11 +136,11 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
         product=table[:, 3],
         shape=table[:, 4:],
         error_sample=_locate(table[:, 1:3], measured[:, :2]),
-        error_recipe=_indices(measured[:, 2], of_recipe),
-        metrics=measured[:, 3 : 3 + len(METRICS)],
-        error_rows=whole(measured[:, 3 + len(METRICS)]),
+        error_recipe=_looked_up(whole(measured[:, 2]), of_recipe.__getitem__),
+        metrics=measured[:, 3:-1],
+        error_rows=whole(measured[:, -1]),
         impact_sample=_locate(table[:, 1:3], taken[:, :2]),
-        impact_recipe=_indices(taken[:, 2], of_recipe),
+        impact_recipe=_looked_up(whole(taken[:, 2]), of_recipe.__getitem__),
         impacts=taken[:, 3:],
         operand_sample=_locate(table[:, 1:3], inputs[:, :2]),
         operand_slot=whole(inputs[:, 2]),
@@ -145,6 +148,16 @@ def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) 
         operand_values=inputs[:, 3:-1],
         mixed=_mixed(connection, run),
     )
+
+
+def _inputs(connection: Connection, run: int) -> Floats:
+    """Return the operands of a run: step, position and slot, OPERAND_VALUES, and the index of the role in ROLES."""
+    role = case({name: index for index, name in enumerate(ROLES)}, value=operands.c.role)
+    values = [operands.c[name] for name in ("step", "position", "slot", *OPERAND_VALUES)]
+    found = _numbers(connection, _of_run(select(*values, role), operands, run))
+    if np.isnan(found[:, _OPERAND_COUNTS]).any():
+        raise DamagedError("it holds an operand without its number of elements")
+    return found
 
 
 def _mixed(connection: Connection, run: int) -> dict[tuple[str, Pass], Mapping[int, int]]:
@@ -162,18 +175,24 @@ def _mixed(connection: Connection, run: int) -> dict[tuple[str, Pass], Mapping[i
 
 def load_shares(connection: Connection, place: Ints) -> Shares:
     """Return the shares of all operands of the samples at `place` [n, 2]."""
-    shares: defaultdict[tuple[int, int, int], list[tuple[str, float, float]]] = defaultdict(list)
-    table = operand_recipes.c
-    columns = (table.position, table.slot, recipes.c.name, table.underflow, table.saturation)
+    shares: dict[tuple[int, int, int], list[tuple[str, float, float]]] = {}
+    table, names = operand_recipes.c, recipe_names(connection)
     for step in np.unique(place[:, 0]).tolist():
-        positions = place[place[:, 0] == step, 1].tolist()
-        for start in range(0, len(positions), _MOST_PARAMETERS):
-            chosen = table.position.in_(positions[start : start + _MOST_PARAMETERS])
-            query = select(*columns).join_from(operand_recipes, recipes).where(table.step == step, chosen)
-            query = query.order_by(table.position, table.slot, table.recipe)
-            for position, slot, name, underflow, saturation in connection.execute(query):
-                checked(operand_recipes, {"underflow": underflow, "saturation": saturation})
-                shares[step, position, slot].append((name, number(underflow), number(saturation)))
+        wanted = place[place[:, 0] == step, 1]
+        query = select(table.position, table.slot, table.recipe, table.underflow, table.saturation)
+        query = query.where(table.step == step).order_by(table.position, table.slot, table.recipe)
+        if wanted.size <= _FEW:
+            query = query.where(table.position.in_(wanted.tolist()))
+        found = _numbers(connection, query)
+        found = found[np.isin(whole(found[:, 0]), wanted)]
+        keys = whole(found[:, :3])
+        named = {key: looked_up(names, key, "recipes") for key in np.unique(keys[:, 2]).tolist()}
+        columns = [list(map(number, column)) for column in found[:, 3:].T.tolist()]
+        entries = list(zip(map(named.__getitem__, keys[:, 2].tolist()), *columns, strict=True))
+        begin = np.flatnonzero(_changes(keys[:, :2]))  # of each operand
+        ends = [*begin[1:].tolist(), len(entries)]
+        for (at, of), first, last in zip(keys[begin, :2].tolist(), begin.tolist(), ends, strict=False):
+            shares[step, at, of] = entries[first:last]
     return shares
 
 
@@ -183,7 +202,7 @@ def over_ranks(key: Ints, rank: Ints, weight: Floats, decides: Ints | Floats, va
     NaN does not enter a mean. Of several entries of one rank that with the largest `decides` counts. Entries come back
     sorted by key; one that stands alone comes back as it is.
     """
-    order = np.lexsort((np.nan_to_num(decides, nan=-np.inf), rank, *key.T[::-1]))
+    order, alone = _order(key, rank, decides)
     key, rank = key[order], rank[order]
     new_key = _changes(key)
     last = np.append((new_key | _changes(rank[:, None]))[1:], True)[: order.size]
@@ -202,7 +221,22 @@ def over_ranks(key: Ints, rank: Ints, weight: Floats, decides: Ints | Floats, va
         np.add.at(totals, group[shared], weights)
         with np.errstate(invalid="ignore"):
             merged[several] = (sums / np.where(totals > 0, totals, np.nan))[several]
-    return Merged(key=key[new_key], value=merged, ranks=ranks)
+    return Merged(key=key[new_key], value=merged, ranks=ranks, alone=alone)
+
+
+def _order(key: Ints, rank: Ints, decides: Ints | Floats) -> tuple[Ints, bool]:
+    """Return the order by key, rank and what decides; and whether it takes no more than key and rank."""
+    columns = [*key.T, rank]
+    extents = [int(column.max(initial=0)) + 1 for column in columns]
+    if math.prod(extents) <= _LARGEST_CODE:  # one number for each: sorted in a fraction of the time
+        code = np.zeros(len(rank), dtype=np.int64)
+        for column, extent in zip(columns, extents, strict=True):
+            code = code * extent + column
+        order = np.argsort(code)
+        ordered = code[order]
+        if (ordered[1:] != ordered[:-1]).all():
+            return order, True
+    return np.lexsort((np.nan_to_num(decides, nan=-np.inf), *columns[::-1])), False
 
 
 def _changes(sorted_key: Ints) -> NDArray[np.bool_]:
@@ -212,8 +246,10 @@ def _changes(sorted_key: Ints) -> NDArray[np.bool_]:
     return changed
 
 
-def _indices(recipe: Floats, index: Mapping[int, int]) -> Ints:
-    return np.array([index[key] for key in whole(recipe).tolist()], dtype=np.int64)
+def _looked_up(keys: Ints, index: Callable[[int], int]) -> Ints:
+    """Return the index of every key [n], each of the few that differ asked for once."""
+    different, which = np.unique(keys, return_inverse=True)
+    return np.array([index(key) for key in different.tolist()], dtype=np.int64)[which.reshape(-1)]
 
 
 def _steps_query(run: int) -> Select[Any]:

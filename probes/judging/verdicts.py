@@ -92,7 +92,8 @@ class RecipeEvidence:
         """Judge against what the product is held to; under a bound on the loss, fprop alone against the budget."""
         if limit.metric == "loss":
             return "undecided" if self.loss is None else self.loss.verdict(limit.value)
-        verdict = self.gated(limit).error.verdict(limit.most)
+        error = self.error if limit.metric == "row_error" else self.gated(limit).error
+        verdict = error.verdict(limit.most)
         if limit.bias is None or abs(self.bias) <= limit.bias:
             return verdict
         return "undecided" if math.isnan(self.bias) and verdict != "unsafe" else "unsafe"

@@ -24,6 +24,8 @@ V = TypeVar("V")
 Row = Mapping[Any, Any]
 
 _LARGEST: Final[int] = 2**63 - 1
+# Rows of a bulk read that are held as Python's numbers at a time.
+_AT_ONCE: Final[int] = 2000
 # Integers that a float64 holds exactly, as those of bulk reads do.
 _LARGEST_EXACT: Final[float] = 2.0**53
 # (what is stored there, whether a value is that) by the type of the column.
@@ -93,10 +95,10 @@ def numbers(result: Result[Any]) -> NDArray[np.float64]:
     """Return all rows of a query of numbers as an array [rows, columns]; NULL is NaN."""
     columns = len(result.keys())
     try:
-        flat = np.fromiter(chain.from_iterable(result), np.float64)
+        parts = [np.fromiter(chain.from_iterable(part), np.float64) for part in result.partitions(_AT_ONCE)]
     except (TypeError, ValueError, OverflowError) as error:
         raise DamagedError(f"it holds something else where it has numbers ({error})") from error
-    return flat.reshape(-1, columns)
+    return (np.concatenate(parts) if parts else np.empty(0)).reshape(-1, columns)
 
 
 def whole(values: NDArray[np.float64]) -> NDArray[np.int64]:

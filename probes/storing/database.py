@@ -15,17 +15,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
-from sqlalchemy import URL, Connection, Engine, func, insert, inspect, make_url, select, text, update
+from sqlalchemy import URL, Connection, Engine, Select, func, insert, inspect, make_url, select, text, update
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from loka.errors import DatabaseError, EvidenceError, nearest
+from loka.formats import Pass
 from loka.probes.records import Event, LearnedRecord, RunInfo, RunProgress, StepRecord, Timing
 from loka.probes.storing import rows, schema
 from loka.probes.storing.checked import DamagedError, Row, checked
 from loka.probes.storing.process import Process, is_gone
 from loka.probes.storing.server import server_engine, shown, shown_text
 from loka.probes.storing.sqlite_file import WRITE, explain, file_engine, is_ours
+
+# The columns of a LearnedRecord.
+_LEARNED: Final[tuple[str, ...]] = ("site", "product", "kind", "samples", "step", "data")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,10 +252,14 @@ def read_run(engine: Engine, run_id: str | None = None) -> StoredRun:
 
 def find_run(connection: Connection, run_id: str | None) -> StoredRun:
     """As `read_run`, inside a transaction that goes on."""
-    known = connection.execute(select(schema.runs.c.id).order_by(schema.runs.c.number)).scalars().all()
-    wanted = _match(known, run_id, place(connection.engine))
+    wanted = _matching(connection, run_id)
     row = connection.execute(select(schema.runs).where(schema.runs.c.id == wanted)).mappings().one()
     return _stored_run(connection, row)
+
+
+def _matching(connection: Connection, run_id: str | None) -> str:
+    known = connection.execute(select(schema.runs.c.id).order_by(schema.runs.c.number)).scalars().all()
+    return _match(known, run_id, place(connection.engine))
 
 
 def _match(known: Sequence[str], run_id: str | None, where: str) -> str:
@@ -328,12 +337,39 @@ def read_learned(
 ) -> tuple[LearnedRecord, ...]:
     """Return what a run has learned, all or one kind or site, in the order in which it was first written."""
     table = schema.distributions
-    columns = [table.c[name] for name in ("site", "product", "kind", "samples", "step", "data")]
     with transaction(engine) as connection:
-        query = select(*columns).where(table.c.run == find_run(connection, run_id).number).order_by(table.c.number)
+        query = _learned(connection, run_id, _LEARNED)
         for column, wanted in ((table.c.kind, kind), (table.c.site, site)):
             query = query if wanted is None else query.where(column == wanted)
         return tuple(LearnedRecord(**checked(table, row)) for row in connection.execute(query).mappings())
+
+
+def learned_parts(
+    engine: Engine, run_id: str | None, *, kind: str, products: Sequence[Pass], size: int
+) -> Iterator[tuple[LearnedRecord, ...]]:
+    """Yield what a run has learned of one kind about some passes, at most `size` records at a time: it may be much."""
+    table = schema.distributions
+    with transaction(engine) as connection:
+        query = _learned(connection, run_id, _LEARNED)
+        query = query.where(table.c.kind == kind, table.c.product.in_(products))
+        for part in connection.execute(query).mappings().partitions(size):
+            yield tuple(LearnedRecord(**checked(table, row)) for row in part)
+
+
+def learned_kinds(engine: Engine, run_id: str | None, product: Pass) -> frozenset[tuple[str, str]]:
+    """Return the (site, kind) of everything that a run has learned of one pass, without reading it."""
+    table = schema.distributions
+    with transaction(engine) as connection:
+        query = _learned(connection, run_id, ("site", "kind")).where(table.c.product == product)
+        found = [checked(table, row) for row in connection.execute(query).mappings()]
+    return frozenset((row["site"], row["kind"]) for row in found)
+
+
+def _learned(connection: Connection, run_id: str | None, names: Sequence[str]) -> Select[Any]:
+    """Return the query for some columns of what a run has learned, in the order in which it was first written."""
+    table, runs = schema.distributions, schema.runs.c
+    run = select(runs.number).where(runs.id == _matching(connection, run_id)).scalar_subquery()
+    return select(*(table.c[name] for name in names)).where(table.c.run == run).order_by(table.c.number)
 
 
 def write_timings(engine: Engine, timings: Iterable[Timing]) -> None:

@@ -26,7 +26,7 @@ from loka.probes.judging.evidence import ProductEvidence, RecipeEvidence, RunEvi
 from loka.probes.judging.series import OPERAND_VALUES, RunSeries, load_series
 from loka.probes.judging.trajectories import Trajectory
 from loka.probes.sampling.learning import restore
-from loka.probes.storing.database import find_run, read_learned, transaction
+from loka.probes.storing.database import find_run, learned_kinds, read_learned, transaction
 from loka.reports.advise.advice import SiteState, Status
 from loka.roofline import Ceilings
 
@@ -51,12 +51,15 @@ class Case:
     times: TimeTable
     registry: Registry
     ceilings: Ceilings | None
+    series: RunSeries | None = None  # the samples of the run, where they have been read already
     scratch: dict[str, Any] = field(default_factory=dict)  # what predictors keep between rules
     _learned: dict[tuple[str, str], Any] = field(default_factory=dict)
     _products: dict[tuple[str, Pass], ProductEvidence] = field(default_factory=dict)
     _by_site: defaultdict[str, list[ProductEvidence]] = field(default_factory=lambda: defaultdict(list))
     _states: dict[str, SiteState] = field(default_factory=dict)
     _read: dict[str, Inputs] | None = None
+    _kinds: frozenset[tuple[str, str]] | None = None  # (site, kind) of what there is
+    _over: dict[tuple[str, Pass], tuple[RecipeEvidence, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for each in self.evidence.products:
@@ -110,13 +113,16 @@ class Case:
 
     def over_bound(self, product: ProductEvidence) -> tuple[RecipeEvidence, ...]:
         """Return the recipes that the bound keeps a product from: unsafe, or with a mean error above it."""
-        limit = self.bound.limit(product.product, product.site)
-        return tuple(
-            recipe
-            for recipe in product.recipes
-            if (verdict := recipe.judge(limit)) == "unsafe"
-            or (verdict == "undecided" and limit.metric != "loss" and recipe.gated(limit).error.mean > limit.most)
-        )
+        key = (product.site, product.product)
+        if key not in self._over:
+            limit = self.bound.limit(product.product, product.site)
+            self._over[key] = tuple(
+                recipe
+                for recipe in product.recipes
+                if (verdict := recipe.judge(limit)) == "unsafe"
+                or (verdict == "undecided" and limit.metric != "loss" and recipe.gated(limit).error.mean > limit.most)
+            )
+        return self._over[key]
 
     # --- what was learned ---
 
@@ -125,6 +131,8 @@ class Case:
         key = (site, kind)
         if key not in self._learned:
             self._learned[key] = None
+            if key not in self._known():
+                return None
             for record in read_learned(self.engine, self.evidence.info.id, kind=kind, site=site):
                 if record.product == "fprop":
                     try:
@@ -132,6 +140,16 @@ class Case:
                     except ArgumentError as error:
                         logger.warning("no advice from %s of %s: %s", kind, site, error)
         return self._learned[key]
+
+    def to_read(self) -> int:
+        """Return how many linears are over the bound with an input that can be looked at: each has to be read."""
+        return sum((each.site, "input") in self._known() for each in self.forward() if self.over_bound(each))
+
+    def _known(self) -> frozenset[tuple[str, str]]:
+        """Return the (site, kind) of everything that was learned of forward products."""
+        if self._kinds is None:
+            self._kinds = learned_kinds(self.engine, self.evidence.info.id, "fprop")
+        return self._kinds
 
     def norm_before(self, site: str) -> Trajectory | None:
         """Return the norm with a scale of its own whose output a site reads; None where none was seen."""
@@ -141,9 +159,11 @@ class Case:
     def same_input(self, sites: Sequence[str]) -> list[tuple[str, ...]]:
         """Group forward products by the tensor they read: alike in amax and rms on every step that shows both."""
         if self._read is None:
-            with transaction(self.engine) as connection:
-                run = find_run(connection, self.evidence.info.id)
-                self._read = _inputs(load_series(connection, run.number, run.info.recipes))
+            if self.series is None:
+                with transaction(self.engine) as connection:
+                    run = find_run(connection, self.evidence.info.id)
+                    self.series = load_series(connection, run.number, run.info.recipes)
+            self._read = _inputs(self.series)
         seen = {site: self._read.get(site, {}) for site in sites}
         groups: list[list[str]] = []
         for site in sites:

@@ -1,82 +1,88 @@
-"""The errors of a run over its steps, and the magnitudes of its operands, thin enough to travel inside a page.
+"""The errors of a run over its steps, thin enough to travel inside a page.
 
 A history shows the samples of a product that the verdicts rest on and those before them: all of them where a run is
-short, else evenly chosen ones with the newest among them; how many there are is told. A histogram is the energy of an
-operand by octaves below the largest element of its scaling group, in dB of the whole.
+short, else evenly chosen ones with the newest among them; how many there are is told.
 """
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Engine
 
-from loka.errors import ArgumentError
-from loka.formats import PASS_OPERANDS, Pass, Role
-from loka.probes.distributions.closed_form import ProductStatistics
-from loka.probes.distributions.histograms import (
-    AMAX_BIN,
-    BELOW,
-    BINS_PER_OCTAVE,
-    OCTAVES,
-    EnergyHistogram,
-    GroupKind,
-    OperandHistograms,
-)
-from loka.probes.judging.series import RunSeries, load_series, over_ranks
-from loka.probes.records import LearnedRecord
-from loka.probes.sampling.learning import STATISTICS, restore
-from loka.probes.storing.database import find_run, read_learned, transaction
+from loka.probes.judging.series import RunSeries, over_ranks
 from loka.probes.storing.schema import METRICS
-
-logger = logging.getLogger("loka.reports")
 
 # Numbers that all histories of a page hold together: about 3 MB of text before it is compressed.
 _MOST_VALUES: Final[int] = 400_000
 _FEWEST_STEPS, _MOST_STEPS = 12, 160
-# Bins of a page's histogram in an octave; a database has eight.
-BINS_OF_AN_OCTAVE: Final[int] = 2
-# Below this a share is no more to be seen.
-_FLOOR_DB: Final[float] = -120.0
-# The forward product has both of its operands; the gradient of the result is first seen in dgrad. wgrad has no operand
-# of its own.
-_SEEN_IN: Final[tuple[Pass, ...]] = ("fprop", "dgrad")
 _ROW_ERROR, _RELATIVE = METRICS.index("row_error"), METRICS.index("relative_error")
 
 Gates = Mapping[tuple[str, str], str]
+Steps = NDArray[np.int64]
+Values = NDArray[np.float64]
+# Of one curve: the steps that are shown, how many there are, and the errors on those that are shown.
+_Shown = tuple[list[int], int, list[float | None]]
 
 
-def histories(engine: Engine, run_id: str, gates: Gates) -> dict[str, dict[str, Any]]:
+def histories(series: RunSeries, gates: Gates) -> dict[str, dict[str, Any]]:
     """Return site -> pass -> {"steps", "of", "recipes": {name: [error or null]}}.
 
     gates: the error that decides about each (site, pass), `row_error` or `relative_error`; others are left out. `of`
     is how many sampled steps there are.
     """
-    with transaction(engine) as connection:
-        run = find_run(connection, run_id)
-        series = load_series(connection, run.number, run.info.recipes)
     merged = _by_step(series, gates)
     width = len(series.recipes)
-    number, step, value = merged.key[:, 0], merged.key[:, 1], merged.value[:, 0]
-    rows = np.unique(number // width)
-    most = max(_FEWEST_STEPS, min(_MOST_STEPS, _MOST_VALUES // max(len(np.unique(number)), 1)))
-    begin, end = (np.searchsorted(number // width, rows, side=side) for side in ("left", "right"))
+    number, step, value = merged.key[:, 0], merged.key[:, 1], _four_digits(merged.value[:, 0])
+    curves = np.flatnonzero(np.append(number[:1] >= 0, number[1:] != number[:-1]))  # where each begins
+    most = max(_FEWEST_STEPS, min(_MOST_STEPS, _MOST_VALUES // max(len(curves), 1)))
+    at, ends = number[curves].tolist(), np.append(curves[1:], len(number)).tolist()
+    shown = _alike(step, value, len(curves), most)
+    parts = zip(curves.tolist(), ends, strict=True)
+    found = shown or _apart([each // width for each in at], [(step[a:b], value[a:b]) for a, b in parts], most)
     result: dict[str, dict[str, Any]] = {}
-    for row, first, last in zip(rows.tolist(), begin.tolist(), end.tolist(), strict=True):
-        site, product = series.rows[row]
-        if (site, product) not in gates:
-            continue
-        steps = np.unique(step[first:last])
-        shown = steps[_chosen(len(steps), most)]
-        curves: dict[str, list[float | None]] = {}
-        for at in np.unique(number[first:last]).tolist():
-            mine = first + np.flatnonzero(number[first:last] == at)
-            curves[series.recipes[at % width]] = _on(shown, step[mine], value[mine])
-        result.setdefault(site, {})[product] = {"steps": shown.tolist(), "of": len(steps), "recipes": curves}
+    for each, (steps, count, errors) in zip(at, found, strict=True):
+        site, product = series.rows[each // width]
+        if (site, product) in gates:
+            passes = result.setdefault(site, {})
+            history = passes.setdefault(product, {"steps": steps, "of": count, "recipes": {}})
+            history["recipes"][series.recipes[each % width]] = errors
     return result
+
+
+def _alike(step: Steps, value: Values, curves: int, most: int) -> list[_Shown] | None:
+    """Return what is shown of every curve where all of them were measured on the same steps, as most runs do."""
+    if not curves or len(step) % curves:
+        return None
+    grid = step.reshape(curves, -1)
+    if (grid != grid[0]).any() or (grid[0, 1:] <= grid[0, :-1]).any():
+        return None
+    chosen = _chosen(grid.shape[1], most)
+    errors: Any = value.reshape(curves, -1)[:, chosen]
+    errors = errors.tolist() if np.isfinite(errors).all() else list(map(_numbers, errors))
+    return [(grid[0, chosen].tolist(), grid.shape[1], each) for each in errors]
+
+
+def _apart(rows: Sequence[int], parts: Sequence[tuple[Steps, Values]], most: int) -> list[_Shown]:
+    """Return what is shown of every curve, each of a row, on the steps that any curve of its row has."""
+    by_row: dict[int, list[Steps]] = {}
+    for row, (step, _) in zip(rows, parts, strict=True):
+        by_row.setdefault(row, []).append(step)
+    steps = {row: np.unique(np.concatenate(found)) for row, found in by_row.items()}
+    shown = {row: found[_chosen(len(found), most)] for row, found in steps.items()}
+    return [
+        (shown[row].tolist(), len(steps[row]), _on(shown[row], *part)) for row, part in zip(rows, parts, strict=True)
+    ]
+
+
+def _four_digits(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the values in four digits, NaN where one is no number."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponent = np.floor(np.log10(np.abs(values)))
+        scale = 10.0 ** (3 - exponent)
+        rounded = np.round(values * scale) / scale
+    return np.where(values == 0, 0.0, np.where(np.isfinite(rounded), rounded, np.nan))
 
 
 def _by_step(series: RunSeries, gates: Gates) -> Any:
@@ -101,64 +107,12 @@ def _chosen(count: int, most: int) -> NDArray[np.int64]:
 
 
 def _on(wanted: NDArray[np.int64], steps: NDArray[np.int64], values: NDArray[np.float64]) -> list[float | None]:
-    """Return the values on the wanted steps, in four digits; null where there is none or it is no number."""
+    """Return the values on the wanted steps; null where there is none or it is no number."""
     at = np.searchsorted(steps, wanted).clip(max=len(steps) - 1)
-    known = np.where(steps[at] == wanted, values[at], np.nan)
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in known.tolist()]
+    return _numbers(np.where(steps[at] == wanted, values[at], np.nan))
 
 
-def histograms(engine: Engine, run_id: str, sites: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Return site -> role -> {"samples", "groups": {words: [dB of the energy by bin, null where there is none]}}.
-
-    sites: those that are wanted; None is all. The first bin is the largest element of each group, then
-    BINS_OF_AN_OCTAVE to an octave downwards, the last all below. Empty bins at the end are left out.
-    """
-    result: dict[str, dict[str, Any]] = {}
-    for record in _statistics(engine, run_id, sites):
-        if record.product not in _SEEN_IN:
-            continue
-        try:
-            statistics: ProductStatistics = restore(record)
-        except ArgumentError as error:
-            logger.warning("no histograms of %s %s: %s", record.site, record.product, error)
-            continue
-        seen = result.setdefault(record.site, {})
-        roles: tuple[Role, Role] = PASS_OPERANDS[record.product]
-        for role, operand in zip(roles, (statistics.a, statistics.b), strict=True):
-            if role not in seen and operand.rows:
-                seen[role] = {"samples": statistics.samples, "groups": _groups(operand)}
-    return result
-
-
-def _statistics(engine: Engine, run_id: str, sites: Sequence[str] | None) -> Iterator[LearnedRecord]:
-    """Yield what was learned of the products of some sites, a site at a time: of thousands it is more than fits."""
-    for site in (None,) if sites is None else sites:
-        yield from read_learned(engine, run_id, kind=STATISTICS, site=site)
-
-
-def _groups(operand: OperandHistograms) -> dict[str, list[int | None]]:
-    """Return the histograms of an operand; kinds of groups that come to the same, as all wider than K do, are one."""
-    named: dict[tuple[int | None, ...], list[str]] = {}
-    for kind, each in operand.by_group.items():
-        named.setdefault(tuple(_decibels(each)), []).append(_words(kind))
-    return {", ".join(kinds): list(levels) for levels, kinds in named.items()}
-
-
-def _words(kind: GroupKind) -> str:
-    """Return a kind of group in words: `tensor`, `row`, `128 x 128`."""
-    rows, width = kind
-    if rows is None and width is None:
-        return "tensor"
-    return "row" if (rows, width) == (1, None) else f"{rows or 'all'} x {width or 'all'}"
-
-
-def _decibels(histogram: EnergyHistogram) -> list[int | None]:
-    energy = histogram.energy
-    body = energy[AMAX_BIN + 1 : BELOW].reshape(OCTAVES * BINS_OF_AN_OCTAVE, BINS_PER_OCTAVE // BINS_OF_AN_OCTAVE)
-    shares = np.concatenate([energy[[AMAX_BIN]], body.sum(axis=1), energy[[BELOW]]]) / (energy.sum() or 1.0)
-    with np.errstate(divide="ignore"):
-        levels = 10.0 * np.log10(shares)
-    result = [round(level) if level > _FLOOR_DB else None for level in levels.tolist()]
-    while result and result[-1] is None:
-        result.pop()
-    return result
+def _numbers(values: NDArray[np.float64]) -> list[float | None]:
+    """Return values as JSON has them: what is no number is null."""
+    found: list[float] = values.tolist()
+    return [value if math.isfinite(value) else None for value in found]

@@ -8,15 +8,17 @@ from loka.reports.advise.advice import Advice, Suggestion
 from loka.reports.advise.text import suggestion_lines
 from loka.reports.page.worth import Worth
 
-MOST_SITES: Final[int] = 600
+MOST_SITES: Final[int] = 4000
+# Sites over the bound whose inputs advice looks at; each takes some milliseconds.
+MOST_READ: Final[int] = 600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Material:
-    """Histories and histograms by site (`loka.reports.page.histories`), the advice, and how sure the times are.
+    """Histories and histograms by site (`histories`, `operands`), the advice, and how sure the times are.
 
-    A site is read in a few milliseconds. Of a model with more than MOST_SITES, those sites have histograms that need
-    attention first, and the advice is left to its own command.
+    Of a model with more than MOST_SITES, those sites have histograms that need attention first, and the advice is left
+    to its own command; so it is where it would have to read more than MOST_READ operands.
     """
 
     histories: Mapping[str, Any] = field(default_factory=dict)
@@ -24,6 +26,7 @@ class Material:
     advice: Advice | None = None
     worth: Worth | None = None
     partial: bool = False  # the model has more than MOST_SITES
+    unadvised: bool = False  # the advice is left to its own command
 
 
 def advice_view(advice: Advice | None) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ Thousands of products repeat the same keys and words. So a list of records is ta
 down to lists of one kind of value, each of which is written in one go:
 
     ["record", keys, column for each key]      ["list", lengths, column of all items]
-    ["text", distinct strings, index of each]  ["number", values, floats in six digits]
+    ["text", distinct values, index of each]   ["number", values, floats in six digits]
     ["flag", "0110..."]                        ["null", how many], ["empty", how many records]
     ["mixed", parts, which part each value is in]
 
@@ -16,12 +16,18 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import chain, compress
+from operator import itemgetter
 from typing import Any, Final
 
 from markupsafe import Markup
 
 # Larger than level 9 by some percent, in a fraction of its time.
 _LEVEL: Final[int] = 5
+# Numbers that each occur so often on average are written once, as texts are.
+_REPEATED: Final[int] = 3
+# Kinds of values that may be null beside others of their kind.
+_OR_NULL: Final[int] = 2
+_SCALARS: Final[frozenset[type]] = frozenset({str, int, float})
 _NONE: Final[frozenset[str]] = frozenset()
 
 
@@ -36,6 +42,10 @@ def columns(values: Sequence[Any], without: frozenset[str] = _NONE) -> str:
     Raises ValueError for NaN and infinity.
     """
     types = set(map(type, values))
+    if len(types) == _OR_NULL and type(None) in types and not types.isdisjoint(_SCALARS):
+        found = _repeated(values)
+        if found is not None:
+            return found
     if len(types) > 1:
         return _mixed(values, list(map(type, values)), without)
     kind = types.pop() if types else type(None)
@@ -55,38 +65,62 @@ def _records(values: Sequence[dict[str, Any]], without: frozenset[str]) -> str:
     keys = [key for key in shapes.pop() if key not in without]
     if not keys:
         return f'["empty",{len(values)}]'
-    found = (columns([value[key] for value in values], without) for key in keys)
+    found = (columns(list(map(itemgetter(key), values)), without) for key in keys)
     return f'["record",{_json(keys)},{",".join(found)}]'
 
 
 def _mixed(values: Sequence[Any], kinds: Sequence[Any], without: frozenset[str]) -> str:
     """Return values of several kinds: those of each kind as a column, and which of them comes next."""
     place = {kind: at for at, kind in enumerate(dict.fromkeys(kinds))}
-    which = [place[kind] for kind in kinds]
-    parts = (list(compress(values, [part == at for part in which])) for at in place.values())
-    return f'["mixed",[{",".join(columns(part, without) for part in parts)}],{_json(which)}]'
+    which = list(map(place.__getitem__, kinds))
+    parts = (list(compress(values, map(at.__eq__, which))) for at in place.values())
+    return f'["mixed",[{",".join(columns(part, without) for part in parts)}],{_integers(which)}]'
 
 
 def _lists(values: Sequence[Sequence[Any]], without: frozenset[str]) -> str:
-    return f'["list",{_json([len(value) for value in values])},{columns(list(chain.from_iterable(values)), without)}]'
+    lengths = _integers(list(map(len, values)))
+    return f'["list",{lengths},{columns(list(chain.from_iterable(values)), without)}]'
 
 
 def _texts(values: Sequence[str]) -> str:
     index = {text: at for at, text in enumerate(dict.fromkeys(values))}
-    return f'["text",{_json(list(index))},{_json([index[value] for value in values])}]'
+    return f'["text",{_json(list(index))},{_integers(list(map(index.__getitem__, values)))}]'
 
 
 def _floats(values: Sequence[float]) -> str:
+    return _repeated(values) or f'["number",[{_six_digits(values)}]]'
+
+
+def _repeated(values: Sequence[str | float | None]) -> str | None:
+    """Return values of one kind, or null, each of them written once; None where few of them occur again."""
+    index = {value: at for at, value in enumerate(dict.fromkeys(values))}
+    if len(index) * _REPEATED > len(values):
+        return None
+    different = [value for value in index if value is not None]
+    floats = [value for value in different if type(value) is float]
+    alike = len(floats) == len(different)
+    written = _six_digits(floats).split(",") if alike else [_json(value) for value in different]
+    if None in index:
+        written.insert(index[None], "null")
+    return f'["text",[{",".join(written)}],{_integers(list(map(index.__getitem__, values)))}]'
+
+
+def _six_digits(values: Sequence[float]) -> str:
     text = ",".join(["%.6g"] * len(values)) % tuple(values)
     if "n" in text:  # nan, inf
         raise ValueError("A page holds finite numbers only; what is not finite has to be null.")
-    return f'["number",[{text}]]'
+    return text
+
+
+def _integers(values: list[int]) -> str:
+    """Return the JSON of whole numbers, which is how Python shows them."""
+    return repr(values).replace(" ", "")
 
 
 _COLUMNS: Final[dict[type, Callable[[Sequence[Any]], str]]] = {
     str: _texts,
     bool: lambda values: f'["flag","{"".join(["01"[value] for value in values])}"]',
-    int: lambda values: f'["number",{_json(values)}]',
+    int: lambda values: f'["number",{_integers(list(map(int, values)))}]',
     float: _floats,
     type(None): lambda values: f'["null",{len(values)}]',
 }

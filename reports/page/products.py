@@ -1,6 +1,6 @@
 """The table of products: one row per (site, pass), its cells in words, complete without a script."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -81,6 +81,18 @@ def product_table(report: Report) -> ProductTable:
         )
         seen.add(row["site"])
     return ProductTable(columns=_columns(loss, own=own, decided=decided), rows=tuple(rows), decided=decided)
+
+
+def table_rows(rows: Sequence[ProductRow]) -> Markup:
+    """Return the rows of the table in HTML, its tags as short as they may be: a page has thousands."""
+    return Markup("".join(map(_line, rows)))
+
+
+def _line(row: ProductRow) -> str:
+    place, verdict = escape(row.fragment), escape(row.verdict)
+    name, after = f' id="{place}"' if row.first else "", f"<td>{row.after}" if row.after else ""
+    head = f'<tr data-i={row.index}{name}><th scope=row><a href="#{place}">{escape(row.site)}</a>'
+    return f'{head}<td>{row.before}<td class="mark {verdict}">{verdict}{after}\n'
 
 
 def _columns(loss: Iterable[str], *, own: bool, decided: bool) -> tuple[Column, ...]:

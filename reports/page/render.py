@@ -22,13 +22,13 @@ from loka.formats import FORMATS
 from loka.reports.dynamics import dynamics_view
 from loka.reports.html import html_environment, inline, source_hash
 from loka.reports.page.headline import answer
-from loka.reports.page.histories import BINS_OF_AN_OCTAVE
-from loka.reports.page.material import MOST_SITES, Material, advice_view
+from loka.reports.page.levels import BINS_OF_AN_OCTAVE
+from loka.reports.page.material import Material, advice_view
 from loka.reports.page.model_map import model_map
 from loka.reports.page.packing import columns, deflated
 from loka.reports.page.pareto import pareto_view
 from loka.reports.page.plotly_script import plotly_script
-from loka.reports.page.products import product_table
+from loka.reports.page.products import product_table, table_rows
 from loka.reports.page.sections import experts_view, monitor_view, other_events
 from loka.reports.words import (
     ORDER,
@@ -90,8 +90,8 @@ def _render(report: Report, material: Material, beside: ThreadPoolExecutor) -> s
             map=model_map(report) if report["sites"] else None,
             pareto=pareto,
             table=table,
-            shown=table.rows[:SHOWN_ROWS],
-            rest=table.rows[SHOWN_ROWS:],
+            shown=table_rows(table.rows[:SHOWN_ROWS]),
+            rest=table_rows(table.rows[SHOWN_ROWS:]),
             order=ORDER,
             gate=gate_name(report),
             limited=limited(report),
@@ -127,7 +127,7 @@ def _light(row: Row) -> dict[str, Any]:
 def _advice_headline(material: Material) -> str:
     if material.advice is not None:
         return plain(material.advice.headline)
-    return f"Left out for a model of more than {MOST_SITES} sites: loka advise DB says it." if material.partial else ""
+    return "Left out for a model this large: loka advise DB says it." if material.unadvised else ""
 
 
 def _plain(suggestion: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +159,7 @@ def _material(material: Material) -> dict[str, Any]:
         "worth": None if material.worth is None else asdict(material.worth),
         "formats": formats,
         "partial": material.partial,
+        "unadvised": material.unadvised,
         "bins_of_an_octave": BINS_OF_AN_OCTAVE,
     }
 

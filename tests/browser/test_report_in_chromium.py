@@ -18,10 +18,12 @@ from loka.bounds import Bound
 from loka.probes.judging.drift import Drift
 from loka.reports import html_report, json_report
 from loka.reports.build import built_of
+from loka.reports.page.levels import levels_of
 from loka.reports.page.material import Material
 from loka.reports.record import build_report
 from loka.reports.words import plain
 from tests.reports.made_run import UNDECIDED, UNSAFE, candidate, decision, many, mixed, product, recipe, run
+from tests.reports.pages import Page
 from tests.requirements_of_ci import missing
 
 BOUND = Bound(row_error=0.05)
@@ -213,6 +215,10 @@ def test_the_part_of_a_site_draws_histories_histograms_and_intervals(opened, rea
         assert {"input", "weight", "grad_output"} <= {
             text.split(",")[0] for text in page.locator("dialog h4").all_inner_texts()
         }
+        shown = page.evaluate("[...document.querySelectorAll('dialog .graph')].map((node) => node.data[0].y)")[2:]
+        seen = Page(real[1]).data("material")["histograms"]
+        found = [entry["groups"][0]["levels"] for entry in seen if entry["site"] == "blocks.1.0"]
+        assert shown == [[one if one is None or one >= -100 else None for one in levels_of(each)] for each in found]
         legend = page.locator("dialog .graph").nth(1).locator(".legendtext").all_text_contents()
         assert {"tensorwise", "rowwise", "blockwise", "mxfp8", "bound"} <= set(legend)
         page.get_by_label("wgrad").last.check()
@@ -373,7 +379,7 @@ def test_hostile_names_are_inert_everywhere(opened):
         decisions[made.site, "fprop"] = decision(made, kernel=name, name=name, time_us=8.0, rejected=rejected)
     report = build_report(run(*products), BOUND, decisions)
     histories = {name: {"fprop": {"steps": [1, 2], "of": 2, "recipes": {name: [0.1, 0.2]}}} for name in EVIL}
-    by_site = {name: {"input": {"samples": 3, "groups": {name: [-3, -9, None, -20]}}} for name in EVIL}
+    by_site = {name: {"input": {"samples": 3, "groups": {name: "NQ V"}}} for name in EVIL}  # -3, -9, none, -20 dB
     text = html_report.render(report, Material(histories=histories, histograms=by_site))
     with opened(text, viewport={"width": 1200, "height": 3000}) as page:
         page.wait_for_selector("#errors-chart .main-svg")

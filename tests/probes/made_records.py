@@ -93,13 +93,13 @@ def contents(folder: Path):
 
 
 def plain(value):
-    """Turn records into plain values that compare equal also where they hold NaN."""
+    """Turn records into values that are equal also where they hold NaN: since Python 3.13 such records are not."""
     if dataclasses.is_dataclass(value):
         return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {name: plain(one) for name, one in value.items()}
-    if isinstance(value, tuple):
-        return tuple(plain(one) for one in value)
+    if isinstance(value, tuple | list):
+        return type(value)(plain(one) for one in value)
     return "NaN" if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -97,7 +97,7 @@ DAMAGE = {
     "UPDATE errors SET row_error = 'much'": "'much'",
     "UPDATE errors SET position = 77 WHERE position = 0": "a sample that is not there",
     "UPDATE operands SET role = 'actor'": "is 'actor', not one of input|holds nan where it has whole",
-    "UPDATE operand_recipes SET underflow = 'some'": "`underflow` in its table `operand_recipes` is 'some', not a num",
+    "UPDATE operand_recipes SET underflow = 'some'": "'some'",
     "UPDATE steps SET step = -100": "whole number",
     "UPDATE runs SET fingerprint = '[1]'": "`fingerprint` in its table `runs` is '\\[1\\]', not shapes by name",
     "UPDATE runs SET fingerprint = '{\"a\": [1, -2]}'": "not shapes by name",

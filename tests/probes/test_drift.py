@@ -34,7 +34,8 @@ def test_series_of_different_length_do_not_mix():
     found = fit_trends(of, step, np.where(of == 0, 2.0, -1.0) * step, 4)
     np.testing.assert_allclose(found.slope, [2.0, NAN, -1.0, NAN])
     assert found.samples.tolist() == [4, 0, 5, 2]
-    assert found.drift(1, 0.0) is None
+    drifts = found.drifts(np.zeros(4), np.array([True, True, False, True]))
+    assert [each is None for each in drifts] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("samples", [8, 20])

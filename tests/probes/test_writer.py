@@ -17,7 +17,7 @@ from loka.probes.records import Event
 from loka.probes.storing import sqlite_file
 from loka.probes.storing.database import list_runs, open_database, read_run, read_steps
 from loka.probes.storing.writer import RunWriter
-from tests.probes.made_records import made_info, made_product, made_progress, made_step, write_run
+from tests.probes.made_records import made_info, made_product, made_progress, made_step, plain, write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +73,7 @@ def test_a_killed_run_keeps_every_committed_step_whole_and_is_incomplete(db):
         child.communicate()
     engine = open_it(db)
     run, found = read_run(engine), list(read_steps(engine))
-    assert found == [wide_step(index) for index in range(len(found))]
+    assert plain(found) == plain([wide_step(index) for index in range(len(found))])
     assert run.progress.status == "incomplete"
     assert run.progress.reason == (
         f"the process ended without closing the run; {len(found)} of its sampled steps are here"
@@ -109,7 +109,8 @@ def test_eight_processes_record_into_one_new_database_at_once(db):
     engine = open_it(db)
     assert {run.info.id: run.progress.status for run in list_runs(engine)} == dict.fromkeys(names, "complete")
     for name in names:
-        assert list(read_steps(engine, name)) == [wide_step(index, 12) for index in range(12)]
+        found = list(read_steps(engine, name))
+        assert plain(found) == plain([wide_step(index, 12) for index in range(12)])
 
 
 def test_two_runs_of_one_process_record_into_one_database(db):
@@ -177,7 +178,7 @@ def test_a_file_replaced_during_the_run_is_left_to_its_new_owner(tmp_path):
     other.finish(made_progress(2, status="complete"))
     assert other.failure is None
     assert [run.info.id for run in list_runs(open_it(path))] == ["other"]
-    assert list(read_steps(open_it(path))) == [wide_step(0), wide_step(1)]
+    assert plain(list(read_steps(open_it(path)))) == plain([wide_step(0), wide_step(1)])
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_a_full_disk_ends_the_recording_and_keeps_what_was_committed(tiny_disk):
     assert "Training goes on" in writer.failure
     found = list(read_steps(open_it(path)))
     assert 0 < len(found) < 200
-    assert found == [wide_step(index) for index in range(len(found))]
+    assert plain(found) == plain([wide_step(index) for index in range(len(found))])
 
 
 def test_a_file_that_may_not_grow_is_an_error_of_the_disk_and_keeps_what_was_committed(tmp_path):
@@ -221,7 +222,7 @@ def test_a_file_that_may_not_grow_is_an_error_of_the_disk_and_keeps_what_was_com
     assert "the disk reported an I/O error" in output
     found = list(read_steps(open_it(path)))
     assert 0 < len(found) < 100
-    assert found == [wide_step(index) for index in range(len(found))]
+    assert plain(found) == plain([wide_step(index) for index in range(len(found))])
     assert read_run(open_it(path)).progress.status == "incomplete"
 
 
@@ -304,10 +305,10 @@ def test_a_record_that_cannot_be_stored_is_a_failure_and_not_an_exception(tmp_pa
     writer.finish(made_progress(3))
     assert "OverflowError" in writer.failure
     assert [type(one.exc_value) for one in seen] == [OverflowError]
-    assert list(read_steps(open_it(tmp_path / "run.db"))) == [wide_step(0)]
+    assert plain(list(read_steps(open_it(tmp_path / "run.db")))) == plain([wide_step(0)])
 
 
 def test_a_recipe_that_the_run_did_not_announce_is_kept(db):
     step = made_step(0, made_product(value={"home-made": 0.5, DEFAULT_RECIPES[0]: 0.1}))
     write_run(db, [step])
-    assert list(read_steps(open_it(db))) == [step]
+    assert plain(list(read_steps(open_it(db)))) == plain([step])

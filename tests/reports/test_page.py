@@ -205,6 +205,12 @@ def test_columns_give_back_what_they_were_made_of(values):
     assert unpacked(json.loads(columns(values))) == values
 
 
+@given(st.lists(st.sampled_from([None, "", "a", 0.25, 1e20, -3, 7]), min_size=20, max_size=40))
+def test_columns_give_back_values_that_occur_often(values):
+    for some in (values, [each for each in values if each is None or isinstance(each, float)]):
+        assert unpacked(json.loads(columns(some))) == some
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_columns_refuse_what_json_cannot_say(value):
     with pytest.raises(ValueError, match="finite"):

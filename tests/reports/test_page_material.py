@@ -10,11 +10,13 @@ from torch import nn
 
 import loka
 from loka.bounds import Bound
+from loka.probes.judging.evidence import read_and_condense
 from loka.probes.storing.database import open_database
 from loka.reports import build, html_report, json_report
 from loka.reports.build import built_of, report_of
 from loka.reports.page import histories as module
-from loka.reports.page.histories import BINS_OF_AN_OCTAVE, histories
+from loka.reports.page.histories import histories
+from loka.reports.page.levels import BINS_OF_AN_OCTAVE, levels_of
 from loka.reports.words import ordered
 from tests.reports.pages import Page
 
@@ -60,8 +62,9 @@ def test_a_long_history_is_thinned_evenly_and_keeps_its_ends(database, monkeypat
     monkeypatch.setattr(module, "_FEWEST_STEPS", 5)
     monkeypatch.setattr(module, "_MOST_STEPS", 5)
     engine = open_database(path, create=False)
-    found = histories(engine, first, {("0", "fprop"): "row_error"})
+    _, series = read_and_condense(engine, first)
     engine.dispose()
+    found = histories(series, {("0", "fprop"): "row_error"})
     assert list(found) == ["0"]
     assert found["0"]["fprop"]["steps"] == [0, 5, 10, 14, 19]
     assert found["0"]["fprop"]["of"] == STEPS
@@ -84,7 +87,7 @@ def test_histograms_hold_all_of_the_energy_of_both_operands_and_of_the_gradient(
     assert set(found["2"]) == {"input", "weight", "grad_output"}
     for role in found["2"].values():
         assert {name for group in role["groups"] for name in group.split(", ")} > {"tensor", "row"}
-        for levels in role["groups"].values():
+        for levels in map(levels_of, role["groups"].values()):
             assert len(levels) <= 2 + 24 * BINS_OF_AN_OCTAVE
             shares = [10 ** (level / 10) for level in levels if level is not None]
             assert sum(shares) == pytest.approx(1.0, rel=0.13)  # whole decibels
@@ -98,6 +101,17 @@ def test_a_large_model_has_histograms_of_what_needs_attention_and_says_so(databa
     assert list(found.material.histograms) == [worst["site"]]
     assert found.material.partial
     assert found.material.advice is None
+    assert "loka advise DB says it" in html_report.render(found.report, found.material)
+
+
+def test_advice_that_would_take_too_long_is_left_to_its_command(database, monkeypatch):
+    path, first = database
+    assert built_of(path, Bound(row_error=1e-4), run=first).material.advice is not None
+    monkeypatch.setattr(build, "MOST_READ", 0)
+    found = built_of(path, Bound(row_error=1e-4), run=first)
+    assert found.material.advice is None
+    assert not found.material.partial
+    assert set(found.material.histograms) == {"0", "2"}
     assert "loka advise DB says it" in html_report.render(found.report, found.material)
 
 

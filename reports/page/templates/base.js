@@ -48,6 +48,16 @@ const readDetails = async (sites) => {
   return details;
 };
 
+// The levels of a histogram from their text, as the module `levels` writes them.
+const levelsOf = (text) => {
+  let level = 0;
+  return [...text].map((one) => {
+    if (one === " ") return null;
+    const code = one.charCodeAt(0);
+    return (level += 75 - (code > 256 ? code - 512 : code));
+  });
+};
+
 // Histories by site and pass, histograms by site and role, as Python keeps them.
 const readMaterial = async () => {
   const material = await inflateJson("material");

@@ -72,7 +72,7 @@ const siteParts = (rows, material) => [
       if (!mine.length)
         return box.append(
           captioned(
-            material.partial
+            material.unadvised
               ? "Left out for a model this large: loka advise DB says it."
               : "Nothing is called for here.",
           ),

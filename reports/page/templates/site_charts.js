@@ -209,7 +209,8 @@ const operandChart = (box, role, histogram, material) => {
   const floor = -100;
   const octave = (bin) => (bin === 0 ? 0 : -(bin - 0.5) / per);
   const styles = styleOf(Object.keys(histogram.groups));
-  const traces = Object.entries(histogram.groups).map(([name, levels]) => ({
+  const groups = Object.entries(histogram.groups).map(([name, text]) => [name, levelsOf(text)]);
+  const traces = groups.map(([name, levels]) => ({
     type: "scatter",
     mode: "lines",
     name: forPlotly(name),
