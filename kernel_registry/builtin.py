@@ -10,6 +10,7 @@ from typing import Any, Final
 from loka.formats import PASSES, Pass
 from loka.hardware import BLACKWELL_CAPABILITY, FP8_CAPABILITY, HOPPER_CAPABILITY
 from loka.kernel_registry.spec import KernelSpec, Op
+from loka.torch_release import ROW_SCALES_ON_CPU
 
 _HERE: Final[str] = "loka.kernel_registry"
 _FPROP: Final[tuple[Pass, ...]] = ("fprop",)
@@ -83,6 +84,7 @@ def _library(module: str, recipe: str, **facts: Any) -> KernelSpec:
         op="linear",
         recipe=recipe,
         implementation=f"{_HERE}.{module}:{recipe}",
+        prepared=f"{_HERE}.{module}:{recipe}_halves",
         **facts,
     )
 
@@ -184,12 +186,16 @@ KERNELS: Final[tuple[KernelSpec, ...]] = (
             "torchao",
             recipe,
             min_capability=FP8_CAPABILITY,
+            min_torch_on_cpu=since,
             pads_to=16,
             layout=f"a row-major, b column-major{note}",
             requires=f"{_HERE}.torchao:missing",
             source="torchao 0.18, torchao/float8/inference.py, which calls torch._scaled_mm",
         )
-        for recipe, note in (("tensorwise", ""), ("rowwise", "; bf16 output on CUDA"))
+        for recipe, note, since in (
+            ("tensorwise", "", None),
+            ("rowwise", "; bf16 output on CUDA", ROW_SCALES_ON_CPU),
+        )
     ),
     _library(
         "torchao",

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from loka.errors import KernelError
-from loka.formats import BLOCK, RECIPES, Pass
+from loka.formats import BLOCK, Pass
+from loka.kernel_registry.halves import Arranged, LibraryHalves
 from loka.kernel_registry.opaque import opaque
-from loka.kernel_registry.operands import column_major, is_empty, pad, quantize_operands, unpad, zeros
+from loka.kernel_registry.operands import Operand, column_major, pad
 
 # 16 bytes of fp32: what TMA wants a column to start at.
 SCALE_COLUMN: Final[int] = 4
@@ -33,21 +34,26 @@ _INSTALL: Final[str] = "install it from github.com/deepseek-ai/DeepGEMM, 2.0 or 
 @opaque
 def blockwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with a scale per 1x128 elements, 128x128 of a weight; bf16 but for wgrad."""
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)
-    multiply = _product()
-    left, right = quantize_operands(RECIPES["blockwise"], a, b, product)
-    left, right = pad(left, k=BLOCK), pad(right, rows=BLOCK, k=BLOCK)
-    operand_a = (left.data, column_major(left.scale, rows=SCALE_COLUMN))
-    shape = (left.data.shape[0], right.data.shape[0])
-    if right.spec.group_rows == 1:
-        out = a.new_zeros(shape, dtype=torch.float32)
-        operand_b = (right.data, column_major(right.scale, rows=SCALE_COLUMN))
-        multiply(operand_a, operand_b, out, c=out, recipe=(1, 1, BLOCK))
+    return blockwise_halves.of(a, b, product, out_dtype)
+
+
+def _arrange(x: Operand, *, is_right: bool) -> Arranged:
+    x = pad(x, rows=BLOCK if is_right else 1, k=BLOCK)
+    return x.data, column_major(x.scale, rows=SCALE_COLUMN) if x.spec.group_rows == 1 else x.scale.contiguous()
+
+
+def _multiply(a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    multiply, shape = _product(), (a[0].shape[0], b[0].shape[0])
+    if product == "wgrad":
+        out = a[1].new_zeros(shape)
+        multiply(a, b, out, c=out, recipe=(1, 1, BLOCK))
     else:
-        out = a.new_empty(shape, dtype=torch.bfloat16)
-        multiply(operand_a, (right.data, right.scale.contiguous()), out)
-    return unpad(out, a, b, out_dtype)
+        out = a[1].new_empty(shape, dtype=torch.bfloat16)
+        multiply(a, b, out)
+    return out
+
+
+blockwise_halves: Final = LibraryHalves("blockwise", _arrange, _multiply)
 
 
 def missing() -> str | None:

@@ -103,6 +103,17 @@ class Halves:
         """Multiply a [m, k] and b [n, k]."""
         return emulate_prepared(self._recipe, a, b, product=product, out_dtype=out_dtype)
 
+    def multiply_codes(self, a: Operand, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply a [m, k] that is quantised and b [n, k]."""
+        if _has_short_way(self._recipe, a.data, out_dtype):
+            codes, scale = b.tensors
+            right = Operand(codes, scale, self._recipe.operand(PASS_OPERANDS[product][1]))
+            return multiply_operands(a._replace(data=a.data.bfloat16()), right, out_dtype)
+        values_a, (values_b,) = dequantize(*a), b.tensors
+        if self._recipe.accumulation == "reduced":
+            return reduced_product(values_a, values_b).to(out_dtype)
+        return matmul(values_a, values_b).to(out_dtype)
+
 
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per operand."""

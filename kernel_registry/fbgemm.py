@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from loka.errors import KernelError
-from loka.formats import BLOCK, RECIPES, Pass
+from loka.formats import BLOCK, PASS_OPERANDS, RECIPES, Pass
+from loka.kernel_registry.halves import Arranged, LibraryHalves
 from loka.kernel_registry.opaque import opaque
-from loka.kernel_registry.operands import Operand, column_major, is_empty, pad, quantize_operands, unpad, zeros
+from loka.kernel_registry.operands import Operand, column_major, pad
 
 ALIGNMENT: Final[int] = 16
 # Rows of the activation whose scales a column holds: so that every column starts at a multiple of 16 bytes.
@@ -40,41 +41,68 @@ _INSTALL: Final[str] = "pip install fbgemm-gpu-genai, or mslk from PyTorch's CUD
 @opaque
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per operand, in fprop; rounded to bf16."""
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)
-    left, right = _aligned("tensorwise", a, b, product)
-    scale = (left.scale * right.scale).reshape(1)
-    return unpad(operators().f8f8bf16(left.data, right.data, scale, use_fast_accum=False), a, b, out_dtype)
+    return tensorwise_halves.of(a, b, product, out_dtype)
 
 
 @opaque
 def rowwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per row of each; rounded to bf16."""
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)
-    left, right = _aligned("rowwise", a, b, product)
-    out = operators().f8f8bf16_rowwise(
-        left.data, right.data, left.scale.flatten(), right.scale.flatten(), use_fast_accum=False
-    )
-    return unpad(out, a, b, out_dtype)
+    return rowwise_halves.of(a, b, product, out_dtype)
 
 
 @opaque
 def blockwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] with a scale per 1x128 elements and b [n, k] with one per 128x128; rounded to bf16."""
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)
-    left, right = quantize_operands(RECIPES["blockwise"], a, b, product)
-    if right.spec.group_rows == 1:
+    return blockwise_halves.of(a, b, product, out_dtype)
+
+
+# --- operands as the library reads them, and its calls ---
+
+
+def _flat_scales(x: Operand, *, is_right: bool) -> Arranged:
+    x = pad(x, rows=ALIGNMENT if is_right else 1, k=ALIGNMENT)
+    return x.data, x.scale.flatten()
+
+
+def _block_scales(x: Operand, *, is_right: bool) -> Arranged:
+    x = pad(x, rows=BLOCK if is_right else _SCALE_COLUMN, k=BLOCK)
+    return x.data, column_major(x.scale).t()
+
+
+def _tensorwise(a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    _check_formats("tensorwise", product)
+    out: Tensor = operators().f8f8bf16(a[0], b[0], a[1] * b[1], use_fast_accum=False)
+    return out
+
+
+def _rowwise(a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    _check_formats("rowwise", product)
+    out: Tensor = operators().f8f8bf16_rowwise(a[0], b[0], a[1], b[1], use_fast_accum=False)
+    return out
+
+
+def _blockwise(a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    if product == "wgrad":
         raise KernelError(
-            f"fbgemm.linear.blockwise multiplies by 128x128 blocks of a weight, and {product} has none: it serves "
-            "fprop and dgrad. Use another kernel for wgrad."
+            "fbgemm.linear.blockwise multiplies by 128x128 blocks of a weight, and wgrad has none: it serves fprop and "
+            "dgrad. Use another kernel for wgrad."
         )
-    left, right = pad(left, rows=_SCALE_COLUMN, k=BLOCK), pad(right, rows=BLOCK, k=BLOCK)
-    out = operators().f8f8bf16_groupwise(
-        left.data, right.data, column_major(left.scale).t(), column_major(right.scale).t()
-    )
-    return unpad(out, a, b, out_dtype)
+    out: Tensor = operators().f8f8bf16_groupwise(a[0], b[0], a[1], b[1])
+    return out
+
+
+def _check_formats(recipe: str, product: Pass) -> None:
+    first, second = (RECIPES[recipe].operand(role).format for role in PASS_OPERANDS[product])
+    if first != second:
+        raise KernelError(
+            f"fbgemm.linear.{recipe} multiplies e4m3 with e4m3, and {product} has {first.name} with {second.name}: it "
+            f"serves fprop. Use another kernel for {product}."
+        )
+
+
+tensorwise_halves: Final = LibraryHalves("tensorwise", _flat_scales, _tensorwise)
+rowwise_halves: Final = LibraryHalves("rowwise", _flat_scales, _rowwise)
+blockwise_halves: Final = LibraryHalves("blockwise", _block_scales, _blockwise)
 
 
 @functools.cache
@@ -100,13 +128,3 @@ def missing() -> str | None:
     if not any(Path(folder, "experimental", "gen_ai").is_dir() for folder in found.submodule_search_locations or ()):
         return f"fbgemm_gpu is installed without its GenAI kernels: {_INSTALL}"
     return None
-
-
-def _aligned(recipe: str, a: Tensor, b: Tensor, product: Pass) -> tuple[Operand, Operand]:
-    left, right = quantize_operands(RECIPES[recipe], a, b, product)
-    if left.data.dtype != right.data.dtype:
-        raise KernelError(
-            f"fbgemm.linear.{recipe} multiplies e4m3 with e4m3, and {product} has {left.spec.format.name} with "
-            f"{right.spec.format.name}: it serves fprop. Use another kernel for {product}."
-        )
-    return pad(left, k=ALIGNMENT), pad(right, rows=ALIGNMENT, k=ALIGNMENT)

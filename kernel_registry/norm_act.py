@@ -12,7 +12,7 @@ activation together. What it computes is told by `loka.mods`, whose module is th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from loka.formats import RECIPES, Pass, Recipe
 from loka.kernel_registry.emulated import emulate, emulate_prepared, prepared
+from loka.kernel_registry.operands import Operand, quantize_operand
 from loka.kernel_registry.spec import Prepared
 from loka.kernel_registry.torch_mm import matmul
+from loka.quantize import dequantize
 
 # Columns that are normalised together: the block in the LoKA paper, and one tile of the fused kernels.
 NORM_BLOCK: Final[int] = 256
@@ -40,15 +42,26 @@ def defines_operator(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
 
 
+class Coded(NamedTuple):
+    """A result that is to be quantised for the next product: of `eps` and `out_dtype` as `forward` has them."""
+
+    recipe: str
+    eps: float | None
+    out_dtype: torch.dtype
+
+
 class FusedLayer(Protocol):
     """A kernel of the op `linear_norm_act` as a layer runs it: with a bias, and with what its backward needs."""
 
     def prepare(self, weight: Tensor) -> Prepared | None:
         """Quantise a weight [n, k] for `forward`, which takes it in place of the weight; None in high precision."""
 
+    def lay_out(self, codes: Tensor, scale: Tensor) -> Prepared:
+        """Do the same for a weight that is there as codes [n, k] and fp32 scales, those of `loka.quantize`."""
+
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Operand,
         weight: Tensor | Prepared,
         bias: Tensor | None,
         *,
@@ -56,7 +69,16 @@ class FusedLayer(Protocol):
         out_dtype: torch.dtype,
         save: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return hard_swish(block_norm(x . weight^T + bias)) [m, n] of x [m, k], and y [m, n] with `save`, else [0]."""
+        """Return hard_swish(block_norm(x . weight^T + bias)) [m, n] of x [m, k], and y [m, n] with `save`, else [0].
+
+        With a prepared weight, x may be quantised already.
+        """
+
+    def writes(self, recipe: str, features: int) -> bool:
+        """Whether `coded` quantises results of so many features under a recipe, for less than a kernel by itself."""
+
+    def coded(self, x: Tensor | Operand, weight: Prepared, bias: Tensor | None, result: "Coded") -> Operand:
+        """Return what `forward` does, of an x that may be quantised already, quantised in turn: [m, n]."""
 
     def backward(
         self, grad: Tensor, y: Tensor, *, eps: float | None, out_dtype: torch.dtype, sums: bool
@@ -74,9 +96,14 @@ def is_norm_act(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def has_norm_act(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a norm and an activation, its weight [n, k] that of the product."""
+    return bool(getattr(type(module).forward, _MARK, False)) and "forward" not in vars(module)
+
+
 def runs_fused(module: nn.Module) -> bool:
     """Whether a module is a linear layer with BlockNorm(256) and HardSwish, and no more: what fused kernels compute."""
-    if not getattr(type(module).forward, _MARK, False) or "forward" in vars(module):
+    if not has_norm_act(module):
         return False
     options: Any = module
     return bool(options.block == NORM_BLOCK and options.activation == FUSED_ACTIVATION)
@@ -160,9 +187,23 @@ class Defined:
         """Quantise a weight [n, k]; None without a recipe."""
         return None if self.recipe is None else prepared(self.recipe, weight, product="fprop", out_dtype=torch.float32)
 
+    def lay_out(self, codes: Tensor, scale: Tensor) -> Prepared:
+        """Read a weight that is stored as codes [n, k] and scales."""
+        assert self.recipe is not None  # in high precision nothing is stored
+        return Prepared((dequantize(codes, scale, self.recipe.operand("weight")),), codes.shape[0])
+
+    def writes(self, recipe: str, features: int) -> bool:
+        """Never: the cast would be the same work, and what codes stand for is at hand without them."""
+        return False
+
+    def coded(self, x: Tensor | Operand, weight: Prepared, bias: Tensor | None, result: Coded) -> Operand:
+        """Compute the result, round it, and quantise that."""
+        out = self.forward(x, weight, bias, eps=result.eps, out_dtype=result.out_dtype, save=False)[0]
+        return quantize_operand(out, RECIPES[result.recipe].operand("input"))
+
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Operand,
         weight: Tensor | Prepared,
         bias: Tensor | None,
         *,
@@ -171,7 +212,10 @@ class Defined:
         save: bool,
     ) -> tuple[Tensor, Tensor]:
         """Multiply, add, normalise and activate; y is kept in `out_dtype`."""
-        if isinstance(weight, Prepared):
+        if isinstance(x, Operand):
+            assert isinstance(weight, Prepared)
+            y = matmul(dequantize(*x), weight.tensors[0])
+        elif isinstance(weight, Prepared):
             assert self.recipe is not None  # else `prepare` gives none
             y = emulate_prepared(self.recipe, x, weight, product="fprop", out_dtype=torch.float32)
         elif self.recipe is None:
@@ -179,7 +223,7 @@ class Defined:
         else:
             y = emulate(self.recipe, x, weight, product="fprop", out_dtype=torch.float32)
         y = y if bias is None else y + bias.to(y.dtype)
-        return norm_act(y, eps).to(out_dtype), y.to(out_dtype) if save else x.new_empty(0)
+        return norm_act(y, eps).to(out_dtype), y.to(out_dtype) if save else y.new_empty(0, dtype=out_dtype)
 
     def backward(
         self, grad: Tensor, y: Tensor, *, eps: float | None, out_dtype: torch.dtype, sums: bool

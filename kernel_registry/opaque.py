@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loka.formats import Pass
 from loka.kernel_registry.spec import GroupedKernel, Kernel
+from loka.torch_release import being_compiled
 
 _SCHEMA = "(Tensor a, Tensor b, *, str product, ScalarType out_dtype) -> Tensor"
 _GROUPED_SCHEMA = "(Tensor a, Tensor b, Tensor offsets, *, str product, ScalarType out_dtype) -> Tensor"
@@ -29,7 +30,7 @@ def opaque(kernel: Kernel) -> Kernel:
 
     @functools.wraps(kernel)
     def call(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
-        if torch.compiler.is_compiling():
+        if being_compiled(a):
             out: Tensor = operator(a, b, product=product, out_dtype=out_dtype)
             return out
         return kernel(a, b, product=product, out_dtype=out_dtype)
@@ -52,7 +53,7 @@ def opaque_grouped(kernel: GroupedKernel) -> GroupedKernel:
 
     @functools.wraps(kernel)
     def call(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
-        if torch.compiler.is_compiling():
+        if being_compiled(a):
             out: Tensor = operator(a, b, offsets, product=product, out_dtype=out_dtype)
             return out
         return kernel(a, b, offsets, product=product, out_dtype=out_dtype)

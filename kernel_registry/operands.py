@@ -59,6 +59,11 @@ def is_empty_with(a: Tensor, b: Prepared, out_dtype: torch.dtype) -> bool:
     return bool(a.shape[0] == 0 or b.n == 0 or a.shape[1] == 0)
 
 
+def is_empty_product(a: Operand, b: Prepared) -> bool:
+    """Answer the same where both are quantised already."""
+    return bool(a.data.shape[0] == 0 or b.n == 0 or a.data.shape[1] == 0)
+
+
 def _check_dtypes(a: torch.dtype, b: torch.dtype, out: torch.dtype) -> None:
     if a not in DTYPES or b not in DTYPES or out not in DTYPES:
         raise KernelError(
@@ -113,11 +118,6 @@ def pad(x: Operand, *, rows: int = 1, k: int = 1) -> Operand:
     more = [groups[1] - x.scale.shape[1], groups[0] - x.scale.shape[0]]
     scale = torch.nn.functional.pad(x.scale, (0, more[0], 0, more[1]), value=1.0) if any(more) else x.scale
     return Operand(data.contiguous(), scale, x.spec)
-
-
-def unpad(out: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Return the product of a [m, k] and b [n, k] that stands in the corner of `out`, in `out_dtype`."""
-    return out[: a.shape[0], : b.shape[0]].to(out_dtype)
 
 
 def column_major(scale: Tensor, *, rows: int = 1) -> Tensor:

@@ -27,10 +27,12 @@ from torch import Tensor
 from loka.errors import KernelError
 from loka.formats import PASSES, RECIPES, Pass
 from loka.hardware import DeviceInfo
+from loka.torch_release import release
 
 if TYPE_CHECKING:
     from loka.kernel_registry.layers import Layer
     from loka.kernel_registry.norm_act import FusedLayer
+    from loka.kernel_registry.operands import Operand
 
 # What Triton takes for yes in an environment variable (triton/knobs.py).
 _TRUE: Final[tuple[str, ...]] = ("1", "true", "yes", "on", "y")
@@ -85,6 +87,9 @@ class PreparedKernel(Protocol):
     def multiply(self, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Compute out[m, n] = sum_k a[m, k] * b[n, k]."""
 
+    def multiply_codes(self, a: "Operand", b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Do the same for an a that is quantised already, as `operands.quantize_operand` does it."""
+
 
 class StoredGroupedKernel(Protocol):
     """The forward product of a grouped kernel with weights that are there as codes and scales, each expert's its own.
@@ -138,7 +143,8 @@ class KernelSpec:
     """One implementation of one op under one recipe by one library, named `library.op.recipe`.
 
     `recipe` is None for a high-precision kernel, which is its site's baseline. `device_types` lists where it can run;
-    on CUDA, compute capabilities from `min_capability` on and below `below_capability`. `alignment` divides k and n
+    on CUDA, compute capabilities from `min_capability` on and below `below_capability`, and on a CPU torch from
+    `min_torch_on_cpu` on. `alignment` divides k and n
     (0: no demand); `pads_to` is what the kernel itself fills them up to with zeros, once the scales are known; `layout`
     says how the library wants operands and scales. `prepared` is the lazy "module:object" of its two halves, a
     `PreparedKernel`, where it has them; `layer` that of a `layers.Layer`, whose passes `implementation` computes one by
@@ -162,6 +168,7 @@ class KernelSpec:
     device_types: tuple[str, ...] = ("cpu", "cuda")
     min_capability: tuple[int, int] | None = None
     below_capability: tuple[int, int] | None = None
+    min_torch_on_cpu: tuple[int, int] | None = None
     alignment: int = 0
     pads_to: int = 0
     layout: str = ""
@@ -201,6 +208,8 @@ class KernelSpec:
             return f"needs {' or '.join(self.device_types)}, this device is {device.type}"
         if device.type == "cpu" and self.interpreter and os.environ.get(self.interpreter, "").lower() not in _TRUE:
             return f"needs cuda (a cpu interprets it, for tests, under {self.interpreter}=1)"
+        if device.type == "cpu" and self.min_torch_on_cpu is not None and release() < self.min_torch_on_cpu:
+            return f"needs torch {_dotted(self.min_torch_on_cpu)} or newer on a cpu, this is {torch.__version__}"
         if device.type == "cuda" and not self._suits(device.capability or (0, 0)):
             have = _dotted(device.capability) if device.capability else "none"
             return f"needs CUDA compute capability {self._capabilities()}, this device has {have}"
@@ -274,5 +283,5 @@ class KernelSpec:
         return loaded
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))

@@ -8,7 +8,8 @@
 
 a is row-major and b column-major, which is what `loka.quantize` gives; (1) on a CPU there is no demand. A 128x128 scale
 can stand on either side but not on both, so fprop and dgrad have the weight's on the right and wgrad has none. On a CPU
-the call is `torch._scaled_mm`: there the public spelling came after torch 2.11, without oneDNN (pytorch#176266).
+the call is `torch._scaled_mm`: there the public spelling came after torch 2.11, without oneDNN (pytorch#176266). Before
+2.12 it takes one scale per operand there (pytorch#179118): scales of rows are put on its result.
 
 Two products of e5m2 do not exist, and no recipe needs one. `use_fast_accum` stays off: it keeps about 14 bits of a
 running sum on Hopper, and these recipes promise fp32; a model of what it costs are the recipes `*_fast_accum`.
@@ -31,19 +32,21 @@ from loka.kernel_registry.operands import (
     column_major,
     exponents,
     is_empty,
+    is_empty_product,
     is_empty_with,
     pad,
     quantize_operand,
-    quantize_operands,
     swizzled,
     zeros,
 )
 from loka.kernel_registry.spec import Prepared
+from loka.torch_release import ROW_SCALES_ON_CPU, release
 
 # What k and n must be multiples of. A CPU takes any.
 ALIGNMENT: Final[dict[str, int]] = {"cuda": 16}
 # Where the product is spelled `torch._scaled_mm`.
 _PRIVATE: Final[tuple[str, ...]] = ("cpu",)
+_TAKES_ROW_SCALES: Final[bool] = release() >= ROW_SCALES_ON_CPU
 MX_ALIGNMENT: Final[int] = 32
 # Columns of scales start at multiples of 16 bytes.
 _SCALE_COLUMN: Final[int] = 4
@@ -89,13 +92,6 @@ def mxfp8(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Ten
     return mxfp8_halves.of(a, b, product, out_dtype)
 
 
-def aligned(recipe: str, a: Tensor, b: Tensor, product: Pass) -> tuple[Operand, Operand]:
-    """Quantise two operands and pad them to what `torch._scaled_mm` demands on their device."""
-    multiple = ALIGNMENT.get(a.device.type, 1)
-    left, right = quantize_operands(RECIPES[recipe], a, b, product)
-    return pad(left, k=multiple), pad(right, rows=multiple, k=multiple)
-
-
 def row_scaled_dtype(a: Tensor, out_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a row-scaled product: bf16 is the one that every version and architecture of CUDA offers."""
     return torch.bfloat16 if a.device.type == "cuda" else out_dtype
@@ -116,12 +112,14 @@ def lacks_mx_scaling() -> str | None:
 Arranged = tuple[Tensor, Tensor]
 
 
-def _one_scale(x: Operand, *, is_right: bool) -> Arranged:
+def one_scale(x: Operand, *, is_right: bool) -> Arranged:
+    """Return codes, padded to what the product demands on their device, and their one scale."""
     x = _aligned(x, is_right=is_right)
     return x.data, x.scale.reshape(())
 
 
-def _row_scales(x: Operand, *, is_right: bool) -> Arranged:
+def row_scales(x: Operand, *, is_right: bool) -> Arranged:
+    """Return codes, padded likewise, and scales [m, 1], on the right [1, n]."""
     x = _aligned(x, is_right=is_right)
     return x.data, (x.scale.t() if is_right else x.scale).contiguous()
 
@@ -162,6 +160,12 @@ class Halves:
         left = quantize_operand(a, self._recipe.operand(PASS_OPERANDS[product][0]))
         return self._product(left, b, product, out_dtype)
 
+    def multiply_codes(self, a: Operand, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply a [m, k] that is quantised and b [n, k]."""
+        if is_empty_product(a, b):
+            return a.scale.new_zeros((a.data.shape[0], b.n), dtype=out_dtype)
+        return self._product(a, b, product, out_dtype)
+
     def multiply_operands(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Multiply a [m, k] and b [n, k] that are quantised already, neither of them empty."""
         return self._product(a, self._right(b), product, out_dtype)
@@ -172,7 +176,7 @@ class Halves:
         codes_a, scale_a = self._arrange(a, is_right=False)
         computed = row_scaled_dtype(a.data, out_dtype) if self._recipe.scaling == "rowwise" else out_dtype
         if a.data.device.type in _PRIVATE:
-            out = torch._scaled_mm(codes_a, codes_b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=computed)
+            out = _on_cpu(codes_a, codes_b.t(), scale_a, scale_b, computed)
         else:
             swizzle = _SWIZZLES.SWIZZLE_32_4_4 if self._recipe.scaling == "mxfp8" else _SWIZZLES.NO_SWIZZLE
             out = scaled_mm(
@@ -199,10 +203,18 @@ class Halves:
         return Prepared(self._arrange(b, is_right=True), b.data.shape[0])
 
 
-tensorwise_halves: Final = Halves("tensorwise", _one_scale)
-rowwise_halves: Final = Halves("rowwise", _row_scales)
+tensorwise_halves: Final = Halves("tensorwise", one_scale)
+rowwise_halves: Final = Halves("rowwise", row_scales)
 blockwise_halves: Final = Halves("blockwise", _block_scales)
 mxfp8_halves: Final = Halves("mxfp8", _mx_scales)
+
+
+def _on_cpu(codes_a: Tensor, codes_b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if _TAKES_ROW_SCALES or scale_a.dim() == 0:
+        return torch._scaled_mm(codes_a, codes_b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
+    one = scale_a.new_ones(())
+    unscaled = torch._scaled_mm(codes_a, codes_b, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return (unscaled * scale_a * scale_b).to(out_dtype)
 
 
 def _k_in_front(scale: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loka.formats import BLOCK, RECIPES, Pass
+from loka.formats import BLOCK, Pass
+from loka.kernel_registry.halves import Arranged, LibraryHalves
 from loka.kernel_registry.opaque import opaque
-from loka.kernel_registry.operands import column_major, is_empty, pad, quantize_operands, unpad, zeros
-from loka.kernel_registry.torch_scaled_mm import aligned, row_scaled_dtype
+from loka.kernel_registry.operands import Operand, column_major, pad
+from loka.kernel_registry.torch_scaled_mm import one_scale, row_scaled_dtype, row_scales
 
 # The largest tile that the kernels' tuner tries (BLOCK_SIZE_M and BLOCK_SIZE_N).
 TILE: Final[int] = 256
@@ -35,51 +36,58 @@ _INSTALL: Final[str] = "pip install 'torchao>=0.18'"
 
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per operand."""
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)
-    from torchao.float8.inference import addmm_float8_unwrapped_inference
-
-    left, right = aligned("tensorwise", a, b, product)
-    out: Tensor = addmm_float8_unwrapped_inference(
-        left.data, left.scale.reshape(()), right.data.t(), right.scale.reshape(()), out_dtype
-    )
-    return unpad(out, a, b, out_dtype)
+    return tensorwise_halves.of(a, b, product, out_dtype)
 
 
 def rowwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per row of each; rounded to bf16 on CUDA."""
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)
-    from torchao.float8.inference import addmm_float8_unwrapped_inference
-
-    left, right = aligned("rowwise", a, b, product)
-    out: Tensor = addmm_float8_unwrapped_inference(
-        left.data,
-        left.scale.contiguous(),
-        right.data.t(),
-        right.scale.t().contiguous(),
-        row_scaled_dtype(a, out_dtype),
-    )
-    return unpad(out, a, b, out_dtype)
+    return rowwise_halves.of(a, b, product, out_dtype)
 
 
 @opaque
 def blockwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with a scale per 1x128 elements, 128x128 of a weight."""
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)
+    return blockwise_halves.of(a, b, product, out_dtype)
+
+
+# --- operands as the library reads them, and its calls ---
+
+
+def _block_scales(x: Operand, *, is_right: bool) -> Arranged:
+    x = pad(x, k=BLOCK)
+    if not is_right:
+        return x.data, column_major(x.scale, rows=TILE)
+    scale = column_major(x.scale, rows=TILE).t() if x.spec.group_rows == 1 else _blocks_in_whole_tiles(x.scale)
+    return x.data, scale
+
+
+def _unwrapped(a: Arranged, b: Arranged, out_dtype: torch.dtype) -> Tensor:
+    from torchao.float8.inference import addmm_float8_unwrapped_inference
+
+    out: Tensor = addmm_float8_unwrapped_inference(a[0], a[1], b[0].t(), b[1], out_dtype)
+    return out
+
+
+def _tensorwise(a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    return _unwrapped(a, b, out_dtype)
+
+
+def _rowwise(a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    return _unwrapped(a, b, row_scaled_dtype(a[0], out_dtype))
+
+
+def _blockwise(a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
     from torchao.prototype.blockwise_fp8_training import kernels
 
-    left, right = quantize_operands(RECIPES["blockwise"], a, b, product)
-    left, right = pad(left, k=BLOCK), pad(right, k=BLOCK)
-    scale = column_major(left.scale, rows=TILE)
-    multiply, scale_b = (
-        (kernels.triton_fp8_gemm_1x128_128x1, column_major(right.scale, rows=TILE).t())
-        if right.spec.group_rows == 1
-        else (kernels.triton_fp8_gemm_1x128_128x128, _blocks_in_whole_tiles(right.scale))
-    )
-    out: Tensor = multiply(left.data, right.data.t(), scale, scale_b, BLOCK, out_dtype)
+    of_weights = product != "wgrad"
+    multiply = kernels.triton_fp8_gemm_1x128_128x128 if of_weights else kernels.triton_fp8_gemm_1x128_128x1
+    out: Tensor = multiply(a[0], b[0].t(), a[1], b[1], BLOCK, out_dtype)
     return out
+
+
+tensorwise_halves: Final = LibraryHalves("tensorwise", one_scale, _tensorwise)
+rowwise_halves: Final = LibraryHalves("rowwise", row_scales, _rowwise)
+blockwise_halves: Final = LibraryHalves("blockwise", _block_scales, _blockwise)
 
 
 def missing() -> str | None:

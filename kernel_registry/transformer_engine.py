@@ -20,9 +20,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from loka.formats import FORMATS, RECIPES, Pass
+from loka.formats import FORMATS, Pass
+from loka.kernel_registry.halves import Arranged, LibraryHalves
 from loka.kernel_registry.opaque import opaque
-from loka.kernel_registry.operands import Operand, is_empty, pad, quantize_operands, unpad, zeros
+from loka.kernel_registry.operands import Operand, pad
 
 ALIGNMENT: Final[int] = 16
 # What the library itself gives cuBLASLt on Hopper.
@@ -37,17 +38,26 @@ _FORMATS: Final[dict[torch.dtype, str]] = {
 @opaque
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k] with one scale per operand."""
-    if is_empty(a, b, out_dtype):
-        return zeros(a, b, out_dtype)
+    return tensorwise_halves.of(a, b, product, out_dtype)
+
+
+def _arrange(x: Operand, *, is_right: bool) -> Arranged:
+    x = pad(x, rows=ALIGNMENT, k=ALIGNMENT)
+    return x.data, x.scale.reshape(1)
+
+
+def _multiply(a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-    left, right = quantize_operands(RECIPES["tensorwise"], a, b, product)
-    left, right = (pad(operand, rows=ALIGNMENT, k=ALIGNMENT) for operand in (left, right))
     options: dict[str, Any] = {"out_dtype": out_dtype, "layout": "TN", "use_split_accumulator": True}
     if _wants_workspace(general_gemm):
-        options["workspace"] = _workspace(a.device)
-    out, *_ = general_gemm(_tensor(right, out_dtype), _tensor(left, out_dtype), **options)
-    return unpad(out, a, b, out_dtype)
+        options["workspace"] = _workspace(a[0].device)
+    out: Tensor
+    out, *_ = general_gemm(_tensor(b, out_dtype), _tensor(a, out_dtype), **options)
+    return out
+
+
+tensorwise_halves: Final = LibraryHalves("tensorwise", _arrange, _multiply)
 
 
 def missing() -> str | None:
@@ -59,17 +69,18 @@ def missing() -> str | None:
     return None
 
 
-def _tensor(operand: Operand, dtype: torch.dtype) -> Any:
+def _tensor(operand: Arranged, dtype: torch.dtype) -> Any:
     """Return an operand as the library's own tensor; `dtype` is what it passes for."""
     import transformer_engine_torch
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
 
+    codes, scale = operand
     return Float8Tensor(
-        shape=operand.data.shape,
+        shape=codes.shape,
         dtype=dtype,
-        data=operand.data.view(torch.uint8),
-        fp8_scale_inv=operand.scale.reshape(1),
-        fp8_dtype=getattr(transformer_engine_torch.DType, _FORMATS[operand.data.dtype]),
+        data=codes.view(torch.uint8),
+        fp8_scale_inv=scale,
+        fp8_dtype=getattr(transformer_engine_torch.DType, _FORMATS[codes.dtype]),
     )
 
 

@@ -12,7 +12,6 @@ from loka.version import VERSION
 
 # Packages whose presence or version changes what LoKA can do.
 _PACKAGES: Final[tuple[str, ...]] = (
-    "torch",
     "triton",
     "numpy",
     "scipy",
@@ -32,6 +31,7 @@ _SETTINGS: Final[tuple[str, ...]] = ("LOKA_TUNING", "XDG_CACHE_HOME", "TRITON_IN
 def environment_facts() -> dict[str, str]:
     """Return versions, devices and settings, by name, in the order they are shown."""
     facts = {"loka": VERSION, "python": platform.python_version(), "platform": platform.platform()}
+    facts["torch"] = str(torch.__version__)  # with its build, which the packages of PyPI do not name
     for package in _PACKAGES:
         facts[package] = _version(package)
     facts["device"] = str(device_info(current_device()))

@@ -136,9 +136,12 @@ def _readable(x: Tensor) -> bool:
     """Whether Python may branch on the values of `x`: an eager CPU tensor that nothing is tracing.
 
     AOT autograd and make_fx retrace Python functions with fake, functional or proxied tensors outside of
-    `is_compiling()`; all of them do it under a dispatch mode. The order matters: Dynamo folds the first test.
+    `is_compiling()`; all of them do it under a dispatch mode. Under a transform of torch.func, a tensor may stand for
+    many. The order matters: Dynamo folds the first test.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     return type(x) is Tensor and x.device.type == "cpu"
 
@@ -351,4 +354,6 @@ def dequantize(data: Tensor, scale: Tensor, spec: OperandSpec) -> Tensor:
     A transposed view comes out transposed, as of `fake_quantize`.
     """
     grouped = _grouped(data.float(), spec)
+    if _is_padded(data, grouped) and not _is_plain(grouped):
+        return (data.float() * _per_element(scale, data.shape, spec)).contiguous()
     return _ungrouped(grouped * scale.unsqueeze(-1).unsqueeze(-3), data.shape)

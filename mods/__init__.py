@@ -12,6 +12,7 @@ from loka.mods.fused_linear import FusedLinearNormAct, linear_norm_act
 from loka.mods.hadamard import Hadamard
 from loka.mods.hard_swish import HardSwish
 from loka.mods.keep_rows import KeepRowsHigh
+from loka.mods.keep_share import KeepShareHigh
 from loka.mods.no_bias import NoBias
 from loka.mods.pad import PadToAlignment
 from loka.mods.rewrite import Applied, apply
@@ -32,6 +33,7 @@ __all__ = [
     "Hadamard",
     "HardSwish",
     "KeepRowsHigh",
+    "KeepShareHigh",
     "NoBias",
     "PadToAlignment",
     "Refusal",

@@ -31,8 +31,10 @@ from loka.kernel_registry.norm_act import (
     defines_operator,
     is_norm_act,
 )
+from loka.made_classes import make_class
 from loka.mods.source.stand_ins import squared_relu
 from loka.stepping_aside import steps_aside
+from loka.torch_release import is_exporting
 
 Activation = Literal["hard_swish", "squared_relu", "none"]
 _ACTIVATIONS: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
@@ -65,7 +67,7 @@ def linear_norm_act(
         )
     if block == NORM_BLOCK and activation == FUSED_ACTIVATION:
         # What is exported is to run without this library.
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling() and not is_exporting():
             found: Tensor = OPERATOR(x, weight, bias, eps)
             return found
         return _fusable(x, weight, bias, eps)
@@ -158,27 +160,12 @@ def fused_class(block: int, activation: Activation, eps: float | None) -> Any:
     """Return the class that an nn.Linear becomes: FusedLinearNormAct with these options."""
 
     base: Any = FusedLinearNormAct
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        make, arguments, *state = base.__reduce_ex__(self, protocol)
-        if arguments[:1] == (made,):  # the class is made here, so no name leads to it: name what it is made from
-            make, arguments = _restore, (block, activation, eps)
-        return make, arguments, *state
-
     members = {
         "block": block,
         "activation": activation,
         "eps": eps,
-        "__reduce_ex__": reduce,
         "__module__": __name__,
         "__doc__": base.__doc__,
         "_loka_words": f"FusedLinearNormAct(block={block}, activation={activation}, eps={eps})",
     }
-    made = type(base.__name__, (base,), members)
-    return made
-
-
-def _restore(block: int, activation: Activation, eps: float | None) -> Any:
-    """Make an empty module of a class made here, for `copy` and for those who save whole models."""
-    made = fused_class(block, activation, eps)
-    return made.__new__(made)
+    return make_class(base.__name__, base, members, fused_class, block, activation, eps)

@@ -66,6 +66,12 @@ class RotatedLinear(LinearWrapper):
         product = multiply(self.inner, turned[..., : self.body])
         return product if self.loud is None else product + multiply(self.loud, turned[..., self.body :])
 
+    @property
+    def high_work(self) -> float:
+        """Multiply-adds of one row that stay in high precision: a full basis, and the directions that are kept."""
+        turning = 0 if self.rotation.basis is None else self.rotation.basis.numel()
+        return turning + (self.in_features - self.body) * self.out_features
+
     def held(self, weight: Tensor, bias: Tensor | None) -> Mapping[str, Tensor]:
         """Turn a weight from before the rewrite by the rotation that is there."""
         own = {f"rotation.{name}": value for name, value in self.rotation.state_dict().items()}
@@ -84,7 +90,8 @@ class Hadamard(EquivalentMod):
     multiple. `balance`: what goes before the mixing, fitted to the inputs. "none": nothing, the plain rotation.
     "channel" (default): a power of two per feature, one more multiplication. "full": a k x k matrix in place of it
     all, which costs a product of its own in high precision, m k^2 beside the m k n of the site, and lowers the error
-    most; fit it on several times k rows. `keep`, for "full": the share of the basis that stays in high precision, in a
+    most; fit it on several times k rows. Where n is no larger than k, that is as much work as the product itself: the
+    reason of a replacement says how much. `keep`, for "full": the share of the basis that stays in high precision, in a
     linear of its own: the directions that say most. The width of the rest is a multiple of 16.
 
     `online=False` limits the mod to linears whose input another linear writes, and which alone read it; there all is
@@ -161,6 +168,9 @@ class Hadamard(EquivalentMod):
             return found
         rotation, figures = found
         body, outputs = rotation.mixing.width, linear.out_features
+        if rotation.basis is not None:
+            high = rotation.basis.numel() / linear.weight.numel() + 1 - body / linear.in_features
+            figures = f"{high:.0%} of the product's work in high precision: {figures}"
 
         def build() -> RotatedLinear:
             weight = rotation.of_weight(linear.weight)

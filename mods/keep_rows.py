@@ -80,6 +80,11 @@ class SplitLinear(LinearWrapper):
         rest = multiply(self.rest, x.masked_fill(self.is_loud, 0))
         return rest + F.linear(x.index_select(-1, self.columns), self.loud.weight)
 
+    @property
+    def high_work(self) -> float:
+        """Multiply-adds of one row that stay in high precision."""
+        return (len(self.columns) + (self.in_features / self.period if self.period else 0)) * self.out_features
+
     def held(self, weight: Tensor, bias: Tensor | None) -> Mapping[str, Tensor]:
         """Split a weight from before the rewrite at the columns that are loud here."""
         columns = self.columns.to(weight.device)

@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -21,13 +22,25 @@ GLOBAL_HOOKS = (
 )
 
 
+# The interpreters that CUDA builds of torch 2.11 to 2.13 bring, 3.6 and 3.7, know no numpy 2.4, or no dot_scaled.
+OLDEST_INTERPRETER = (3, 9)
+
+
+def _can_interpret() -> bool:
+    try:
+        major, minor, *_ = metadata.version("triton").split(".")
+    except metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= OLDEST_INTERPRETER
+
+
 def _interpret_triton() -> None:
     """Without a GPU, have our Triton kernels run by Triton's interpreter.
 
     Triton wants that said before it is imported, so it is imported here. It remembers; the environment is left as a
     user's is, and so the registry offers these kernels on a CPU to a test no more than to a user.
     """
-    if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    if "TRITON_INTERPRET" in os.environ or torch.cuda.is_available() or not _can_interpret():
         return
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("triton.language")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import loka
 from loka.reports.build import report_of
+from loka.torch_release import release
 
 pytestmark = pytest.mark.third_party
 
@@ -25,6 +26,8 @@ BATCH = 64
 
 
 def dlrm_dcn() -> tuple[nn.Module, Callable[[], tuple[Any, ...]]]:
+    if release() != (2, 13):
+        pytest.skip("the fbgemm of requirements/third-party.txt loads against torch 2.13 alone")
     pytest.importorskip("torchrec")
     from torchrec.models.dlrm import DLRM_DCN
     from torchrec.modules.embedding_configs import EmbeddingBagConfig

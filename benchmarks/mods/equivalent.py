@@ -1,12 +1,15 @@
 """What equivalent mods do to trained language models on real text: the same output, and a smaller error in FP8.
 
-    python -m benchmarks.mods.equivalent [--quick] [--material smollm2]
+    python -m benchmarks.mods.equivalent [--quick] [--material smollm2] [--split domain]
 
 Each mod, and each combination, is applied to the model as it is, on early batches, and judged on later ones that share
-no text with them: how far the fp32 output moves; the row_error of every site, all products of it rounded and everything
-before it exact, 99th percentile and mean over rows, at the five sites that were worst before; and the divergence (KL)
-of the model's output when the products of all studied sites are rounded at once: of SmolLM2 the 42 linears of six
-layers, of MiniLM all 36. Everything else stays in high precision.
+no text with them, of the same domains or, with --split domain, of another (code first, chat later): how far the fp32
+output moves; the row_error of every site, all products of it rounded and everything before it exact, 99th percentile
+and mean over rows, at the five sites that were worst before; and the divergence (KL) of the model's output when the
+products of all studied sites are rounded at once: of SmolLM2 the 42 linears of six layers, of MiniLM all 36. Everything
+else stays in high precision. Beside it stands what that costs: the multiply-adds of the studied sites in high
+precision, a full basis among them, and in FP8, in units of their products. `KeepShareHigh` is given the sites that are
+among the ten worst on early text, of either recipe.
 """
 
 import argparse
@@ -27,9 +30,9 @@ from torch import Tensor, nn
 import loka.mods
 from benchmarks.record import write_record
 from benchmarks.truth.language import HALF, SCALE
-from benchmarks.truth.materials import Material, build, missing
+from benchmarks.truth.materials import SPLITS, Material, Split, build, missing
 from loka.formats import Recipe, recipe
-from loka.mods import FoldNorm, FuseParallelLinears, Hadamard, KeepRowsHigh, Smooth
+from loka.mods import FoldNorm, FuseParallelLinears, Hadamard, KeepRowsHigh, KeepShareHigh, Smooth
 from loka.mods.claims import Mod
 from loka.mods.trial.gain import rounded_product
 from loka.mods.trial.wrapping import KeptLinear, LinearWrapper
@@ -37,26 +40,33 @@ from loka.numerics import product_error
 
 RECIPES: Final[tuple[str, ...]] = ("rowwise", "tensorwise")
 WORST: Final[int] = 5
-# Moments of a full basis need several times k rows; everything else is settled by a few hundred.
+# Moments of a full basis need several times k rows, a 99th percentile some hundred that the moments leave out, of each
+# batch 50; everything else is settled by less.
 _FITTED: Final[int] = 2
-_FITTED_FULL: Final[int] = 4
+_FITTED_LONGER: Final[int] = 4
 # Later batches whose sites, and whose output, are judged: a batch of minilm is 16 rows of logits.
-_JUDGED: Final[dict[str, tuple[int, int]]] = {"smollm2": (1, 1), "minilm": (1, 4)}
+_JUDGED: Final[dict[str, tuple[int, int]]] = {"smollm2": (2, 2), "minilm": (2, 4)}
 
-# Made anew for each model: `only` are the sites that are studied.
-COMBINATIONS: Final[dict[str, Callable[[Sequence[str]], tuple[Mod, ...]]]] = {
-    "Hadamard full, keep 1/16": lambda only: (Hadamard(balance="full", keep=1 / 16, only=only),),
-    "Hadamard full, keep 1/8": lambda only: (Hadamard(balance="full", keep=1 / 8, only=only),),
-    "Hadamard full, keep 1/4": lambda only: (Hadamard(balance="full", keep=1 / 4, only=only),),
-    "Hadamard full": lambda only: (Hadamard(balance="full", only=only),),
-    "KeepRowsHigh 1/16, Hadamard full": lambda only: (
+# Made anew for each model, from the sites that are studied and those of them that are worst on early text.
+Make = Callable[[Sequence[str], Sequence[str]], tuple[Mod, ...]]
+COMBINATIONS: Final[dict[str, Make]] = {
+    "Hadamard full, keep 1/16": lambda only, _: (Hadamard(balance="full", keep=1 / 16, only=only),),
+    "Hadamard full, keep 1/8": lambda only, _: (Hadamard(balance="full", keep=1 / 8, only=only),),
+    "Hadamard full, keep 1/4": lambda only, _: (Hadamard(balance="full", keep=1 / 4, only=only),),
+    "KeepShareHigh 3 at the worst": lambda _, worst: (KeepShareHigh(times=3, only=worst),),
+    "KeepShareHigh 3 at the worst, KeepRowsHigh 1/16": lambda only, worst: (
+        KeepShareHigh(times=3, only=worst),
+        KeepRowsHigh(only=[name for name in only if name not in worst]),
+    ),
+    "Hadamard full": lambda only, _: (Hadamard(balance="full", only=only),),
+    "KeepRowsHigh 1/16, Hadamard full": lambda only, _: (
         KeepRowsHigh(only=only),
         Hadamard(balance="full", only=[f"re:{re.escape(name)}(\\.rest)?" for name in only]),
     ),
-    "Hadamard channel": lambda only: (Hadamard(only=only),),
-    "KeepRowsHigh 1/16": lambda only: (KeepRowsHigh(only=only),),
-    "Smooth": lambda only: (Smooth(alpha=None, only=only),),
-    "FoldNorm, FuseParallelLinears": lambda only: (FoldNorm(), FuseParallelLinears(only=only)),
+    "Hadamard channel": lambda only, _: (Hadamard(only=only),),
+    "KeepRowsHigh 1/16": lambda only, _: (KeepRowsHigh(only=only),),
+    "Smooth": lambda only, _: (Smooth(alpha=None, only=only),),
+    "FoldNorm, FuseParallelLinears": lambda only, _: (FoldNorm(), FuseParallelLinears(only=only)),
 }
 
 
@@ -198,31 +208,33 @@ def divergence(exact: Tensor, rounded: Tensor) -> float:
 
 
 @torch.no_grad()
-def study(subject: Subject, titles: Sequence[str], *, quick: bool) -> dict[str, Any]:
+def study(subject: Subject, titles: Sequence[str], split: Split, *, quick: bool) -> dict[str, Any]:
     """Return the figures of one model, combination by combination."""
-    model, split = subject.material.model, subject.material.splits["exchangeable"]
+    model = subject.material.model
     for_sites, for_output = (split.later[: 1 if quick else count] for count in _JUDGED[subject.material.name])
     assert subject.material.sites is not None
     names = sorted(subject.material.sites)
     exact = [subject.logits(model, batch) for batch in for_output]
     before = judge_sites(model, names, subject, for_sites)
     plain = judge_output(model, names, subject, for_output, exact)
-    worst = {}
-    for known in RECIPES:
-        error = {name: fmean(before.p99[name, known]) for name in names}
-        worst[known] = sorted(names, key=error.__getitem__, reverse=True)[:WORST]
+    worst = worst_sites(before, names, WORST)
+    early = worst_sites(judge_sites(model, names, subject, split.early[:1]), names, 2 * WORST)
+    wanted = sorted({name for some in early.values() for name in some})
     figures: dict[str, Any] = {f"{subject.material.name}: as it is": _figures(before, before, plain, plain, worst)}
+    figures[f"{subject.material.name}: as it is"]["worst on early text"] = wanted
     for title in titles:
-        make = COMBINATIONS[title]
-        started, mods = process_time(), make(names)
-        full = any(isinstance(mod, Hadamard) and mod.balance == "full" for mod in mods)
-        inputs = [subject.call(batch) for batch in split.early[: _FITTED_FULL if full and not quick else _FITTED]]
+        started, mods = process_time(), COMBINATIONS[title](names, wanted)
+        longer = any(isinstance(mod, KeepShareHigh) or getattr(mod, "balance", "") == "full" for mod in mods)
+        inputs = [subject.call(batch) for batch in split.early[: _FITTED_LONGER if longer and not quick else _FITTED]]
         with loka.mods.apply(model, mods, inputs=inputs) as applied:
             seconds = process_time() - started
             fused = any(isinstance(mod, FuseParallelLinears) for mod in mods)
             sites = before if fused else judge_sites(model, names, subject, for_sites)
             output = judge_output(model, names, subject, for_output, exact)
             found = _figures(before, sites, plain, output, worst)
+            if not fused:
+                places = {name for some in worst.values() for name in some}
+                found |= work_of({name: model.get_submodule(name) for name in names}, sorted(places))
             found["sites changed"] = sum(isinstance(model.get_submodule(name), LinearWrapper) for name in names)
             found["replacements"], found["refused"] = len(applied.replacements), len(applied.refused)
             found["apply, CPU seconds"] = round(seconds, 1)
@@ -230,6 +242,43 @@ def study(subject: Subject, titles: Sequence[str], *, quick: bool) -> dict[str, 
         print(f"{subject.material.name}: {title}: {found}", flush=True)
         gc.collect()
     return figures
+
+
+def worst_sites(sites: Sites, names: Sequence[str], count: int) -> dict[str, list[str]]:
+    """Return the sites with the largest p99 of row_error under each recipe, the worst first."""
+    return {
+        known: sorted(names, key=lambda name: fmean(sites.p99[name, known]), reverse=True)[:count] for known in RECIPES
+    }
+
+
+def work_of(sites: Mapping[str, nn.Module], some: Sequence[str]) -> dict[str, Any]:
+    """Return the work in high precision and in FP8, in units of the products; every site has the same rows."""
+    high, low, whole = ({name: measure(module) for name, module in sites.items()} for measure in (_high, _low, _whole))
+    total = sum(whole.values())
+    return {
+        "work in high precision": round(sum(high.values()) / total, 3),
+        "work in FP8": round(sum(low.values()) / total, 3),
+        "work in high precision, in FP8": {
+            name: [round(high[name] / whole[name], 3), round(low[name] / whole[name], 3)] for name in some
+        },
+    }
+
+
+def _high(site: nn.Module) -> float:
+    return sum(module.high_work for module in site.modules() if isinstance(module, LinearWrapper))
+
+
+def _low(site: nn.Module) -> float:
+    return sum(
+        module.in_features * module.out_features
+        for module in site.modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, KeptLinear)
+    )
+
+
+def _whole(site: nn.Module) -> float:
+    assert isinstance(site, nn.Linear | LinearWrapper)
+    return site.in_features * site.out_features
 
 
 def _figures(
@@ -259,6 +308,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run on two batches and one mod, without meaning")
     parser.add_argument("--material", choices=SUBJECTS, action="append", help="limit the study to these models")
     parser.add_argument("--mods", choices=COMBINATIONS, action="append", help="limit the study to these combinations")
+    parser.add_argument(
+        "--split", choices=SPLITS, default=SPLITS[0], help="what later batches have in common with early"
+    )
     options = parser.parse_args()
     titles = options.mods or list(COMBINATIONS)[: 1 if options.quick else None]
     torch.set_num_threads(1)
@@ -271,13 +323,16 @@ def main() -> None:
         settings = {
             "recipes": RECIPES,
             "fitted batches": _FITTED,
-            "fitted batches, full basis": _FITTED_FULL,
+            "fitted batches, full basis and KeepShareHigh": _FITTED_LONGER,
             "judged batches, sites and output": _JUDGED[name],
         }
-        figures = study(make(build(name)), titles, quick=options.quick)
+        subject = make(build(name))
+        figures = study(subject, titles, subject.material.splits[options.split], quick=options.quick)
         chosen = ["--material", name, *(part for title in options.mods or () for part in ("--mods", title))]
+        other = options.split != SPLITS[0]
+        chosen += ["--split", options.split] if other else []
         command = shlex.join(["python", "-m", "benchmarks.mods.equivalent", *chosen])
-        part = "-part" if options.mods else ""
+        part = ("-part" if options.mods else "") + (f"-{options.split}" if other else "")
         write_record(f"mods-equivalent-{name}{part}", settings, figures, command=command)
 
 

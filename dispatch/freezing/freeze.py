@@ -9,31 +9,44 @@ stored alike.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from os import PathLike
 from typing import Final, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from loka.dispatch.deciding.by_rows import kernels_of
+from loka.dispatch.deciding.epilogue_decisions import FUSED_OP
 from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.freezing.chained import chain, reads_codes_of
 from loka.dispatch.freezing.frozen_modules import made_of, names_taken, store
 from loka.dispatch.freezing.storage import Storage, Tensors
 from loka.dispatch.freezing.stored import is_traceable, weight_spec
 from loka.dispatch.freezing.stored_grouped import stored_kernel
-from loka.dispatch.running.convert import check_eager, check_not_frozen, revert, routes_of
+from loka.dispatch.freezing.stored_norm_act import reads_stored_codes
+from loka.dispatch.running.convert import (
+    check_eager,
+    check_not_frozen,
+    plan_of,
+    revert,
+    routes_of,
+    without_epilogue,
+)
 from loka.dispatch.running.linear import HIGH_PRECISION
 from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
 from loka.dispatch.running.weights import halves_of
 from loka.formats import OperandSpec
+from loka.kernel_registry.norm_act import has_norm_act, runs_fused
 from loka.kernel_registry.operands import DTYPES
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import GemmRequest
-from loka.naming import clean_fqn, unwrap
+from loka.naming import class_name, clean_fqn, unwrap
 
 # Modules that look up rows of their weight, and those that hold on to it and hand it to one operator of torch.
 _LOOK_UP: Final = (nn.Embedding, nn.EmbeddingBag)
 _HOLD: Final = (nn.RNNBase,)
+_WITH_ONE_KERNEL: Final = "Plan it with by_rows=False, or `loka plan --no-by-rows`, to store it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +54,8 @@ class Frozen:
     """What `freeze` did to a model.
 
     `kernels` maps every frozen site to its forward kernel, `left` every other site of the plan to the reason why it
-    stays in high precision. Bytes are those of all parameters and buffers, shared ones counted once.
+    stays in high precision. Bytes are those of all parameters and buffers, shared ones counted once. `chains` maps
+    sites to the next one, where that takes the result of the first in FP8, quantised in the first one's kernel.
     """
 
     model: nn.Module
@@ -49,22 +63,25 @@ class Frozen:
     left: Mapping[str, str]
     bytes_before: int
     bytes_after: int
+    chains: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return a summary, with a line for every site that was left."""
         counts = f"{len(self.kernels)} of {len(self.kernels) + len(self.left)} sites frozen"
         lines = [f"{counts}, {self.bytes_before:,} bytes before, {self.bytes_after:,} after"]
+        lines += [f"{first} writes the FP8 codes that {then} reads" for first, then in self.chains.items()]
         return "\n".join([*lines, *(f"{site} is left in high precision: {why}" for site, why in self.left.items())])
 
 
-def freeze(model: nn.Module, plan: Plan, *, emulate: bool = False) -> Frozen:
+def freeze(model: nn.Module, plan: Plan | str | PathLike[str], *, emulate: bool = False) -> Frozen:
     """Store the weights of a model's planned products in FP8, in place, for inference alone.
 
-    A weight is stored where the plan runs its forward products in FP8: that of an `nn.Linear`, a Parameter that code
-    multiplies by, one of all experts of a layer. Experts that the plan keeps in high precision stay in it. The record
-    that is returned says what was left and why. A converted model is reverted first; nothing undoes a freeze: load the
-    model again. No parameter of the model wants a gradient afterwards, and an input of a frozen product that does is an
-    error, as is code that asks a stored weight for anything but products and views.
+    `plan`: a plan, or the path of one. A weight is stored where the plan runs its forward products in FP8: that of a
+    linear layer, also of one with its norm and activation, a Parameter that code multiplies by, one of all experts of a
+    layer. Experts that the plan keeps in high precision stay in it. The record that is returned says what was left and
+    why. A converted model is reverted first; nothing undoes a freeze: load the model again. No parameter of the model
+    wants a gradient afterwards, and an input of a frozen product that does is an error, as is code that asks a stored
+    weight for anything but products and views.
 
     How a Parameter is quantised depends on which way its products read it. Its shape tells, unless it is square; for a
     square one, convert the model and run it once before you freeze it.
@@ -81,14 +98,15 @@ def freeze(model: nn.Module, plan: Plan, *, emulate: bool = False) -> Frozen:
     """
     check_not_frozen(model)
     check_eager(model, "look for weights that are gone. Freeze first and compile afterwards.")
+    plan = plan_of(plan)
     plan.check_model(model)
     forward = replace(plan, decisions=tuple(each for each in plan.decisions if each.request.product == "fprop"))
     planned = site_kernels(forward, device_of(model), emulate=emulate)
-    seen = {route.site: route.turned for route in routes_of(model)}
-    before = _bytes_of(model)
-    revert(model)
     root = unwrap(model)
     modules = {clean_fqn(name): module for name, module in root.named_modules()}
+    _check_epilogues(modules, planned)
+    seen = {route.site: route.turned for route in routes_of(model)}
+    before = _bytes_of(model)
     places: dict[str, _Place] = {}
     left: dict[str, str] = {}
     for decision in forward.decisions:
@@ -99,10 +117,12 @@ def freeze(model: nn.Module, plan: Plan, *, emulate: bool = False) -> Frozen:
         else:
             places[request.site] = found
     left |= _drop_shared(root, places)
+    revert(model)
     _store(places)
     model.requires_grad_(False)
     kernels = {site: place.storage.kernel for site, place in places.items()}
-    return Frozen(model=model, kernels=kernels, left=left, bytes_before=before, bytes_after=_bytes_of(model))
+    after = _bytes_of(model)
+    return Frozen(model=model, kernels=kernels, left=left, bytes_before=before, bytes_after=after, chains=chain(root))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +145,14 @@ class _Place:
 
 
 # --- what can be stored ---
+
+
+def _check_epilogues(modules: Mapping[str, nn.Module], planned: Mapping[str, SiteKernels]) -> None:
+    """Raise PlanError where a layer is planned with a norm and an activation that it does not have."""
+    for site, kernels in planned.items():
+        module = modules.get(site if site in modules else site.rpartition(".")[0])
+        if kernels.op == FUSED_OP and (module is None or not runs_fused(module)):
+            raise without_epilogue(site, module)
 
 
 def _place(
@@ -161,6 +189,7 @@ def _place(
         dtype=weight.dtype,
         shape=tuple(weight.shape),
         kept=kernels.kept[0],
+        reads=reads_codes_of(kernels),
     )
     return _Place(module, name, storage)
 
@@ -172,15 +201,15 @@ def _why_no_weight(module: nn.Module | None, name: str) -> str | None:
         is_computed = module is not None and is_parametrized(module, name)
         return "its weight is computed" if is_computed else "its weight is no Parameter"
     if isinstance(module, _LOOK_UP):
-        return f"{type(module).__name__} looks up rows of its weight, which takes their numbers"
+        return f"{class_name(module)} looks up rows of its weight, which takes their numbers"
     if isinstance(module, _HOLD):
-        return f"{type(module).__name__} reads its weight itself"
+        return f"{class_name(module)} reads its weight itself"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight.data).__name__}: gather what is sharded first"
     if weight.dtype not in DTYPES or not weight.numel() or weight.dim() < 2:
         return f"its weight is {weight.dtype} {list(weight.shape)}"
     taken = names_taken(module, name)
-    return f"{type(module).__name__} has a {taken[0]!r} of its own" if taken else None
+    return f"{class_name(module)} has a {taken[0]!r} of its own" if taken else None
 
 
 def _why_not_stored(kernels: SiteKernels) -> str | None:
@@ -188,27 +217,32 @@ def _why_not_stored(kernels: SiteKernels) -> str | None:
     names = kernels_of(kernels.fprop)
     if HIGH_PRECISION in names:
         which = "few" if names[0] == HIGH_PRECISION else "many"
-        return f"the plan keeps its calls with {which} rows in high precision. Plan it with by_rows=False to store it"
-    load = stored_kernel if kernels.op == "grouped_linear" else halves_of
+        return f"the plan keeps its calls with {which} rows in high precision. {_WITH_ONE_KERNEL}"
     for name in names:
-        if load(name) is None:
+        if not _multiplies_stored(name, kernels):
             return f"{name} cannot multiply by stored codes"
     if len({weight_spec(_recipe(name)) for name in names}) > 1:
         few, many = names
         return (
-            f"{few}, for few rows, and {many}, for more, read its weight in two forms, and one is stored. Plan it "
-            "with by_rows=False to store it"
+            f"{few}, for few rows, and {many}, for more, read its weight in two forms, and one is stored. "
+            f"{_WITH_ONE_KERNEL}"
         )
     return None
+
+
+def _multiplies_stored(name: str, kernels: SiteKernels) -> bool:
+    if kernels.op == "grouped_linear":
+        return stored_kernel(name) is not None
+    return halves_of(name) is not None or (kernels.op == FUSED_OP and reads_stored_codes(name))
 
 
 def _is_turned(module: nn.Module, name: str, request: GemmRequest, spec: OperandSpec, seen: bool | None) -> bool | str:
     """Return whether the model has a weight as [.., k, n]; or what keeps it from being stored, in words.
 
-    An nn.Linear is known, what has run was seen; else the shape tells, or the experts of transformers do. Where groups
-    of elements that share a scale are square, one way is as good as the other.
+    A linear layer is known, what has run was seen; else the shape tells, or the experts of transformers do. Where
+    groups of elements that share a scale are square, one way is as good as the other.
     """
-    if isinstance(module, nn.Linear) and name == "weight":
+    if name == "weight" and (isinstance(module, nn.Linear) or has_norm_act(module)):
         return False
     shape = tuple(cast(nn.Parameter, module._parameters[name]).shape)
     ways = [turned for turned in (False, True) if _fits(shape[:-3:-1] if turned else shape[-2:], request, spec)]

@@ -2,13 +2,14 @@
 
 In place of a Parameter `w` there are two buffers, `w`, the codes as [.., n, k], and `w_scale`; and `w_kept`, the
 numbers of the experts that are not multiplied in FP8, where there are any. What the module's code finds under `w` is a
-`StoredWeight`. A linear layer without a forward of its own reads its buffers directly.
+`StoredWeight`. A linear layer without a forward of its own, and one with its norm and activation, reads its buffers
+directly.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,14 @@ from loka.dispatch.deciding.by_rows import kernels_of
 from loka.dispatch.freezing.storage import Storage, Tensors, check_inference
 from loka.dispatch.freezing.stored import stored_linear
 from loka.dispatch.freezing.stored_grouped import quantize_stack, stored_kernel
+from loka.dispatch.freezing.stored_norm_act import stored_norm_act
 from loka.dispatch.freezing.stored_weight import StoredWeight
 from loka.dispatch.running.convert import FROZEN
+from loka.dispatch.running.linear import load
 from loka.dispatch.running.weights import halves_of
+from loka.kernel_registry.norm_act import is_norm_act, runs_fused
 from loka.kernel_registry.operands import DTYPES
+from loka.made_classes import make_class
 
 _SCALE: Final = "_scale"
 _KEPT: Final = "_kept"
@@ -40,14 +45,25 @@ def made_of(weight: Tensor, storage: Storage) -> Tensors:
 
 def store(module: nn.Module, stored: dict[str, tuple[Storage, Tensors]]) -> None:
     """Put codes and scales in the place of the Parameters that a module had under these names."""
-    linear = stored.keys() == {"weight"} and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
     for name, (_, (codes, scale, high)) in stored.items():
         module.register_buffer(name, codes)
         module.register_buffer(f"{name}{_SCALE}", scale)
         if high is not None:
             module.register_buffer(f"{name}{_KEPT}", high)
-    module.__class__ = _frozen_class(cast(Any, type(module)), tuple(stored), linear)
+    module.__class__ = _frozen_class(_kind_of(module, stored), cast(Any, type(module)), tuple(stored))
     setattr(module, FROZEN, {name: storage for name, (storage, _) in stored.items()})
+
+
+# Linear: a linear layer that runs its stored weight itself. Joint: one with norm and activation. Views: any module.
+Kind = Literal["Linear", "Joint", "Views"]
+
+
+def _kind_of(module: nn.Module, stored: Collection[str]) -> Kind:
+    if set(stored) != {"weight"} or "forward" in vars(module):
+        return "Views"
+    if type(module).forward is nn.Linear.forward:
+        return "Linear"
+    return "Joint" if runs_fused(module) else "Views"
 
 
 def load_kernels(storage: Storage) -> None:
@@ -56,6 +72,7 @@ def load_kernels(storage: Storage) -> None:
         if storage.op == "grouped_linear":
             stored_kernel(kernel)
         else:
+            load(kernel)
             halves_of(kernel)
 
 
@@ -65,6 +82,23 @@ def _forward(self: Any, input: Tensor) -> Tensor:
     check_inference(input, storage.site, self.out_features, self.in_features)
     codes, scale = buffers["weight"], buffers[f"weight{_SCALE}"]
     return stored_linear(input, codes, scale, self.bias, storage.kernel, storage.traceable)
+
+
+@is_norm_act
+def _joint(self: Any, input: Tensor) -> Tensor:
+    """Run a linear layer with norm and activation on its stored weight."""
+    storage, buffers = getattr(self, FROZEN)["weight"], self._buffers
+    check_inference(input, storage.site, *storage.shape)
+    return stored_norm_act(input, buffers["weight"], buffers[f"weight{_SCALE}"], self.bias, self.eps, storage)
+
+
+_FORWARDS: Final[Mapping[Kind, Callable[[Any, Tensor], Tensor]]] = {"Linear": _forward, "Joint": _joint}
+
+
+def frozen_kind(module: nn.Module) -> Kind | None:
+    """Return which kind of frozen module this is, where it runs its stored weight itself and does nothing else."""
+    forward = type(module).forward
+    return "Joint" if forward is _joint else "Linear" if forward is _forward else None
 
 
 def _get(name: str) -> property:
@@ -114,7 +148,7 @@ def _load(self: Any, base: Any, state: dict[str, Any], prefix: str, *args: Any) 
 
 
 @functools.cache
-def _frozen_class(base: Any, names: tuple[str, ...], linear: bool) -> Any:
+def _frozen_class(kind: Kind, base: Any, names: tuple[str, ...]) -> Any:
     """Make the class that a module of class `base` becomes."""
 
     def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -129,27 +163,13 @@ def _frozen_class(base: Any, names: tuple[str, ...], linear: bool) -> Any:
         for storage in getattr(self, FROZEN).values():
             load_kernels(storage)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        make, arguments, *state = base.__reduce_ex__(self, protocol)
-        if arguments[:1] == (made,):  # no name leads to the class: name what it is made from
-            make, arguments = _restore, (base, names, linear)
-        return make, arguments, *state
-
     members = {
         **{name: _get(name) for name in names},
-        **({"forward": _forward} if linear else {}),
+        **({"forward": _FORWARDS[kind]} if kind in _FORWARDS else {}),
         "_apply": apply,
         "_load_from_state_dict": load,
-        "__reduce_ex__": reduce,
         "__setstate__": restore,
         "__module__": __name__,
         "__doc__": None,
     }
-    made = type(f"Frozen{base.__name__}", (base,), members)
-    return made
-
-
-def _restore(base: Any, names: tuple[str, ...], linear: bool) -> Any:
-    """Make an empty frozen module, for `copy` and for those who save whole models."""
-    made = _frozen_class(base, names, linear)
-    return made.__new__(made)
+    return make_class(f"Frozen{base.__name__}", base, members, _frozen_class, kind, base, names)

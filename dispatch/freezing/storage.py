@@ -21,6 +21,7 @@ class Storage:
     `turned`: the model has it as [.., k, n], and codes are always [.., n, k]. `as_it_lay`: that the kernel is to find
     it in memory as the model had it, on which the last bit of the definition's sums depends. `dtype` and `shape` are
     those that the Parameter had. `kept`: experts whose numbers are there, too, in high precision, in that order.
+    `reads`: the recipe under which the kernel takes an input that is quantised already; "" where it takes none.
     """
 
     site: str
@@ -33,6 +34,7 @@ class Storage:
     dtype: torch.dtype
     shape: tuple[int, ...]
     kept: tuple[int, ...] = ()
+    reads: str = ""
 
 
 def parts_of(storage: Storage, tensors: Tensors, view: View) -> Tensors | None:

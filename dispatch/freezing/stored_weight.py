@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from loka.dispatch.deciding.epilogue_decisions import FUSED_OP
 from loka.dispatch.freezing.storage import Storage, Tensors, check_inference, parts_of
 from loka.dispatch.freezing.stored import stored_linear
 from loka.dispatch.freezing.stored_grouped import Experts, stored_grouped
+from loka.dispatch.freezing.stored_norm_act import stored_norm_act
 from loka.dispatch.freezing.stored_view import View, chunk_sizes
 from loka.dispatch.running.grouped import GroupedCall, is_grouped
 from loka.dispatch.running.linear import linear
@@ -305,7 +307,11 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 
 
 def _norm_act(input: Tensor, weight: StoredWeight, bias: Tensor | None, eps: float | None) -> Tensor:
-    return F.hardswish(block_norm(weight.multiply(input, bias), eps=eps))
+    codes, scale, high = weight._parts()
+    if high is not None or weight.storage.op != FUSED_OP:
+        return F.hardswish(block_norm(weight.multiply(input, bias), eps=eps))
+    check_inference(input, weight.storage.site, *weight.view.shape)
+    return stored_norm_act(input, codes, scale, bias, eps, weight.storage)
 
 
 # Functions that hold a product and are given the weight as it is.

@@ -24,13 +24,13 @@ from typing import Any, ClassVar, Final
 import torch.distributed as dist
 from torch import nn
 
+from loka.dispatch.deciding.job import all_or_none, check_plans
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.monitoring.guard import Patience
 from loka.dispatch.monitoring.plan_watch import PlanWatch
 from loka.dispatch.monitoring.sequential import FALSE_ALARMS
 from loka.dispatch.monitoring.team_watch import Team
 from loka.dispatch.running.convert import plan_of, planned_sites
-from loka.dispatch.running.job import all_or_none, check_plans
 from loka.errors import ArgumentError, LokaWarning
 from loka.naming import unwrap
 from loka.probes.records import Event, RunProgress, StepRecord

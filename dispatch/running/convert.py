@@ -6,8 +6,9 @@ that multiplies by a bare Parameter gets a class whose forward runs inside a sco
 Parameters, buffers, hooks and `state_dict` stay as they are, and a checkpoint knows nothing of LoKA.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from os import PathLike
 from typing import Any, Final, Literal, cast, get_args
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from loka.dispatch.deciding.by_rows import kernels_of
+from loka.dispatch.deciding.job import all_or_none, check_plans
 from loka.dispatch.deciding.plan import Plan
-from loka.dispatch.running.job import all_or_none, check_plans
-from loka.dispatch.running.linear import linear
+from loka.dispatch.running.linear import HIGH_PRECISION, linear, load
 from loka.dispatch.running.norm_act import linear_norm_act
 from loka.dispatch.running.reroute import Reroute, Route
 from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
 from loka.dispatch.running.weights import forget, halves_of, keep
-from loka.errors import ArgumentError, PlanError
+from loka.errors import ArgumentError, KernelError, PlanError
 from loka.kernel_registry.norm_act import is_norm_act, runs_fused
+from loka.made_classes import make_class
 from loka.naming import BASE_CLASS, clean_fqn, unwrap
 
 # Modules whose own forward does not run the product of the weight they hold: it happens in a module above.
@@ -136,12 +138,17 @@ def _prepare(model: nn.Module, plan: Plan, *, emulate: bool) -> "list[Assignment
     for module, parameters in assigned:
         for route in parameters.values():
             if route.kernels.op == "linear_norm_act" and _kind_of(module, parameters) != "Joint":
-                raise PlanError(
-                    f"The plan runs {route.site!r} with its norm and activation in one kernel, and in this model it is "
-                    f"{type(module).__name__}, without both. Apply the mods of the model that was probed, FuseEpilogue "
-                    "among them, or probe and plan this one."
-                )
+                raise without_epilogue(route.site, module)
     return assigned
+
+
+def without_epilogue(site: str, module: nn.Module | None) -> PlanError:
+    """Return the error for a plan that runs a module with norm and activation, which it is not."""
+    return PlanError(
+        f"The plan runs {site!r} with its norm and activation in one kernel, and in this model it is "
+        f"{type(module).__name__}, without both. Apply the mods of the model that was probed, FuseEpilogue "
+        "among them, or probe and plan this one."
+    )
 
 
 def planned_sites(model: nn.Module) -> dict[str, SiteKernels]:
@@ -289,22 +296,27 @@ def _converted_class(kind: Kind, base: Any) -> Any:
         with Reroute.of(self, self._loka_routes):
             return base.forward(self, *args, **kwargs)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        make, arguments, *state = base.__reduce_ex__(self, protocol)
-        if arguments[:1] == (made,):  # the class is made here, so no name leads to it: name what it is made from
-            make, arguments = _restore, (kind, base)
-        return make, arguments, *state
+    def restore(self: Any, state: Any) -> None:
+        base.__setstate__(self, state)
+        _load_kernels(self._loka_routes.values())
 
     forwards = {"Planned": planned, "Joint": joint, "Routed": routed}
     members = {
         "forward": forwards[kind],
-        "__reduce_ex__": reduce,
+        "__setstate__": restore,
         "__module__": __name__,
         "__doc__": None,
         BASE_CLASS: base,
     }
-    made = type(f"{kind}{base.__name__}", (base,), members)
-    return made
+    return make_class(f"{kind}{base.__name__}", base, members, _converted_class, kind, base)
+
+
+def _load_kernels(routes: Iterable[Route]) -> None:
+    """Import the kernels of a copy, or of what another process has saved: Dynamo cannot trace how that is done."""
+    names = {name for route in routes for name in route.kernels.as_tuple()}
+    for kernel in {kernel for name in names for kernel in kernels_of(name)} - {HIGH_PRECISION}:
+        with contextlib.suppress(KernelError):  # it may be there to be reverted; running it says why not
+            load(kernel)
 
 
 def _reverted_class(made: Any) -> Any:
@@ -322,9 +334,3 @@ def _reverted_class(made: Any) -> Any:
     added = {key: value for key, value in own.items() if isinstance(value, property)}
     # Beside the properties that were there before: they are removed one by one from the class that a module has.
     return type(made)(base.__name__, base.__bases__, {**vars(base), **added}) if added else base
-
-
-def _restore(kind: Kind, base: Any) -> Any:
-    """Make an empty converted module, for `copy` and for those who save whole models."""
-    made = _converted_class(kind, base)
-    return made.__new__(made)

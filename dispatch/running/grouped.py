@@ -30,6 +30,7 @@ from loka.formats import Pass
 from loka.kernel_registry import grouped as definition
 from loka.kernel_registry import torch_grouped
 from loka.stepping_aside import steps_aside
+from loka.torch_release import of_its_own
 
 _BASELINES: Final[Mapping[torch.dtype, Callable[..., Tensor]]] = {
     torch.float32: torch_grouped.fp32,
@@ -97,7 +98,7 @@ class _Grouped(torch.autograd.Function):
         # Each operand is kept for the other one's gradient, and only where that is wanted.
         needs_x_grad, needs_weight_grad, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight_grad else None, weight if needs_x_grad else None, offsets)
-        return product(fprop, x, weight, offsets, "fprop", kept[0])
+        return of_its_own(product(fprop, x, weight, offsets, "fprop", kept[0]))
 
     @staticmethod
     @once_differentiable

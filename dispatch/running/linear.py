@@ -35,6 +35,7 @@ from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
 from loka.stepping_aside import steps_aside
+from loka.torch_release import of_its_own
 
 log: Final = logging.getLogger("loka.dispatch")
 
@@ -150,7 +151,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if needs_weight_grad else None, weight if needs_x_grad else None)
         fprop, ctx.dgrad, ctx.wgrad = kernels
         ctx.kept = kept
-        return product(fprop, x, weight, "fprop", kept)
+        return of_its_own(product(fprop, x, weight, "fprop", kept))
 
     @staticmethod
     @once_differentiable
@@ -181,7 +182,7 @@ class _Layer(torch.autograd.Function):
         ctx.specs = tuple(None if each is None else each.spec for each in kept)
         ctx.name = name
         _count(name, x, "fprop")
-        return out
+        return of_its_own(out)
 
     @staticmethod
     @once_differentiable

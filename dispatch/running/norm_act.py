@@ -30,6 +30,7 @@ from loka.dispatch.running.linear import (
 from loka.dispatch.running.weights import Weight, weight_of
 from loka.kernel_registry.norm_act import block_norm, high_precision
 from loka.stepping_aside import steps_aside
+from loka.torch_release import of_its_own
 
 Kernels = tuple[str, str, str]  # fprop, dgrad, wgrad
 
@@ -70,12 +71,12 @@ def _followed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float | None,
         return _layer(x, weight, bias, _Options(eps, x.dtype, kernels, kept))
     x, weight = cast_for_autocast(x), cast_for_autocast(weight)
     bias = None if bias is None else cast_for_autocast(bias)
-    options = _Options(eps, _result_type(x), kernels, kept)
+    options = _Options(eps, result_type(x), kernels, kept)
     with torch.autocast(device, enabled=False):
         return _layer(x, weight, bias, options)
 
 
-def _result_type(x: Tensor) -> torch.dtype:
+def result_type(x: Tensor) -> torch.dtype:
     """Return which type norm and activation give under autocast to a product of the type of x."""
     key = (x.device.type, x.dtype)
     if key in _result_types:
@@ -163,7 +164,7 @@ class _NormAct(torch.autograd.Function):
         ctx.save_for_backward(x if needs_weight_grad else None, weight if needs_x_grad else None, y)
         ctx.options, ctx.dtype = options, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return out
+        return of_its_own(out)
 
     @staticmethod
     @once_differentiable

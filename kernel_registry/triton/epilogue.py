@@ -17,7 +17,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from loka.errors import KernelError, nearest
 from loka.formats import FORMATS
@@ -27,7 +26,7 @@ from loka.kernel_registry.triton.epilogue_kernels import backward_tiles, fused_t
 from loka.kernel_registry.triton.gemm import scale_groups, scale_strides
 from loka.kernel_registry.triton.grouped import stored_dtype
 from loka.kernel_registry.triton.grouped_operands import check_device
-from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op
+from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, wrap_triton
 from loka.kernel_registry.triton.launch import Key, dtype_name
 from loka.kernel_registry.triton.launches import EPILOGUE_TILE_BYTES
 from loka.kernel_registry.triton.quantize import NORM_EPS, fp8_cast
@@ -56,21 +55,24 @@ def gemm_norm_swish(  # noqa: PLR0913 -- a schema is flat
     out: str = "bfloat16",
     eps: float | None = None,
     save: bool = False,
+    rounded: str = "float32",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return hard_swish(block_norm(x . weight^T + bias)) of x [m, k] and weight [n, k]: out [m, n], its scale, saved.
 
     Operands are of one high-precision dtype, or FP8 codes with the scales of `loka.quantize` (tensorwise, rowwise or
     blockwise). `out` names what the result is: a dtype ("float32", "bfloat16", "float16"; the scale is then [m, 0]) or
-    the scaling of e4m3 codes ("rowwise": fp32 scale [m, 1]; "blockwise": [m, n / 128]). With `save`, y [m, n] comes
+    the scaling of e4m3 codes ("rowwise": fp32 scale [m, 1]; "blockwise": [m, n / 128]), of numbers that are `rounded`
+    to a dtype first, as whoever quantises an `out` of it finds them. With `save`, y [m, n] comes
     back for `norm_swish_backward`, else [0]. High-precision results of high-precision operands are differentiable in x,
     weight and bias, those of codes in bias. Raises KernelError for operands that do not fit.
     """
+    _check_rounded(rounded)
     flags = _checked(x, weight, bias, x_scale, weight_scale, out)
     m, n = x.shape[0], weight.shape[0]
     check_device(x)
     result, scale, saved = _outputs(x, n, out, save, stored_dtype)
     if m != 0 and n != 0:
-        flags |= _writing(x.device, n, out) | {"HAS_BIAS": bias is not None, "SAVE": save}
+        flags |= _writing(x.device, n, out) | {"ROUND": rounded, "HAS_BIAS": bias is not None, "SAVE": save}
         _run(
             (x, weight, bias, x_scale, weight_scale),
             (result, scale, saved),
@@ -135,7 +137,9 @@ def _(  # noqa: PLR0913 - as the op it stands for
     out: str = "bfloat16",
     eps: float | None = None,
     save: bool = False,
+    rounded: str = "float32",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_rounded(rounded)
     _checked(x, weight, bias, x_scale, weight_scale, out)
     return _outputs(x, weight.shape[0], out, save, lambda dtype: dtype)
 
@@ -233,6 +237,12 @@ def _checked(
     )
 
 
+def _check_rounded(rounded: str) -> None:
+    known = [str(dtype).removeprefix("torch.") for dtype in _PLAIN]
+    if rounded not in known:
+        raise KernelError(f"Numbers are rounded to {', '.join(known)} before their cast, not to {rounded!r}.")
+
+
 def _writing(device: torch.device, n: int, out: str) -> dict[str, Any]:
     """Return the kernel's constants for what it writes."""
     coded = _OUTPUTS[out] == _E4M3.dtype
@@ -263,7 +273,7 @@ def _outputs(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, _, ctx.out, ctx.eps, ctx.save = inputs
+    x, weight, bias, _, _, ctx.out, ctx.eps, ctx.save, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, output[2])
     codes = output[:1] if _OUTPUTS[ctx.out] == _E4M3.dtype else ()
@@ -282,7 +292,7 @@ def _gradients(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     grad, sums = norm_swish_backward(grad_out, saved, ctx.eps, dtype, wants_bias)
     grad_x = matmul(grad, weight.mT) if wants_x else None
     grad_weight = matmul(grad.mT, x.mT) if wants_weight else None
-    return grad_x, grad_weight, sums.to(ctx.bias_dtype) if wants_bias else None, *[None] * 5
+    return grad_x, grad_weight, sums.to(ctx.bias_dtype) if wants_bias else None, *[None] * 6
 
 
 gemm_norm_swish.register_autograd(_gradients, setup_context=_keep)

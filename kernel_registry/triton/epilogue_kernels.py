@@ -31,6 +31,21 @@ def _hard_swish(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _rounded_to(x: tl.tensor, ROUND: tl.constexpr, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """Return fp32 numbers as they are once written in 16 bits and read again; ROUND "float32": as they are."""
+    if ROUND == "float16":
+        x = x.to(tl.float16).to(tl.float32)
+    elif ROUND == "bfloat16":
+        if INTERPRETED:  # whose own cast drops the low bits
+            bits = x.to(tl.int32, bitcast=True)
+            nearest = (bits + (0x7FFF + ((bits >> 16) & 1))) & -0x10000
+            x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+        else:
+            x = x.to(tl.bfloat16).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _product(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     x_rows: tl.tensor,
     w_rows: tl.tensor,
@@ -106,6 +121,7 @@ def fused_tiles(  # noqa: PLR0913 - device code takes pointers, extents and stri
     HAS_BIAS: tl.constexpr,
     SAVE: tl.constexpr,
     OUT: tl.constexpr,
+    ROUND: tl.constexpr,
     SWEEPS: tl.constexpr,
     MAX: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
@@ -161,6 +177,7 @@ def fused_tiles(  # noqa: PLR0913 - device code takes pointers, extents and stri
                 tl.store(saved_ptr + at, y.to(saved_ptr.dtype.element_ty), mask=inside)
             count = tl.minimum(n - norm_block * BLOCK_N, BLOCK_N)
             out = _hard_swish(y * _inverse_rms(y, column_mask[None, :], count, eps))
+            out = _rounded_to(out, ROUND, INTERPRETED)
             if OUT == "rowwise":
                 amax = tl.maximum(amax, tl.max(tl.where(inside, finite_bits(out), 0), axis=1))
                 inverse = tl.div_rn(1.0, group_scale(amax, MAX, "fp32"))[:, None]

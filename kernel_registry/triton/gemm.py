@@ -20,12 +20,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from loka.errors import KernelError
 from loka.formats import FORMATS
 from loka.hardware import HOPPER_CAPABILITY, has_capability
-from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable
+from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable, wrap_triton
 from loka.kernel_registry.triton.launch import CODES, Key
 from loka.kernel_registry.triton.launches import RECIPE_OF_GROUP, TILE_K
 from loka.kernel_registry.triton.tuned import launch_for

@@ -14,11 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from loka.kernel_registry.triton.gemm import program_count
 from loka.kernel_registry.triton.grouped_operands import check_device, check_gemm, check_wgrad
-from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable
+from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable, wrap_triton
 from loka.kernel_registry.triton.launch import CODES, Key
 from loka.kernel_registry.triton.launches import TILE_K
 from loka.kernel_registry.triton.tuned import launch_for

@@ -4,6 +4,7 @@ Triton decides when it is imported (TRITON_INTERPRET=1) and remembers. Nothing c
 kernel, so there an op is opaque; compiled, it is a `triton_op`, in which Inductor sees the kernels.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -13,6 +14,14 @@ import triton.language as tl
 INTERPRETED: Final[bool] = bool(triton.knobs.runtime.interpret)
 
 define_op: Final[Any] = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+
+
+def _as_it_is(kernel: Any) -> Any:
+    return kernel
+
+
+# torch's own returns an interpreted kernel as it is since 2.13, and refused it before.
+wrap_triton: Final[Callable[[Any], Any]] = _as_it_is if INTERPRETED else torch.library.wrap_triton
 
 
 @triton.jit

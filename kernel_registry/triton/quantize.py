@@ -22,12 +22,11 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from loka.errors import KernelError
 from loka.formats import FORMATS, Format, OperandSpec, ScaleRule
 from loka.hardware import FP8_CAPABILITY, HOPPER_CAPABILITY, device_info
-from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op
+from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, wrap_triton
 from loka.kernel_registry.triton.launch import Launch, dtype_name
 from loka.kernel_registry.triton.launches import Groups, quantize_key, quantize_tile
 from loka.kernel_registry.triton.quantize_kernels import cast_by_amax, find_amax, quantize_groups

@@ -8,7 +8,15 @@ from typing import Final
 from torch import Tensor, dtype
 
 from loka.formats import PASS_OPERANDS, RECIPES, Pass, Recipe
-from loka.kernel_registry.operands import is_empty, is_empty_with, quantize_operand, quantize_operands, zeros
+from loka.kernel_registry.operands import (
+    Operand,
+    is_empty,
+    is_empty_product,
+    is_empty_with,
+    quantize_operand,
+    quantize_operands,
+    zeros,
+)
 from loka.kernel_registry.spec import Prepared
 from loka.kernel_registry.triton.gemm import scaled_gemm
 
@@ -60,9 +68,15 @@ class Halves:
         """Multiply a [m, k] and b [n, k]."""
         if is_empty_with(a, b, out_dtype):
             return a.new_zeros((a.shape[0], b.n), dtype=out_dtype)
-        codes, scale = b.tensors
         left = quantize_operand(a, self._recipe.operand(PASS_OPERANDS[product][0]))
-        out: Tensor = scaled_gemm(left.data, codes, left.scale, scale, out_dtype=out_dtype)
+        return self.multiply_codes(left, b, product=product, out_dtype=out_dtype)
+
+    def multiply_codes(self, a: Operand, b: Prepared, *, product: Pass, out_dtype: dtype) -> Tensor:
+        """Multiply a [m, k] that is quantised and b [n, k]."""
+        if is_empty_product(a, b):
+            return a.scale.new_zeros((a.data.shape[0], b.n), dtype=out_dtype)
+        codes, scale = b.tensors
+        out: Tensor = scaled_gemm(a.data, codes, a.scale, scale, out_dtype=out_dtype)
         return out
 
 

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.library import wrap_triton
 
 from loka.errors import ArgumentError, KernelError
 from loka.formats import FORMATS, PASS_OPERANDS, RECIPES, Pass
 from loka.kernel_registry.triton.grouped import stored_dtype
 from loka.kernel_registry.triton.grouped_operands import check_device
-from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op
+from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, wrap_triton
 from loka.kernel_registry.triton.launch import Key, dtype_name
 from loka.kernel_registry.triton.launches import ANY, BLOCKS_OF_B, TILE_K
 from loka.kernel_registry.triton.quantize import fp8_cast
 from loka.kernel_registry.triton.small_kernels import Row, multiply_products
 from loka.kernel_registry.triton.tuned import launch_for
+from loka.torch_release import of_its_own
 
 SMALL_RECIPES: Final[tuple[str, ...]] = ("rowwise", "blockwise")
 _DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
@@ -293,7 +293,7 @@ class _Many(torch.autograd.Function):
     def forward(ctx: Any, recipe: str, pairing: _Pairing, *operands: Tensor) -> Tensor:
         ctx.recipe, ctx.pairing = recipe, pairing
         ctx.save_for_backward(*operands)
-        return _forward(recipe, pairing, operands)
+        return of_its_own(_forward(recipe, pairing, operands))
 
     @staticmethod
     @once_differentiable

@@ -9,11 +9,10 @@ from typing import Final
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from loka.errors import KernelError
 from loka.kernel_registry.triton.grouped_operands import check_device
-from loka.kernel_registry.triton.interpreter import define_op
+from loka.kernel_registry.triton.interpreter import define_op, wrap_triton
 
 ROWS: Final[int] = 16
 COLUMNS: Final[int] = 256

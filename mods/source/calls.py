@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, cast
 from torch import nn
 
 from loka.errors import ModError
+from loka.made_classes import make_class
 from loka.mods.claims import CLASS_SLOT, Claim, listing
 from loka.mods.source.functional import loaded
 from loka.mods.source.methods import BASE, methods_of, written_as
@@ -232,15 +233,8 @@ def rewritten(base: Any, calls: tuple[Call, ...]) -> Any:
         if own and not hidden:
             members[name] = _exchange(base, name, function, own)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        make, arguments, *state = base.__reduce_ex__(self, protocol)
-        if arguments[:1] == (made,):  # the class is made here, so no name leads to it: name what it is made from
-            make, arguments = _restore, (base, calls)
-        return make, arguments, *state
-
     words = dict.fromkeys(f"{call.stand_in} for {call.words}" for call in calls)
     about = {
-        "__reduce_ex__": reduce,
         "__prepare_scriptable__": _refuse_script,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -249,8 +243,7 @@ def rewritten(base: Any, calls: tuple[Call, ...]) -> Any:
         BASE: base,
         _SITES: calls,
     }
-    made = type(base)(base.__name__, (base,), {**about, **members})
-    return made
+    return make_class(base.__name__, base, {**about, **members}, rewritten, base, calls)
 
 
 def _refuse_script(self: nn.Module) -> None:
@@ -259,12 +252,6 @@ def _refuse_script(self: nn.Module) -> None:
         f"{type(self).__name__} has calls that loka.mods has exchanged, which torch.jit.script does not see. Use "
         "torch.compile, torch.export or torch.jit.trace, or undo the mods first."
     )
-
-
-def _restore(base: Any, calls: tuple[Call, ...]) -> Any:
-    """Make an empty module of a class made here, for `copy` and for those who save whole models."""
-    made = rewritten(base, calls)
-    return made.__new__(made)
 
 
 def _exchange(base: type, name: str, function: FunctionType, calls: Sequence[Call]) -> object:

@@ -32,6 +32,11 @@ class LinearWrapper(nn.Module):
         """Return the product alone, without bias, past any conversion: in the precision of the operands."""
 
     @property
+    def high_work(self) -> float:
+        """Multiply-adds of one row that stay in high precision here, whatever is converted; inner wrappers' apart."""
+        return 0.0
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device

@@ -84,6 +84,22 @@ def test_results_are_those_of_the_converted_model_bit_for_bit(kernel: str, dtype
         assert got.dtype == want.dtype
 
 
+@pytest.mark.third_party("torchao")
+@pytest.mark.parametrize("kernel", ["torchao.linear.tensorwise", "torchao.linear.rowwise"])
+def test_products_of_another_library_read_stored_codes_too(kernel: str) -> None:
+    torch.manual_seed(0)
+    model = Mlp(width=24)
+    plan = plan_of(model, ["up", "down"], kernel)
+    converted = convert(copy.deepcopy(model), plan)
+    assert freeze(model, plan).left == {}
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        want = converted(x)
+        assert torch.equal(model(x), want)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        torch.testing.assert_close(compiled(x), want)
+
+
 def test_what_is_stored_stands_for_the_quantised_weight() -> None:
     torch.manual_seed(0)
     model = Mlp()

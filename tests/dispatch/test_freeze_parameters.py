@@ -25,6 +25,7 @@ from tests.dispatch.made_conversion import decision, needs_a_compiler, plan_for
 from tests.dispatch.made_converted import FORMS, Bypassing, Form, Mlp, Written
 from tests.dispatch.made_experts import FORMS as GROUPED_FORMS
 from tests.dispatch.made_experts import Experts, K, N, offsets_of
+from tests.kernel_registry.made_devices import needs_interpreter
 
 KERNEL = "torch.scaled_mm.rowwise"
 COUNTS = (5, 0, 14, 2)
@@ -311,9 +312,9 @@ def test_a_loop_over_experts_runs_on_stored_weights_too() -> None:
         assert torch.equal(model(x), converted(x))
 
 
+@needs_interpreter
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
 def test_our_grouped_kernels_have_their_numbers_on_stored_experts(recipe: str) -> None:
-    pytest.importorskip("triton")
     kernel = f"triton.grouped.{recipe}"
     x, weight = torch.randn(TOKENS + 2, 32), torch.randn(4, 160, 32)
     codes, scale = quantize_stack(weight, RECIPES[recipe].operand("weight"))

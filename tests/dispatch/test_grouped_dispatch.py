@@ -23,6 +23,7 @@ from loka.kernel_registry.spec import KernelSpec
 from loka.stepping_aside import stepping_aside
 from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_experts import FORMS, GROUPED, Experts, K, N, experts_plan, offsets_of, one_by_one
+from tests.kernel_registry.made_devices import needs_interpreter
 
 COUNTS = (5, 0, 14, 2)
 ENDS = offsets_of(COUNTS)
@@ -114,9 +115,9 @@ def test_autocast_changes_nothing_as_in_torchs_own_op():
         assert torch.equal(got, right)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("recipe", ["rowwise", "blockwise"])
 def test_triton_kernels_take_all_three_passes(recipe):
-    pytest.importorskip("triton")
     kernels = (f"triton.grouped.{recipe}",) * 3
     x, w = torch.randn(TOKENS + 2, 32, requires_grad=True), torch.randn(4, 48, 32, requires_grad=True)
     out = grouped(x, w, ENDS, *kernels)

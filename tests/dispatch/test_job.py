@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import loka
-from loka.dispatch.deciding import planner
-from loka.dispatch.running import job
+from loka.dispatch.deciding import job, planner
 from loka.errors import LokaError, PlanError
 
 ROOT = Path(__file__).parents[2]

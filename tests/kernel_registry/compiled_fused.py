@@ -99,7 +99,8 @@ def epilogue_cases():
         sizes = {"BLOCK_M": launch.block_m, "BLOCK_N": 256, "BLOCK_K": 128 if coded else 64}
         rest = {"HAS_BIAS": True, "SAVE": True, "SWEEPS": 1 + (out == "rowwise"), "PRECISION": "ieee"}
         rest |= {"MAX": 448.0, "MANTISSA_BITS": 3, "MIN_EXPONENT": -6, "CAST": "rounded" if "few" in name else "direct"}
-        yield name, fused_tiles, types, launch, flags | sizes | rest | {"OUT": out}
+        rest |= {"OUT": out, "ROUND": "bfloat16" if out == "blockwise" else "float32"}
+        yield name, fused_tiles, types, launch, flags | sizes | rest
     yield "backward", backward_tiles, {}, few, {"SUMS": True, "BLOCK_M": epilogue.BACKWARD_ROWS, "BLOCK_N": 256}
 
 

@@ -33,3 +33,6 @@ def interprets_triton():
     if importlib.util.find_spec("triton") is None:
         return False
     return bool(importlib.import_module("loka.kernel_registry.triton.interpreter").INTERPRETED)
+
+
+needs_interpreter = pytest.mark.skipif(not interprets_triton(), reason="needs Triton's interpreter")

@@ -71,6 +71,17 @@ def test_scaled_mm_equals_emulated_up_to_the_order_of_its_sum(recipe, draw, prod
 
 
 @pytest.mark.parametrize("product", PASSES)
+def test_scales_of_rows_are_put_on_the_result_where_torch_takes_one_per_operand(product, monkeypatch):
+    monkeypatch.setattr(torch_scaled_mm, "_TAKES_ROW_SCALES", False)
+    for m, n, k in SHAPES:
+        a, b = operands(heavy_tailed, m, n, k)
+        want = EMULATED["rowwise"](a, b, product=product, out_dtype=torch.float32)
+        got = SCALED_MM["rowwise"](a, b, product=product, out_dtype=torch.float32)
+        bound = accumulation_bound(a.numpy(), b.numpy(), k, torch.float32)
+        assert (np.abs(got.double().numpy() - want.double().numpy()) <= 1.2 * bound).all(), (m, n, k)
+
+
+@pytest.mark.parametrize("product", PASSES)
 @pytest.mark.parametrize("recipe", SCALED_MM)
 def test_padding_to_the_alignment_of_a_gpu_changes_no_number(recipe, product, monkeypatch):
     for m, n, k in SHAPES:

@@ -122,6 +122,24 @@ def test_values_and_layouts_of_every_kind_do_too(name, monkeypatch):
 
 
 @of_adapters
+def test_operands_that_are_there_as_codes_give_the_same(name, monkeypatch):
+    kernel, use, passes, _ = ADAPTERS[name]
+    use(monkeypatch)
+    halves, recipe = vars(importlib.import_module(kernel.__module__))[f"{kernel.__name__}_halves"], kernel.__name__
+    for product in passes:
+        for shape in ((9, 140, 150), (1, 13, 20), (0, 13, 20)):
+            a, b = drawn(heavy_tailed, *shape)
+            how = {"product": product, "out_dtype": torch.bfloat16}
+            wanted = kernel(a, b, **how)
+            specs = [RECIPES[recipe].operand(role) for role in PASS_OPERANDS[product]]
+            left, right = map(operands.quantize_operand, (a, b), specs)
+            there = halves.lay_out(right.data, right.scale, **how)
+            assert torch.equal(halves.multiply(a, there, **how), wanted)
+            assert torch.equal(halves.multiply(a, halves.prepare(b, **how), **how), wanted)
+            assert torch.equal(halves.multiply_codes(left, there, **how), wanted)
+
+
+@of_adapters
 def test_an_empty_product_does_not_reach_the_library(name):
     for m, n, k in EMPTY_SHAPES.values():
         got = ADAPTERS[name][0](*drawn(normal, m, n, k), product="fprop", out_dtype=torch.bfloat16)

@@ -68,6 +68,14 @@ def test_an_interpreted_kernel_runs_on_a_cpu_only_when_asked_for(value, runs, mo
     assert row.unavailable(HOPPER) is None
 
 
+@pytest.mark.parametrize(("version", "runs"), [("2.11.0+cu130", False), ("2.12.0a0+git1", True), ("2.13.0", True)])
+def test_a_kernel_that_a_cpu_has_since_some_torch_waits_for_it_there_alone(version, runs, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    row = spec(min_torch_on_cpu=(2, 12))
+    assert row.unavailable(CPU) == (None if runs else f"needs torch 2.12 or newer on a cpu, this is {version}")
+    assert row.unavailable(HOPPER) is None
+
+
 @pytest.mark.parametrize("answer", [None, "fbgemm_gpu is installed without its kernels"])
 def test_what_else_a_row_requires_is_asked_after_its_device(answer, monkeypatch):
     asked = []

@@ -11,7 +11,7 @@ from loka.errors import KernelError
 from loka.formats import RECIPES
 from loka.mods.block_norm import BlockRMSNorm, block_norm
 from loka.quantize import dequantize, quantize
-from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, triton_devices
+from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, needs_interpreter, triton_devices
 from tests.kernel_registry.made_gemm import heavy_tailed, normal, with_zero_rows
 from tests.kernel_registry.made_triton import coded, compiled_elsewhere, model, product_bound
 
@@ -258,6 +258,7 @@ def test_the_bias_of_codes_has_a_gradient(device):
     assert relative(bias.grad, wanted[2]) < 1e-4
 
 
+@needs_interpreter
 def test_a_gradient_without_what_was_saved_is_refused():
     x, weight, _, _ = made(normal, (4, 16, 8))
     out = epilogue.gemm_norm_swish(x.requires_grad_(), weight, out="float32")[0]
@@ -265,6 +266,7 @@ def test_a_gradient_without_what_was_saved_is_refused():
         out.sum().backward()
 
 
+@needs_interpreter
 def test_inference_keeps_nothing():
     x, weight, _, _ = made(normal, (4, 16, 8))
     weight.requires_grad_()
@@ -321,6 +323,7 @@ def test_one_graph_serves_all_batches(device):
 
 
 @pytest.mark.parametrize("out", ["float32", "rowwise", "blockwise"])
+@needs_interpreter
 def test_the_op_obeys_the_contract_of_custom_ops(out):
     x, weight, bias, _ = made(normal, (5, 300, 24))
     leaves = [leaf.requires_grad_(out == "float32") for leaf in (x, weight, bias)]

@@ -12,7 +12,7 @@ from loka.formats import RECIPES
 from loka.kernel_registry.triton.launch import CODES, Key
 from loka.kernel_registry.triton.launches import TUNABLES
 from loka.quantize import quantize
-from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, triton_devices
+from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, needs_interpreter, triton_devices
 from tests.kernel_registry.made_gemm import heavy_tailed, normal, with_zero_rows
 from tests.kernel_registry.made_triton import assert_product, coded, compiled_elsewhere, model
 
@@ -293,6 +293,7 @@ def test_one_graph_serves_all_routings_and_batches(device, recipe):
     assert graphs.frame_count <= 2  # with and without gradients
 
 
+@needs_interpreter
 def test_the_op_obeys_the_contract_of_custom_ops():
     x, weight, _, offsets = made(normal, ROUTINGS["ragged"])
     leaves = x.requires_grad_(), weight.requires_grad_()

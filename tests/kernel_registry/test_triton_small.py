@@ -11,7 +11,7 @@ from loka.kernel_registry import emulated
 from loka.kernel_registry.triton.launches import TUNABLES
 from loka.quantize import quantize
 from tests.cases import DRAWS, VALUES, heavy_tailed, normal
-from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, triton_devices
+from tests.kernel_registry.made_devices import SHARED_KIB, TENSOR_CORES, needs_interpreter, triton_devices
 from tests.kernel_registry.made_triton import assert_product, compiled_elsewhere, model
 
 pytest.importorskip("triton")
@@ -226,6 +226,7 @@ def test_changing_one_result_in_place_leaves_the_others_alone(device):
     assert torch.equal(xs[0].grad, wanted)
 
 
+@needs_interpreter
 def test_a_second_derivative_is_refused():
     xs, weights, _ = drawn([(3, 4, 5)])
     (y,) = small.many_linear(xs, weights, "rowwise")

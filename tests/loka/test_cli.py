@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 
 import loka
 from loka.cli import app
+from loka.dispatch.measuring.profile import DeviceProfile
+from loka.hardware import device_info
+from loka.probes.records import Timing
 
 # Commands and flags are a promise to scripts: a change here is a change of the interface.
 SURFACE = {
@@ -42,6 +45,7 @@ SURFACE = {
         "--filter",
         "--budget",
         "--bound-for",
+        "--by-rows",
         "--sweep",
         "--format",
     },
@@ -140,6 +144,36 @@ def test_plan_writes_a_file_and_says_what_is_gained(database: str, tmp_path: Pat
     code, text, _ = run("plan", database, "-o", str(target), "--budget", "3", "--bound", "0.2")
     assert code == 0
     assert loka.Plan.load(target).environment["time_source"] in ("measured", "none")
+
+
+def test_few_rows_and_many_get_kernels_of_their_own_unless_that_is_not_wanted(tmp_path: Path) -> None:
+    model, database = nn.Sequential(nn.Linear(32, 16)), tmp_path / "rows.db"
+    with torch.no_grad(), loka.probe(model, database, every=1, overhead=100.0):
+        for rows in (8, 512) * 10:
+            model(torch.randn(rows, 32))
+    device = device_info("cpu")
+    shape = {"product": "fprop", "batch": 1, "n": 16, "k": 32, "dtype": "float32", "device": str(device)}
+    how = {"spread_us": 0.1, "repetitions": 9, "values": "normal", "created": "2026-01-01T00:00:00+00:00"}
+    took = {"tensorwise": {8: 10.0, 512: 90.0}, "rowwise": {8: 50.0, 512: 40.0}}
+    times = {"torch.mm.fp32": {8: 40.0, 512: 100.0}, **{f"torch.scaled_mm.{name}": at for name, at in took.items()}}
+    DeviceProfile(
+        label="made up",
+        source="example",
+        device=device,
+        environment={},
+        times=tuple(
+            Timing(kernel=kernel, m=m, median_us=us, **shape, **how)
+            for kernel, at in times.items()
+            for m, us in at.items()
+        ),
+    ).save(tmp_path / "profile.json")
+    options = ("--device-profile", str(tmp_path / "profile.json"), "--bound", "0.2")
+    for flag, split in ((), True), (("--by-rows",), True), (("--no-by-rows",), False):
+        target = tmp_path / "plan.json"
+        assert run("plan", str(database), "-o", str(target), *options, *flag)[0] == 0
+        (decision,) = loka.Plan.load(target).decisions
+        assert (decision.ranges is not None) == split
+        assert decision.recipe == ("tensorwise, rowwise" if split else "rowwise")
 
 
 def test_a_bound_on_the_loss_goes_through_every_command(database: str, tmp_path: Path) -> None:

@@ -470,9 +470,9 @@ def test_compiled_casts_are_the_eager_ones_at_ragged_ends(name: str, role: Role)
     """Inductor's C++ once left the elements of a ragged last group uncomputed: nothing but their values shows it."""
     spec = RECIPES[name].operand(role)
 
-    def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def both(x: Tensor, stored: Tensor, of_stored: Tensor) -> tuple[Tensor, ...]:
         codes, scale = quantize(x, spec)
-        return fake_quantize(x, spec), codes.float(), scale
+        return fake_quantize(x, spec), dequantize(stored, of_stored, spec), codes.float(), scale
 
     for dynamic in (False, True):
         torch._dynamo.reset()
@@ -480,9 +480,10 @@ def test_compiled_casts_are_the_eager_ones_at_ragged_ends(name: str, role: Role)
         for shape in RAGGED if dynamic else RAGGED[:2]:
             x = torch.randn(shape) * torch.exp(2 * torch.randn(shape))
             for of in (x, torch.randn(shape[::-1]).t()):
-                values, codes, scale = compiled(of)
-                assert torch.equal(values, fake_quantize(of, spec)), (shape, dynamic)
                 expected, scales = quantize(of, spec)
+                values, stored, codes, scale = compiled(of, expected, scales)
+                assert torch.equal(values, fake_quantize(of, spec)), (shape, dynamic)
+                assert torch.equal(stored, dequantize(expected, scales, spec)), (shape, dynamic)
                 assert torch.equal(codes, expected.float())
                 rows, depth = scales.shape
                 assert torch.equal(scale[:rows, :depth], scales)  # of dynamic extents there are groups of zeros behind

@@ -12,7 +12,17 @@ from torch.nn.utils import parametrizations
 
 import loka.mods
 from loka.errors import ArgumentError, ModError
-from loka.mods import FoldNorm, FuseParallelLinears, Hadamard, HardSwish, KeepRowsHigh, NoBias, PadToAlignment, Smooth
+from loka.mods import (
+    FoldNorm,
+    FuseParallelLinears,
+    Hadamard,
+    HardSwish,
+    KeepRowsHigh,
+    KeepShareHigh,
+    NoBias,
+    PadToAlignment,
+    Smooth,
+)
 from loka.mods.claims import Claim
 from loka.mods.trial.equivalent import EquivalentMod, Place, linears, renewed
 from loka.mods.trial.observe import Traffic
@@ -23,6 +33,7 @@ EVERY = (
     FoldNorm(),
     Smooth(alpha=None),
     FuseParallelLinears(),
+    KeepShareHigh(times=1.3, only="*down"),
     KeepRowsHigh(rows=4.0, recipe="tensorwise"),
     Hadamard(),
     PadToAlignment(24),
@@ -80,7 +91,7 @@ def test_gradients_flow_as_before():
     wanted = model.head.weight.grad.clone()
     seen = make_input().requires_grad_()
     model(seen).square().sum().backward()
-    with loka.mods.apply(model, EVERY[:4], inputs=[x]) as applied:
+    with loka.mods.apply(model, EVERY[:5], inputs=[x]) as applied:
         model.zero_grad()
         now = make_input().requires_grad_()
         model(now).square().sum().backward()
