@@ -22,6 +22,7 @@ from loka.probes.records import StepRecord
 from loka.probes.storing.database import open_database, read_steps
 from loka.reports.experts import expert_notes
 from loka.reports.record import build_report
+from loka.torch_release import release
 from tests.made_expert_products import Slice, captured
 from tests.made_moe_families import EXPERTS, FAMILIES, SIZES, STEPS, batches, trained, training_losses
 
@@ -72,9 +73,9 @@ def _probed(family: str, path: Path) -> Probed:
 def test_the_weights_were_trained(family: str) -> None:
     losses = training_losses(family)
     assert len(losses) == STEPS
-    # A uniform guess costs 5.5 nats per byte; torch 2.11 comes to 3.64, 2.13 below 3.5.
+    # A uniform guess costs 5.5 nats per byte; torch 2.11 comes to 3.64.
     assert losses[0] > 5.3
-    assert sum(losses[-5:]) / 5 < 4
+    assert sum(losses[-5:]) / 5 < (3.5 if release() >= (2, 13) else 4)
 
 
 def test_every_part_of_a_layer_is_told(probed: Probed) -> None:

@@ -9,6 +9,7 @@ from benchmarks import e8m0_replay as replay
 from loka import bounds
 from loka.bounds import Bound
 from loka.dispatch.deciding import candidates, decide, judged, planner
+from loka.torch_release import release
 
 DENSE, EXPERTS = "blocks.0.mlp.up", "blocks.1.mlp.up"
 
@@ -33,8 +34,8 @@ def uppers(found, site):
 def test_power_of_two_scales_cost_a_stored_checkpoint_half_a_bit_or_more(evidence):
     """Weights on the grid of fp32 scales are rounded once more: sqrt(2) of the error, where both operands err alike."""
     for grouped in (False, True):
-        # A site may be no worse: which one, and by how much, is another on every release of torch.
-        assert min(replay.ratios(evidence["stored"], grouped=grouped)) > 0.95
+        # Which site loses least, and how little, is another on every release of torch: 0.98 on 2.11, 1.01 on 2.12.
+        assert min(replay.ratios(evidence["stored"], grouped=grouped)) > (1.05 if release() >= (2, 13) else 0.95)
         assert replay.median(replay.ratios(evidence["stored"], grouped=grouped)) > 2**0.4
         assert replay.median(replay.ratios(evidence["trained"], grouped=grouped)) < 1.15
 
