@@ -92,8 +92,11 @@ class RunWriter:
         self._dropped = 0
         self._written = 0
         self._failure: str | None = None
+        self._held = threading.Event()  # the file is open, so that no other can be given its identity
         self._thread = threading.Thread(target=self._work, name="loka-probe-writer", daemon=True)
         self._thread.start()
+        if not self._is_server:
+            self._held.wait()
 
     @property
     def failure(self) -> str | None:
@@ -191,7 +194,8 @@ class RunWriter:
         complete = False
         try:
             if not self._is_server:
-                self._dial()  # holds the file, so that no other can be given its identity
+                self._dial()
+            self._held.set()
             while (entry := self._next()) is not None:
                 self._commit(entry)
             complete = True
@@ -203,6 +207,7 @@ class RunWriter:
             # Anything else is a defect: the thread's own report has the traceback, the run still learns of it.
             if not complete and self._failure is None:
                 self._fail(f"the writer met an unforeseen {sys.exception()!r}; please report it")
+            self._held.set()
             self._hang_up()
             self._engine.dispose()
 

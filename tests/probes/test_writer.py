@@ -164,7 +164,16 @@ def test_a_file_deleted_during_the_run_is_a_failure_in_words_and_does_not_come_b
     assert not path.exists()
 
 
-def test_a_file_replaced_during_the_run_is_left_to_its_new_owner(tmp_path):
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_file_replaced_during_the_run_is_left_to_its_new_owner(tmp_path, monkeypatch, slow):
+    dial = RunWriter._dial
+
+    def late(self):
+        time.sleep(0.2)
+        return dial(self)
+
+    if slow:  # to open the file, as on a busy machine: one that is replaced meanwhile may have its identity
+        monkeypatch.setattr(RunWriter, "_dial", late)
     path = tmp_path / "run.db"
     writer = RunWriter(path, made_info())
     for entry in tmp_path.iterdir():
