@@ -60,10 +60,14 @@ class LibraryHalves:
         out = self._call(self._arrange(a, is_right=False), (codes, scale), product, out_dtype)
         return out[: a.data.shape[0], : b.n].to(out_dtype)
 
+    def multiply_operands(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply a [m, k] and b [n, k] that are quantised already."""
+        return self.multiply_codes(a, self._right(b), product=product, out_dtype=out_dtype)
+
     def of(self, a: Tensor, b: Tensor, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Do both, one after the other."""
         if is_empty(a, b, out_dtype):
-            return zeros(a, b, out_dtype)
+            return zeros(a, b, out_dtype)  # oneDNN refuses empty operands, or returns NaN for an empty sum
         prepared = self.prepare(b, product=product, out_dtype=out_dtype)
         return self.multiply(a, prepared, product=product, out_dtype=out_dtype)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loka.formats import RECIPES, OperandSpec, Pass, Recipe, Role
 from loka.kernel_registry import emulated, torch_scaled_mm
+from loka.kernel_registry.halves import LibraryHalves
 from loka.kernel_registry.operands import Operand, quantize_both_sides, quantize_operand
 
 
@@ -154,7 +155,7 @@ class _Codes:
 class Torch(_Codes):
     """`torch.nn.functional.scaled_mm`."""
 
-    halves: torch_scaled_mm.Halves
+    halves: LibraryHalves
 
     def multiply(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Multiply a [m, k] and b [n, k]."""

@@ -19,27 +19,23 @@ shapes, strides, architectures and CUDA versions; cuBLAS documentation, "Scaling
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loka.formats import BLOCK, PASS_OPERANDS, RECIPES, Pass
+from loka.formats import BLOCK, PASS_OPERANDS, RECIPES, Pass, Recipe
+from loka.kernel_registry.halves import Arrange, Arranged, LibraryHalves
 from loka.kernel_registry.opaque import opaque
 from loka.kernel_registry.operands import (
     Operand,
     column_major,
     exponents,
-    is_empty,
-    is_empty_product,
-    is_empty_with,
     pad,
-    quantize_operand,
     swizzled,
-    zeros,
 )
-from loka.kernel_registry.spec import Prepared
 from loka.torch_release import ROW_SCALES_ON_CPU, release
 
 # What k and n must be multiples of. A CPU takes any.
@@ -109,8 +105,6 @@ def lacks_mx_scaling() -> str | None:
 
 # --- an operand as the library reads it: its codes, and its scales ---
 
-Arranged = tuple[Tensor, Tensor]
-
 
 def one_scale(x: Operand, *, is_right: bool) -> Arranged:
     """Return codes, padded to what the product demands on their device, and their one scale."""
@@ -139,74 +133,35 @@ def _aligned(x: Operand, *, is_right: bool) -> Operand:
     return pad(x, rows=multiple if is_right else 1, k=multiple)
 
 
-class Halves:
-    """The product under one recipe in two halves (`spec.PreparedKernel`)."""
-
-    def __init__(self, recipe: str, arrange: Callable[..., Arranged]) -> None:
-        self._recipe, self._arrange = RECIPES[recipe], arrange
-
-    def prepare(self, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
-        """Quantise b [n, k]."""
-        return self._right(quantize_operand(b, self._recipe.operand(PASS_OPERANDS[product][1])))
-
-    def lay_out(self, codes: Tensor, scale: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
-        """Pad codes [n, k], and arrange their scales."""
-        return self._right(Operand(codes, scale, self._recipe.operand(PASS_OPERANDS[product][1])))
-
-    def multiply(self, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
-        """Multiply a [m, k] and b [n, k]."""
-        if is_empty_with(a, b, out_dtype):
-            return a.new_zeros((a.shape[0], b.n), dtype=out_dtype)
-        left = quantize_operand(a, self._recipe.operand(PASS_OPERANDS[product][0]))
-        return self._product(left, b, product, out_dtype)
-
-    def multiply_codes(self, a: Operand, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
-        """Multiply a [m, k] that is quantised and b [n, k]."""
-        if is_empty_product(a, b):
-            return a.scale.new_zeros((a.data.shape[0], b.n), dtype=out_dtype)
-        return self._product(a, b, product, out_dtype)
-
-    def multiply_operands(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
-        """Multiply a [m, k] and b [n, k] that are quantised already, neither of them empty."""
-        return self._product(a, self._right(b), product, out_dtype)
-
-    def _product(self, a: Operand, b: Prepared, product: Pass, out_dtype: torch.dtype) -> Tensor:
-        left, right = (self._recipe.operand(role) for role in PASS_OPERANDS[product])
-        codes_b, scale_b = b.tensors
-        codes_a, scale_a = self._arrange(a, is_right=False)
-        computed = row_scaled_dtype(a.data, out_dtype) if self._recipe.scaling == "rowwise" else out_dtype
-        if a.data.device.type in _PRIVATE:
-            out = _on_cpu(codes_a, codes_b.t(), scale_a, scale_b, computed)
-        else:
-            swizzle = _SWIZZLES.SWIZZLE_32_4_4 if self._recipe.scaling == "mxfp8" else _SWIZZLES.NO_SWIZZLE
-            out = scaled_mm(
-                codes_a,
-                codes_b.t(),
-                scale_a=scale_a,
-                scale_recipe_a=_SCALING_OF[left.group_rows, left.group_k],
-                scale_b=scale_b,
-                scale_recipe_b=_SCALING_OF[right.group_rows, right.group_k],
-                swizzle_a=swizzle,
-                swizzle_b=swizzle,
-                output_dtype=computed,
-            )
-        return out[: a.data.shape[0], : b.n].to(out_dtype)
-
-    def of(self, a: Tensor, b: Tensor, product: Pass, out_dtype: torch.dtype) -> Tensor:
-        """Do both, one after the other."""
-        if is_empty(a, b, out_dtype):
-            return zeros(a, b, out_dtype)  # oneDNN refuses empty operands, or returns NaN for an empty sum
-        prepared = self.prepare(b, product=product, out_dtype=out_dtype)
-        return self.multiply(a, prepared, product=product, out_dtype=out_dtype)
-
-    def _right(self, b: Operand) -> Prepared:
-        return Prepared(self._arrange(b, is_right=True), b.data.shape[0])
+def _scaled_mm(recipe: Recipe, a: Arranged, b: Arranged, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Return torch's product of operands that are laid out for it (`halves.Call`)."""
+    left, right = (recipe.operand(role) for role in PASS_OPERANDS[product])
+    (codes_a, scale_a), (codes_b, scale_b) = a, b
+    computed = row_scaled_dtype(codes_a, out_dtype) if recipe.scaling == "rowwise" else out_dtype
+    if codes_a.device.type in _PRIVATE:
+        return _on_cpu(codes_a, codes_b.t(), scale_a, scale_b, computed)
+    swizzle = _SWIZZLES.SWIZZLE_32_4_4 if recipe.scaling == "mxfp8" else _SWIZZLES.NO_SWIZZLE
+    return scaled_mm(
+        codes_a,
+        codes_b.t(),
+        scale_a=scale_a,
+        scale_recipe_a=_SCALING_OF[left.group_rows, left.group_k],
+        scale_b=scale_b,
+        scale_recipe_b=_SCALING_OF[right.group_rows, right.group_k],
+        swizzle_a=swizzle,
+        swizzle_b=swizzle,
+        output_dtype=computed,
+    )
 
 
-tensorwise_halves: Final = Halves("tensorwise", one_scale)
-rowwise_halves: Final = Halves("rowwise", row_scales)
-blockwise_halves: Final = Halves("blockwise", _block_scales)
-mxfp8_halves: Final = Halves("mxfp8", _mx_scales)
+def _halves(recipe: str, arrange: Arrange) -> LibraryHalves:
+    return LibraryHalves(recipe, arrange, partial(_scaled_mm, RECIPES[recipe]))
+
+
+tensorwise_halves: Final = _halves("tensorwise", one_scale)
+rowwise_halves: Final = _halves("rowwise", row_scales)
+blockwise_halves: Final = _halves("blockwise", _block_scales)
+mxfp8_halves: Final = _halves("mxfp8", _mx_scales)
 
 
 def _on_cpu(codes_a: Tensor, codes_b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
