@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from loka.dispatch.running import weights
 from loka.dispatch.running.convert import convert
 from loka.dispatch.running.linear import linear
-from loka.kernel_registry import emulated, torch_scaled_mm
+from loka.kernel_registry import emulated, halves
 from loka.kernel_registry.layers import Layer, Needs, Sides
 from tests.dispatch.made_cached import (
     BATCHES,
@@ -43,7 +43,7 @@ class Counted:
 
     def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, self.count = model, 0
-        found = [(emulated, "fake_quantize"), (emulated, "bf16_codes"), (torch_scaled_mm, "quantize_operand")]
+        found = [(emulated, "fake_quantize"), (emulated, "bf16_codes"), (halves, "quantize_operand")]
         for module, name in found:
             monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
 
