@@ -5,9 +5,9 @@ does not allow TF32 or bf16 inside fp32 products (`torch.get_float32_matmul_prec
 Recipes of reduced accumulation are defined by `emulate` as well, but no kernel here runs them: they model a hardware
 unit, one group of products after the other.
 
-A bf16 result may take a shorter way on a CPU that multiplies bf16: FP8 codes are exact in bf16 and their products in
-fp32, so a bf16 product of codes, scaled afterwards, is the same sum of the same numbers. It is rounded to bf16 before
-and after its scales: within one and a half bf16 ulp of the definition, where rounding once leaves a half.
+On a CPU with units for bf16 the sum is taken over codes, which are exact there, and scales come after: the same sum of
+the same numbers, several times as fast. In fp32 (`bf16_units`) it is as near to the exact sum; a bf16 result is rounded
+before and after its scales: within one and a half bf16 ulp of the definition, where rounding once leaves a half.
 """
 
 from typing import Final
@@ -17,14 +17,11 @@ from torch import Tensor
 
 from loka.accumulation import reduced_product
 from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Pass, Recipe
-from loka.hardware import multiplies_bf16
+from loka.kernel_registry.bf16_units import available, exact_matmul
 from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.spec import Prepared
 from loka.kernel_registry.torch_mm import matmul
-from loka.quantize import bf16_codes, dequantize, fake_quantize
-
-# Asked once: Dynamo cannot trace the question.
-_MULTIPLIES_BF16: Final[dict[str, bool]] = {"cpu": multiplies_bf16("cpu")}
+from loka.quantize import dequantize, fake_quantize, held_codes, readable
 
 
 def emulate(recipe: Recipe, a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
@@ -32,54 +29,69 @@ def emulate(recipe: Recipe, a: Tensor, b: Tensor, *, product: Pass, out_dtype: t
     return _multiply(recipe, a, _prepare(recipe, b, product, out_dtype), product, out_dtype)
 
 
-def prepared(recipe: Recipe, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
-    """Return operand b [n, k] quantised, for `emulate_prepared` into this dtype."""
-    return Prepared(_prepare(recipe, b, product, out_dtype), b.shape[0])
-
-
-def emulate_prepared(recipe: Recipe, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
-    """Return what `emulate` does, of a b that `prepared` has made."""
-    return _multiply(recipe, a, b.tensors, product, out_dtype)
+def quantise(recipe: Recipe, x: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> Operand:
+    """Return x [rows, k] as `multiply_operands` takes it: what it stands for, without a scale, or its codes."""
+    if dtype := _code_dtype(recipe, x, out_dtype):
+        return Operand(*held_codes(x, spec, dtype), spec)
+    return Operand(fake_quantize(x, spec), x.new_empty(0), spec)
 
 
 def _prepare(recipe: Recipe, b: Tensor, product: Pass, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return the values that b stands for, or its codes in bf16 and their scales, where these serve the product."""
+    """Return the values that b stands for, or its codes and their scales, where these serve the product."""
     spec = recipe.operand(PASS_OPERANDS[product][1])
-    return bf16_codes(b, spec) if _has_short_way(recipe, b, out_dtype) else (fake_quantize(b, spec),)
+    dtype = _code_dtype(recipe, b, out_dtype)
+    return held_codes(b, spec, dtype) if dtype else (fake_quantize(b, spec),)
 
 
 def _multiply(recipe: Recipe, a: Tensor, b: tuple[Tensor, ...], product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] by what `_prepare` made of b."""
     spec = recipe.operand(PASS_OPERANDS[product][0])
-    if _has_short_way(recipe, a, out_dtype):
-        codes_a, scale_a = bf16_codes(a, spec)
-        codes_b, scale_b = b
-        # One scale after the other: the product of both may leave the range of fp32 where the result does not.
-        return ((matmul(codes_a, codes_b).float() * scale_a) * scale_b.mT).bfloat16()
-    values_a, (values_b,) = fake_quantize(a, spec), b
-    if recipe.accumulation == "reduced":
-        return reduced_product(values_a, values_b).to(out_dtype)
-    return matmul(values_a, values_b).to(out_dtype)
+    if dtype := _code_dtype(recipe, a, out_dtype):
+        codes, scale = b
+        return _scaled_product(*held_codes(a, spec, dtype), codes, scale, out_dtype)
+    (values,) = b
+    return _product(recipe, fake_quantize(a, spec), values, out_dtype)
 
 
-def quantise(recipe: Recipe, x: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> Operand:
-    """Return x [rows, k] as `multiply_operands` takes it: what it stands for, without a scale, or its codes in bf16."""
-    if _has_short_way(recipe, x, out_dtype):
-        return Operand(*bf16_codes(x, spec), spec)
-    return Operand(fake_quantize(x, spec), x.new_empty(0), spec)
+def _product(recipe: Recipe, a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Multiply the values [m, k] and [n, k] that operands stand for."""
+    return (reduced_product if recipe.accumulation == "reduced" else matmul)(a, b).to(out_dtype)
 
 
 def multiply_operands(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
     """Multiply a [m, k] and b [n, k], both from `quantise`; the numbers are those of `emulate`."""
     if a.scale.numel():
-        return ((matmul(a.data, b.data).float() * a.scale) * b.scale.mT).bfloat16()
+        return _scaled_product(a.data, a.scale, b.data, b.scale, out_dtype)
     return matmul(a.data, b.data).to(out_dtype)
 
 
-def _has_short_way(recipe: Recipe, x: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether scales can be taken out of the sum, which is fp32, and codes multiplied faster in bf16."""
+def _scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Multiply codes [m, k] and [n, k], and then by their scales, [m or 1, 1] and [n or 1, 1].
+
+    One scale after the other, for their product may leave the range of fp32 where the result does not; and what makes
+    smaller comes first, so that no number on the way is larger than the last.
+    """
+    sums = matmul(a, b).float() if a.dtype == torch.bfloat16 else exact_matmul(a, b)
+    for scale in (scale_a, scale_b.mT):
+        if not _all(scale >= 1):
+            sums = sums.mul_(scale.clamp(max=1))
+    for scale in (scale_a, scale_b.mT):
+        if not _all(scale <= 1):
+            sums = sums.mul_(scale.clamp(min=1))
+    return sums.to(out_dtype)
+
+
+def _all(condition: Tensor) -> bool:
+    """Whether that holds throughout, where Python may look; a factor of one changes nothing and is left out."""
+    return readable(condition) and bool(condition.all())
+
+
+def _code_dtype(recipe: Recipe, x: Tensor, out_dtype: torch.dtype) -> torch.dtype | None:
+    """Return what codes are held in, for a sum over them; None where the sum is over values."""
     of_rows = recipe.scaling in ("tensorwise", "rowwise") and recipe.accumulation == "fp32"
-    return out_dtype == torch.bfloat16 and of_rows and x.shape[1] > 0 and _MULTIPLIES_BF16.get(x.device.type, False)
+    if not (of_rows and x.shape[-1] > 0 and available(x.device)):
+        return None
+    return torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
 
 
 class Halves:
@@ -90,29 +102,26 @@ class Halves:
 
     def prepare(self, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
         """Quantise b [n, k]."""
-        return prepared(self._recipe, b, product=product, out_dtype=out_dtype)
+        return Prepared(_prepare(self._recipe, b, product, out_dtype), b.shape[0])
 
     def lay_out(self, codes: Tensor, scale: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
         """Read a b that is stored as codes [n, k] and scales."""
-        if _has_short_way(self._recipe, codes, out_dtype):
-            return Prepared((codes.bfloat16(), scale), codes.shape[0])
+        if dtype := _code_dtype(self._recipe, codes, out_dtype):
+            return Prepared((codes.to(dtype), scale), codes.shape[0])
         spec: OperandSpec = self._recipe.operand(PASS_OPERANDS[product][1])
         return Prepared((dequantize(codes, scale, spec),), codes.shape[0])
 
     def multiply(self, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Multiply a [m, k] and b [n, k]."""
-        return emulate_prepared(self._recipe, a, b, product=product, out_dtype=out_dtype)
+        return _multiply(self._recipe, a, b.tensors, product, out_dtype)
 
     def multiply_codes(self, a: Operand, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Multiply a [m, k] that is quantised and b [n, k]."""
-        if _has_short_way(self._recipe, a.data, out_dtype):
+        if dtype := _code_dtype(self._recipe, a.data, out_dtype):
             codes, scale = b.tensors
-            right = Operand(codes, scale, self._recipe.operand(PASS_OPERANDS[product][1]))
-            return multiply_operands(a._replace(data=a.data.bfloat16()), right, out_dtype)
-        values_a, (values_b,) = dequantize(*a), b.tensors
-        if self._recipe.accumulation == "reduced":
-            return reduced_product(values_a, values_b).to(out_dtype)
-        return matmul(values_a, values_b).to(out_dtype)
+            return _scaled_product(a.data.to(dtype), a.scale, codes, scale, out_dtype)
+        (values,) = b.tensors
+        return _product(self._recipe, dequantize(*a), values, out_dtype)
 
 
 def tensorwise(a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loka.formats import RECIPES, Pass, Recipe
-from loka.kernel_registry.emulated import emulate, emulate_prepared, prepared
+from loka.kernel_registry.emulated import Halves, emulate
 from loka.kernel_registry.operands import Operand, quantize_operand
 from loka.kernel_registry.spec import Prepared
 from loka.kernel_registry.torch_mm import matmul
-from loka.quantize import dequantize
 
 # Columns that are normalised together: the block in the LoKA paper, and one tile of the fused kernels.
 NORM_BLOCK: Final[int] = 256
@@ -185,12 +184,14 @@ class Defined:
 
     def prepare(self, weight: Tensor) -> Prepared | None:
         """Quantise a weight [n, k]; None without a recipe."""
-        return None if self.recipe is None else prepared(self.recipe, weight, product="fprop", out_dtype=torch.float32)
+        if self.recipe is None:
+            return None
+        return Halves(self.recipe.name).prepare(weight, product="fprop", out_dtype=torch.float32)
 
     def lay_out(self, codes: Tensor, scale: Tensor) -> Prepared:
         """Read a weight that is stored as codes [n, k] and scales."""
         assert self.recipe is not None  # in high precision nothing is stored
-        return Prepared((dequantize(codes, scale, self.recipe.operand("weight")),), codes.shape[0])
+        return Halves(self.recipe.name).lay_out(codes, scale, product="fprop", out_dtype=torch.float32)
 
     def writes(self, recipe: str, features: int) -> bool:
         """Never: the cast would be the same work, and what codes stand for is at hand without them."""
@@ -214,10 +215,11 @@ class Defined:
         """Multiply, add, normalise and activate; y is kept in `out_dtype`."""
         if isinstance(x, Operand):
             assert isinstance(weight, Prepared)
-            y = matmul(dequantize(*x), weight.tensors[0])
+            assert self.recipe is not None  # in high precision nobody hands codes on
+            y = Halves(self.recipe.name).multiply_codes(x, weight, product="fprop", out_dtype=torch.float32)
         elif isinstance(weight, Prepared):
             assert self.recipe is not None  # else `prepare` gives none
-            y = emulate_prepared(self.recipe, x, weight, product="fprop", out_dtype=torch.float32)
+            y = Halves(self.recipe.name).multiply(x, weight, product="fprop", out_dtype=torch.float32)
         elif self.recipe is None:
             y = matmul(x, weight)
         else:

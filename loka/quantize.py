@@ -123,7 +123,7 @@ def finite_amax(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tenso
         shape = [1 if d in {i % x.dim() for i in dim} else n for d, n in enumerate(x.shape)]
         amax = x.new_zeros(shape)
         return amax if keepdim else amax.squeeze(dim)
-    if _readable(x):
+    if readable(x):
         # Two reductions that write nothing are faster than one over a copy of magnitudes.
         amax = torch.maximum(x.amax(dim, keepdim=keepdim).abs(), x.amin(dim, keepdim=keepdim).abs())
         if bool(torch.isfinite(amax).all()):
@@ -132,7 +132,7 @@ def finite_amax(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tenso
     return torch.where(magnitude < float("inf"), magnitude, 0.0).amax(dim, keepdim=keepdim)
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether Python may branch on the values of `x`: an eager CPU tensor that nothing is tracing.
 
     AOT autograd and make_fx retrace Python functions with fake, functional or proxied tensors outside of
@@ -257,15 +257,15 @@ def fake_quantize(
     grouped, scale = _measured(x, spec, amax)
     clips = _clips(spec, amax)
     if _is_plain(grouped):
-        return _ungrouped(_rounded_in_pieces(grouped, scale, spec.format, clips=clips, rescale=True), x.shape)
+        return _ungrouped(_rounded_in_pieces(grouped, scale, spec.format, clips=clips), x.shape)
     if _is_padded(x, grouped):
         of_elements = _per_element(scale.squeeze((-1, -3)), x.shape, spec)
         return (_rounded(x, of_elements, spec.format, clips=clips) * of_elements).contiguous()
     return _ungrouped(_rounded(grouped, scale, spec.format, clips=clips) * scale, x.shape)
 
 
-def bf16_codes(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
-    """Quantise an operand [..., rows, k] that has one scale per row or in all, to codes in bf16.
+def held_codes(x: Tensor, spec: OperandSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantise an operand [..., rows, k] that has one scale per row or in all, to codes held in bf16 or fp32.
 
     Returns the codes [..., rows, k], numbers of the FP8 format, and their fp32 scales [..., rows or 1, 1]. A code is
     exact in bf16, which its product with a scale is not.
@@ -273,9 +273,9 @@ def bf16_codes(x: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
     grouped, scale = _measured(x, spec, None)
     clips = _clips(spec, None)
     if _is_plain(grouped):
-        rounded = _rounded_in_pieces(grouped, scale, spec.format, clips=clips, rescale=False)
+        rounded = _rounded_in_pieces(grouped, scale, spec.format, clips=clips, codes=dtype)
     else:
-        rounded = _rounded(grouped, scale, spec.format, clips=clips).bfloat16()
+        rounded = _rounded(grouped, scale, spec.format, clips=clips).to(dtype)
     return _ungrouped(rounded, x.shape), scale.squeeze((-1, -3))
 
 
@@ -303,7 +303,7 @@ def _clips(spec: OperandSpec, amax: Tensor | None) -> bool:
 def _is_plain(x: Tensor) -> bool:
     """Whether results may be written into memory at hand: nothing traces, and autograd does not record."""
     # A view of a parameter requires gradients even where none are recorded.
-    return _readable(x) and not (x.requires_grad and torch.is_grad_enabled())
+    return readable(x) and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _rounded(grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bool) -> Tensor:
@@ -311,13 +311,15 @@ def _rounded(grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bool) -> Ten
     return (round_to_format if clips else round_in_range)(grouped.float() * scale.reciprocal(), fmt)
 
 
-def _rounded_in_pieces(grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bool, rescale: bool) -> Tensor:
-    """Return the codes of x in bf16, or, rescaled, the fp32 values they stand for; the same numbers as `_rounded`.
+def _rounded_in_pieces(
+    grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bool, codes: torch.dtype | None = None
+) -> Tensor:
+    """Return the codes of x in this dtype, or the fp32 values they stand for; the same numbers as `_rounded`.
 
     Six passes over a piece that stays in the second cache take less than two over memory. Pieces are cut along the
     outermost dimension in memory, so that a transposed view is read, and its result written, in order.
     """
-    out = torch.empty_like(grouped, dtype=torch.float32 if rescale else torch.bfloat16)
+    out = torch.empty_like(grouped, dtype=codes or torch.float32)
     if not grouped.numel():
         return out
     dim = max(range(grouped.dim()), key=lambda d: (grouped.shape[d] > 1, grouped.stride(d)))
@@ -327,15 +329,16 @@ def _rounded_in_pieces(grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bo
         length = min(step, grouped.shape[dim] - start)
         part, target = grouped.narrow(dim, start, length), out.narrow(dim, start, length)
         own = scale.shape[dim] > 1
-        values = part * (inverse.narrow(dim, start, length) if own else inverse)
+        values = target if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+        torch.mul(part, inverse.narrow(dim, start, length) if own else inverse, out=values)
         # A finite sum means finite elements; should finite ones overflow it, the general way is as right.
         if clips and not bool(torch.isfinite(values.sum())):
             values = round_to_format(values, fmt)
         else:
             values = _round_in_place(values.clamp_(-fmt.max, fmt.max) if clips else values, fmt)
-        if rescale:
+        if codes is None:
             torch.mul(values, scale.narrow(dim, start, length) if own else scale, out=target)
-        else:
+        elif values is not target:
             target.copy_(values)
     return out
 

@@ -23,6 +23,7 @@ from loka.dispatch.measuring.draws import Drawn, draw_operands
 from loka.dispatch.measuring.profile import TimeTable
 from loka.dispatch.measuring.shapes import Shape, shapes_of
 from loka.hardware import DeviceInfo, device_info
+from loka.kernel_registry.bf16_units import left_idle
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.judging.evidence import ProductEvidence, RunEvidence
@@ -207,7 +208,7 @@ def tried(
     found: dict[str, Candidate] = {}
     for name, load in loaders.items():
         try:
-            call = load()
+            call = load() if registry.get(name).library != "emulated" else _as_defined(load())
             call(0)
             if info.type == "cuda":
                 torch.cuda.synchronize()
@@ -217,6 +218,16 @@ def tried(
             continue
         found[name] = call
     return found
+
+
+def _as_defined(call: Candidate) -> Candidate:
+    """Return an emulated product in the fp32 that defines it: what units for bf16 win there, bf16 itself wins twice."""
+
+    def defined(i: int) -> object:
+        with left_idle():
+            return call(i)
+
+    return defined
 
 
 def _label(request: GemmRequest) -> str:

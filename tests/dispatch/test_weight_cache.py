@@ -4,6 +4,7 @@ import copy
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from loka.dispatch.running.convert import convert
 from loka.dispatch.running.linear import linear
 from loka.kernel_registry import emulated, halves
 from loka.kernel_registry.layers import Layer, Needs, Sides
+from loka.kernel_registry.spec import Prepared
 from tests.dispatch.made_cached import (
     BATCHES,
     HERE,
@@ -43,7 +45,7 @@ class Counted:
 
     def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, self.count = model, 0
-        found = [(emulated, "fake_quantize"), (emulated, "bf16_codes"), (halves, "quantize_operand")]
+        found = [(emulated, "fake_quantize"), (emulated, "held_codes"), (halves, "quantize_operand")]
         for module, name in found:
             monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
 
@@ -127,13 +129,16 @@ class Layers(nn.Module):
 
 def test_the_layers_of_a_stacked_parameter_are_kept_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Layers()
-    prepared: list[int] = []
+    prepared: list[Prepared] = []
     plain = emulated.rowwise_halves.prepare
-    monkeypatch.setattr(emulated.rowwise_halves, "prepare", lambda b, **k: (prepared.append(1), plain(b, **k))[1])
+    monkeypatch.setattr(
+        emulated.rowwise_halves, "prepare", lambda b, **k: prepared.append(plain(b, **k)) or prepared[-1]
+    )
     convert(model, plan_for(model, {"w": {"fprop": "rowwise"}}), cache_weights=True)
     accumulate(model)
     assert len(prepared) == 3
-    assert weights.kept_bytes() == model.w.numel() * 4
+    assert sum(each.tensors[0].nbytes for each in prepared) == model.w.numel() * 4
+    assert weights.kept_bytes() == sum(tensor.nbytes for each in prepared for tensor in each.tensors)
 
 
 @pytest.mark.skipif(not interprets_triton(), reason="needs Triton's interpreter")

@@ -1,18 +1,16 @@
-"""Emulated FP8 where torchao's breaks on a CPU, its short way for bf16, and the same numbers where recipes agree."""
+"""Emulated FP8 where torchao's breaks on a CPU, and the same numbers where recipes agree."""
 
 import logging
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import loka
-from loka import hardware
 from loka.dispatch.running.linear import linear
 from loka.formats import PASS_OPERANDS, PASSES, RECIPES
 from loka.kernel_registry import emulated
-from loka.quantize import bf16_codes, dequantize, quantize
+from loka.quantize import dequantize, quantize
 from tests.dispatch.made_conversion import plan_for
 from tests.kernel_registry.made_gemm import heavy_tailed as draw
 from tests.kernel_registry.made_gemm import operands
@@ -161,60 +159,6 @@ def _by_torchao(x: Tensor, role: str, recipe, *, round_up: bool) -> Tensor:
         round_scales_to_power_of_2=round_up,
     )
     return to_fp8_saturated(x * scale, spec.format.dtype).float() / scale
-
-
-# --- the short way of a bf16 product ---
-
-needs_bf16 = pytest.mark.skipif(not hardware.multiplies_bf16("cpu"), reason="this CPU does not multiply bf16")
-
-
-@needs_bf16
-@pytest.mark.parametrize("product", PASSES)
-@pytest.mark.parametrize("shape", [(64, 48, 80), (1, 40, 300), (40, 1, 300), (5, 7, 3), (17, 33, 4096)], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_bf16_product_is_within_one_and_a_half_ulp_of_the_definition(name: str, shape, product: str) -> None:
-    a, b = (x.bfloat16() for x in operands(draw, *shape))
-    a, b = (a.t().contiguous().t(), b) if product == "wgrad" else (a, b)
-    exact = KERNELS[name](a, b, product=product, out_dtype=torch.float32)
-    got = KERNELS[name](a, b, product=product, out_dtype=torch.bfloat16)
-    assert got.dtype == torch.bfloat16
-    ulp = np.exp2(np.floor(np.log2(np.abs(exact.numpy()).clip(1e-30))) - 7)
-    # An fp32 sum is itself not exact where its terms cancel: eight bits below the largest of them are left to it.
-    role_a, role_b = PASS_OPERANDS[product]
-    spec_a, spec_b = (RECIPES[name].operand(role) for role in (role_a, role_b))
-    magnitude = dequantize(*quantize(a, spec_a), spec_a).abs() @ dequantize(*quantize(b, spec_b), spec_b).abs().T
-    limit = 1.5 * ulp + shape[2] * 2.0**-24 * magnitude.numpy()
-    assert (np.abs(got.float().numpy() - exact.numpy()) <= limit).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_dynamo_traces_the_short_way_in_one_graph_for_any_number_of_rows(name: str) -> None:
-    compiled = torch.compile(KERNELS[name], backend="aot_eager", fullgraph=True, dynamic=True)
-    for m in (40, 7):
-        a, b = torch.randn(m, 130).bfloat16(), torch.randn(48, 130).bfloat16()
-        want = KERNELS[name](a, b, product="fprop", out_dtype=torch.bfloat16)
-        assert torch.equal(compiled(a, b, product="fprop", out_dtype=torch.bfloat16), want)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_codes_in_bf16_are_the_codes_of_fp8(name: str) -> None:
-    for role in ("input", "grad_output"):
-        spec = RECIPES[name].operand(role)
-        x = heavy_tailed(40, 70)
-        data, scale = quantize(x, spec)
-        for source in (x, x.requires_grad_()):
-            codes, of_codes = bf16_codes(source, spec)
-            assert codes.dtype == torch.bfloat16
-            assert torch.equal(codes.detach().float(), data.float())
-            assert torch.equal(of_codes.detach(), scale.reshape(of_codes.shape))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_without_bf16_units_the_definition_is_rounded_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(emulated._MULTIPLIES_BF16, "cpu", False)
-    a, b = operands(draw, 9, 12, 50)
-    exact = KERNELS[name](a, b, product="fprop", out_dtype=torch.float32)
-    assert torch.equal(KERNELS[name](a, b, product="fprop", out_dtype=torch.bfloat16), exact.bfloat16())
 
 
 @pytest.fixture(autouse=True)
