@@ -8,7 +8,7 @@ product is made where x_k^2 |w_k|^2 is, so a sixteenth of the columns can accoun
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,22 +17,11 @@ from torch import Tensor, nn
 
 from loka.errors import ArgumentError
 from loka.mods.claims import Claim
-from loka.mods.trial.equivalent import (
-    MIN_GAIN_AT_A_COST,
-    NOT_CALLED,
-    EquivalentMod,
-    Place,
-    Proposal,
-    Refusal,
-    checked_recipe,
-    linears,
-    make_linear,
-    renewed,
-    unsuited,
-)
+from loka.mods.trial.equivalent import MIN_GAIN_AT_A_COST, Refusal, checked_recipe, make_linear
 from loka.mods.trial.gain import error_of, rounded_product, rounding_error
-from loka.mods.trial.observe import LinearTraffic, Traffic
-from loka.mods.trial.wrapping import KeptLinear, LinearWrapper, multiply
+from loka.mods.trial.observe import LinearTraffic
+from loka.mods.trial.splitting import SplittingMod, kept_columns
+from loka.mods.trial.wrapping import LinearWrapper, multiply
 from loka.selection import Selection
 
 # X W^T in some precision.
@@ -100,7 +89,7 @@ class SplitLinear(LinearWrapper):
 
 
 @dataclass(frozen=True, slots=True)
-class KeepRowsHigh(EquivalentMod):
+class KeepRowsHigh(SplittingMod):
     """Split nn.Linear so that loud columns and rows of its input stay out of the product that goes to FP8.
 
     `columns`: how many, or which share of them, the ones with the largest E[x_k^2] |w_k|^2; 0 for none. `rows`: rows
@@ -133,51 +122,26 @@ class KeepRowsHigh(EquivalentMod):
         if not columns and rows is None:
             raise ArgumentError("KeepRowsHigh(columns=0, rows=None) keeps nothing. Give one of the two.")
 
-    def measures(self, model: nn.Module) -> Iterable[nn.Linear]:
-        """Measure those that may be split."""
-        return linears(model, self.only).values()
-
-    def proposals(self, model: nn.Module, traffic: Traffic) -> Iterable[Proposal]:
-        """Propose each linear whose error falls when its loud columns and rows are kept out."""
-        for fqn, linear in linears(model, self.only).items():
-            seen = traffic.measured(linear)
-            reader = traffic.foreign.get(id(linear))
-            if seen is None:
-                yield Refusal(fqn=fqn, mod=self.name, reason=NOT_CALLED)
-            elif reader or unsuited(linear):
-                why = f"its weight is also read by {reader}" if reader else unsuited(linear)
-                yield Refusal(fqn=fqn, mod=self.name, reason=why)
-            else:
-                yield self._split(fqn, linear, seen)
-
-    def nothing_found(self, model: nn.Module) -> str:
-        """Say what was looked for."""
-        return "It looks for nn.Linear; the model has none."
-
-    def _split(self, fqn: str, linear: nn.Linear, seen: LinearTraffic) -> Proposal:
+    def split(self, fqn: str, linear: nn.Linear, seen: LinearTraffic) -> Claim | Refusal:
+        """Split off its loud columns and rows, where the error falls with them."""
         columns = self._columns(linear, seen)
         period, limit = self._rows(seen)
         if not len(columns) and not period:
-            return Refusal(fqn=fqn, mod=self.name, reason="none of its rows is loud, and no column is to be kept")
+            return self.refused(fqn, "none of its rows is loud, and no column is to be kept")
         recipe, x, weight = checked_recipe(self.recipe), seen.rows, linear.weight.detach().float()
         before = rounding_error(x, weight, recipe)
         after = error_of(_product(x, weight, columns, limit, lambda x, w: rounded_product(x, w, recipe)), x, weight)
         figures = f"error under {self.recipe} {before:.4f} -> {after:.4f}"
         if not after <= (1 - MIN_GAIN_AT_A_COST) * before:
-            return Refusal(fqn=fqn, mod=self.name, reason=f"nothing is gained there: {figures}", figure=after)
+            return self.refused(fqn, f"nothing is gained there: {figures}", figure=after)
 
         def build() -> SplitLinear:
             now, sizes = linear.weight.detach(), (linear.in_features, linear.out_features)
             rest = make_linear(linear, now.index_fill(1, columns, 0), linear.bias, sizes)
-            few = (len(columns), linear.out_features)
-            loud = KeptLinear(*few, bias=False, device="meta") if len(columns) else None
-            if loud is not None:
-                loud.weight = renewed(linear.weight, now.index_select(1, columns))
-            return SplitLinear(rest, loud, columns, period)
+            return SplitLinear(rest, kept_columns(linear, columns), columns, period)
 
         kept = f"{len(columns)} columns and {f'one row in {period}' if period else 'no rows'} kept high"
-        claim = Claim(mod=self.name, fqn=fqn, module=linear, build=build, reason=f"{kept}: {figures}")
-        return Place(mod=self.name, fqn=fqn, claims=(claim,))
+        return Claim(mod=self.name, fqn=fqn, module=linear, build=build, reason=f"{kept}: {figures}")
 
     def _columns(self, linear: nn.Linear, seen: LinearTraffic) -> Tensor:
         k = linear.in_features

@@ -13,7 +13,7 @@ no larger than k; columns cost nothing. The rows are found where they arise: the
 the product in FP8, and the rows with the largest ratio are multiplied again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,21 +23,11 @@ from torch import Tensor, nn
 from loka.errors import ArgumentError
 from loka.formats import Recipe
 from loka.mods.claims import Claim
-from loka.mods.trial.equivalent import (
-    NOT_CALLED,
-    EquivalentMod,
-    Place,
-    Proposal,
-    Refusal,
-    checked_recipe,
-    linears,
-    make_linear,
-    renewed,
-    unsuited,
-)
+from loka.mods.trial.equivalent import Refusal, checked_recipe, make_linear
 from loka.mods.trial.gain import rounded_product
-from loka.mods.trial.observe import LinearTraffic, Traffic
-from loka.mods.trial.wrapping import KeptLinear, LinearWrapper, multiply
+from loka.mods.trial.observe import LinearTraffic
+from loka.mods.trial.splitting import SplittingMod, kept_columns
+from loka.mods.trial.wrapping import LinearWrapper, multiply
 from loka.numerics import gate_for, product_error
 from loka.selection import Selection
 
@@ -135,7 +125,7 @@ class _Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class KeepShareHigh(EquivalentMod):
+class KeepShareHigh(SplittingMod):
     """Keep as many columns and rows in high precision as make the error of a product `times` times lower.
 
     What is lowered is the 99th percentile over rows of `row_error` (with fewer than 8 outputs `relative_error`) under
@@ -172,54 +162,30 @@ class KeepShareHigh(EquivalentMod):
                 "which is what FP8 alone costs, and up to 1."
             )
 
-    def measures(self, model: nn.Module) -> Iterable[nn.Linear]:
-        """Measure those that may be split."""
-        return linears(model, self.only).values()
-
-    def proposals(self, model: nn.Module, traffic: Traffic) -> Iterable[Proposal]:
-        """Propose each linear whose error falls as far as is asked for, at less than the cost of high precision."""
-        for fqn, linear in linears(model, self.only).items():
-            seen = traffic.measured(linear)
-            reader = traffic.foreign.get(id(linear))
-            if seen is None:
-                yield Refusal(fqn=fqn, mod=self.name, reason=NOT_CALLED)
-            elif reader or unsuited(linear):
-                why = f"its weight is also read by {reader}" if reader else unsuited(linear)
-                yield Refusal(fqn=fqn, mod=self.name, reason=why)
-            else:
-                yield self._split(fqn, linear, seen)
-
-    def nothing_found(self, model: nn.Module) -> str:
-        """Say what was looked for."""
-        return "It looks for nn.Linear; the model has none."
-
-    def _split(self, fqn: str, linear: nn.Linear, seen: LinearTraffic) -> Proposal:
+    def split(self, fqn: str, linear: nn.Linear, seen: LinearTraffic) -> Claim | Refusal:
+        """Split it where its error falls as far as is asked for, at less than the cost of high precision."""
         loudness = (seen.energy * _harm(linear.weight)).nan_to_num()
         trial = _Trial(seen.rows, linear.weight.detach().float(), loudness.argsort(descending=True), self.recipe)
         before = trial.error(0, 0)
         if not 0 < before < float("inf"):
-            return Refusal(fqn=fqn, mod=self.name, reason="its product is all zero, or not finite, or exact in FP8")
+            return self.refused(fqn, "its product is all zero, or not finite, or exact in FP8")
         choice = min((trial.least(period, before / (self.times * _MARGIN)) for period in _PERIODS), key=_cost)
         work = f"{choice.high:.0%} of its work in high precision and {choice.low:.0%} in FP8"
         figures = f"error p99 under {self.recipe} {before:.4f} -> {choice.after:.4f}"
         if choice.cost > self.most:
             reason = f"{self.times:g} times less takes {work}, no cheaper than most={self.most:g} allows: {figures}"
-            return Refusal(fqn=fqn, mod=self.name, reason=reason, figure=choice.cost)
+            return self.refused(fqn, reason, figure=choice.cost)
         columns = trial.order[: choice.columns].sort().values
 
         def build() -> PartedLinear:
             now, outputs = linear.weight.detach(), linear.out_features
             others = torch.ones(linear.in_features, dtype=torch.bool, device=now.device).index_fill(0, columns, False)
             rest = make_linear(linear, now[:, others], linear.bias, (linear.in_features - len(columns), outputs))
-            loud = KeptLinear(len(columns), outputs, bias=False, device="meta") if len(columns) else None
-            if loud is not None:
-                loud.weight = renewed(linear.weight, now.index_select(1, columns))
-            return PartedLinear(rest, loud, columns, choice.period)
+            return PartedLinear(rest, kept_columns(linear, columns), columns, choice.period)
 
         rows = f"one row in {choice.period}" if choice.period else "no rows"
         reason = f"{choice.columns} columns and {rows} kept high, {work}: {figures}"
-        claim = Claim(mod=self.name, fqn=fqn, module=linear, build=build, reason=reason)
-        return Place(mod=self.name, fqn=fqn, claims=(claim,))
+        return Claim(mod=self.name, fqn=fqn, module=linear, build=build, reason=reason)
 
 
 def _cost(choice: _Choice) -> float:

@@ -1,0 +1,97 @@
+"""A frozen model that is compiled or exported: its codes go along, in one graph."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+from loka.compiler import rewrite
+from loka.dispatch.freezing.freeze import freeze
+from loka.kernel_registry.registry import default_registry
+from tests.dispatch.made_conversion import needs_a_compiler
+from tests.dispatch.made_frozen import KERNEL, ON_A_CPU, Mlp, frozen_mlp, plan_of
+
+# One of each way to scale and of each library: a trace takes a second or two.
+TRACED = ["emulated.linear.rowwise", "emulated.linear.blockwise", "emulated.linear.mxfp8", *ON_A_CPU]
+
+
+@pytest.mark.parametrize("kernel", TRACED)
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_a_frozen_model_is_exported_with_its_codes(kernel: str, strict: bool, tmp_path: Path) -> None:
+    model, _ = frozen_mlp(kernel)
+    model.eval()
+    x = torch.randn(5, 16)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    torch.export.save(program, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2")
+    assert again.state_dict["up.weight"].dtype == model.up.weight.codes.dtype
+    for rows in (5, 17):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(again.module()(x), model(x), rtol=1e-6, atol=1e-6)
+    assert torch.equal(again.module()(x), model(x)) or not kernel.startswith("torch.")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [*((kernel, torch.bfloat16) for kernel in TRACED), ("emulated.linear.rowwise", torch.float32)],
+    ids=str,
+)
+def test_a_frozen_model_compiles_in_one_graph(kernel: str, dtype: torch.dtype) -> None:
+    model, _ = frozen_mlp(kernel)
+    model.to(dtype)
+    x = torch.randn(5, 16, dtype=dtype)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("kernel", ["emulated.linear.blockwise", KERNEL])
+def test_inductor_compiles_it(kernel: str) -> None:
+    model, _ = frozen_mlp(kernel)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for rows in (5, 9):
+        x = torch.randn(rows, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backend_leaves_stored_weights_as_they_are(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Mlp().to(dtype)
+    plan = plan_of(model, ["up", "down"], "emulated.linear.rowwise")
+    freeze(model, plan)
+    found = []
+
+    def backend(graph, inputs):  # without Inductor: what it makes of it is tested above
+        found.append(rewrite(graph, plan))
+        return aot_eager(graph, inputs)
+
+    x = torch.randn(5, 16, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(x), model(x))
+    assert found == [()]
+
+
+def test_a_kernel_that_cannot_be_traced_is_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = default_registry().get(KERNEL)
+    monkeypatch.setitem(default_registry()._specs, KERNEL, replace(spec, traceable=False))
+    model, _ = frozen_mlp()
+    x = torch.randn(5, 16)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(x), model(x))
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("stored_product" in name for name in called) == 2
+    arguments = x, model.up.weight.codes, model.up.weight_scale, KERNEL
+    torch.library.opcheck(torch.ops.loka.stored_product.default, arguments, test_utils="test_faketensor")
