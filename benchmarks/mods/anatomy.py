@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from benchmarks.mods.equivalent import RECIPES, SUBJECTS, WORST, Subject, judge_sites, worst_sites
+from benchmarks.mods.equivalent import RECIPES, SUBJECTS, WORST, Subject, judge_sites, run_hooked, worst_sites
 from benchmarks.record import write_record
 from benchmarks.truth.materials import build, missing
 from loka.formats import DEFAULT_RECIPES, recipe
@@ -137,13 +137,7 @@ def _inputs(subject: Subject, names: Sequence[str], batches: Sequence[Any]) -> d
     def keep(name: str) -> Callable[..., None]:
         return lambda module, args: seen[name].append(args[0].flatten(0, -2).float())
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        for batch in batches:
-            subject.logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(subject, batches, [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names])
     return {name: torch.cat(rows) for name, rows in seen.items()}
 
 

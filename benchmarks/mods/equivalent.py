@@ -26,6 +26,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import loka.mods
 from benchmarks.record import write_record
@@ -171,15 +172,21 @@ def judge_sites(model: nn.Module, names: Sequence[str], subject: Subject, batche
 
         return hook
 
-    handles = [modules[name].register_forward_hook(judge(name)) for name in names]
+    try:
+        run_hooked(subject, batches, [modules[name].register_forward_hook(judge(name)) for name in names])
+    finally:
+        rounding.remove()
+    return sites
+
+
+def run_hooked(subject: Subject, batches: Sequence[Any], handles: Sequence[RemovableHandle]) -> None:
+    """Run a model on batches, and take the hooks away that saw them."""
     try:
         for batch in batches:
-            subject.logits(model, batch)
+            subject.logits(subject.material.model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        rounding.remove()
-    return sites
 
 
 def judge_output(
