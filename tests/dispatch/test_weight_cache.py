@@ -4,7 +4,6 @@ import copy
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
