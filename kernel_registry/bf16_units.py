@@ -26,8 +26,15 @@ from loka.torch_release import being_compiled, is_exporting
 _AVAILABLE: Final[dict[str, bool]] = {"cpu": multiplies_bf16("cpu")}
 _BACKEND: Final = ("mkldnn", "matmul")  # torch.backends.mkldnn.matmul.fp32_precision, without its cost in Python
 _NOT_CHOSEN: Final = "none"
-# Whose threads draw, write or compile: by the package that their work is defined in.
-_QUIET: Final[tuple[str, ...]] = ("loka", "tqdm", "tensorboard", "wandb")
+# Threads that draw, write or pass data on: by the start of the module that their work is defined in.
+_QUIET: Final[tuple[str, ...]] = (
+    "loka.",
+    "multiprocessing.queues",
+    "tensorboard.",
+    "torch.utils.data.",
+    "tqdm.",
+    "wandb.",
+)
 _COMPILER: Final = "torch._inductor.async_compile"
 
 
@@ -71,13 +78,13 @@ def _is_alone() -> bool:
     if threading.active_count() == 1:
         return True
     others = set(threading.enumerate()) - {threading.current_thread()}
-    return all(_package(thread) in _QUIET for thread in others - _compiling())
+    return all(_module(thread).startswith(_QUIET) for thread in others - _compiling())
 
 
-def _package(thread: threading.Thread) -> str:
+def _module(thread: threading.Thread) -> str:
     """Return where the work of a thread is defined."""
     work = getattr(thread, "_target", None) or type(thread)  # without a target, a class of its own says what is done
-    return str(getattr(work, "__module__", "")).partition(".")[0]
+    return str(getattr(work, "__module__", ""))
 
 
 def _compiling() -> set[threading.Thread]:

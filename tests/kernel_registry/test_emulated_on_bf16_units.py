@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from loka import hardware
 from loka.dispatch.measuring.measure import tried
@@ -200,7 +201,7 @@ def test_the_threads_of_this_project_and_of_the_compiler_do_not_multiply(monkeyp
     from loka.probes.storing.writer import RunWriter
 
     for work in (Courier._deliver, RunWriter._work):
-        assert bf16_units._package(threading.Thread(target=work)) == "loka"
+        assert bf16_units._module(threading.Thread(target=work)).startswith(bf16_units._QUIET)
     AsyncCompile.pool.cache_clear()
     with monkeypatch.context() as patch, torch._inductor.config.patch(compile_threads=2), AsyncCompile.pool() as pool:
         assert pool.submit(threading.current_thread).result() in bf16_units._compiling()
@@ -208,6 +209,21 @@ def test_the_threads_of_this_project_and_of_the_compiler_do_not_multiply(monkeyp
         assert bf16_units._is_alone()
     AsyncCompile.pool.cache_clear()
     assert not bf16_units._compiling()
+
+
+def squares() -> TensorDataset:
+    return TensorDataset(torch.arange(8.0).square())
+
+
+def test_the_workers_of_a_data_loader_do_not_multiply_in_this_process(monkeypatch) -> None:
+    before = set(threading.enumerate())
+    batches = iter(DataLoader(squares(), batch_size=2, num_workers=1))
+    next(batches)
+    fed = set(threading.enumerate()) - before
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread(), *fed])
+    assert fed
+    assert bf16_units._is_alone()
+    assert len(list(batches)) == 3
 
 
 # --- graphs ---
