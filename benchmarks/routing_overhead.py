@@ -1,17 +1,18 @@
 """What tracing the routing costs: a mixture of experts that reads prompts and generates, with the trace and without.
 
 The models are those of transformers, built from their configurations with random weights; a trace sees the same work
-whatever the weights are. Runs with and without take turns, one thread, process CPU time: the ratio then holds on a busy
-machine. Opening and finishing the file is part of it, as it is of a recording.
+whatever the weights are. The traced model and its plain twin share their weights and take turns, one batch of requests
+each, one thread, process CPU time: the median over rounds then holds on a busy machine. What a trace costs once, to
+open and to finish it, comes apart.
 """
 
 import argparse
-import itertools
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from time import process_time
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -25,7 +26,9 @@ _SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 4, "num_experts": 16},
     "medium": {"hidden_size": 1024, "moe_intermediate_size": 512, "num_hidden_layers": 8, "num_experts": 64},
 }
+_ROUNDS: dict[str, int] = {"small": 101, "medium": 21}
 _SMALLEST = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_experts": 8}
+_OPENED: Final[int] = 9  # traces; the cheapest counts
 
 
 def build(sizes: dict[str, Any]) -> nn.Module:
@@ -46,35 +49,44 @@ def build(sizes: dict[str, Any]) -> nn.Module:
     return model
 
 
-def works(model: Any, rows: int, prompt: int, answer: int) -> dict[str, Callable[[], object]]:
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return the same model on the same weights."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
+def works(rows: int, prompt: int, answer: int) -> dict[str, Callable[[Any], object]]:
     """Return what is timed: prompts that are read, and answers that are generated after a short prompt."""
     ids = torch.randint(3, 1024, (rows, prompt))
 
-    def read() -> object:
+    def read(model: Any) -> object:
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False)
 
-    def generate() -> object:
+    def generate(model: Any) -> object:
         mask = torch.ones(rows, 4, dtype=torch.long)
         return model.generate(input_ids=ids[:, :4], attention_mask=mask, max_new_tokens=answer, do_sample=False)
 
     return {f"read {rows} x {prompt}": read, f"generate {rows} x {answer}": generate}
 
 
-def study(work: Callable[[], object], model: nn.Module, *, folder: Path, times: int, rounds: int) -> Ratio:
-    """Return the time of `times` runs that are traced, over that of as many that are not."""
-    names = (folder / f"{number}.npz" for number in itertools.count())
+def study(work: Callable[[Any], object], model: nn.Module, path: Path, rounds: int) -> Ratio:
+    """Return the time of a traced run over that of a plain one."""
+    traced = twin_of(model)
+    with loka.trace_routing(traced, path):
+        return interleaved_ratio(lambda: work(traced), lambda: work(model), rounds=rounds, clock=process_time)
 
-    def traced() -> None:
-        with loka.trace_routing(model, next(names)):
-            for _ in range(times):
-                work()
 
-    def plain() -> None:
-        for _ in range(times):
-            work()
-
-    return interleaved_ratio(traced, plain, rounds=rounds, warmup=1, clock=process_time)
+def opening(work: Callable[[Any], object], model: nn.Module, folder: Path) -> float:
+    """Return the milliseconds that opening and finishing a trace of one run takes, beside the run."""
+    found = []
+    for number in range(_OPENED):
+        begin = process_time()
+        with loka.trace_routing(model, folder / f"{number}.npz"):
+            before = process_time()
+            work(model)
+            after = process_time()
+        found.append(process_time() - after + before - begin)
+    return round(1000 * min(found), 2)
 
 
 def main() -> None:
@@ -84,19 +96,20 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    settings: dict[str, Any] = {"rows": 4, "prompt": 128, "answer": 32, "times": 8, "rounds": 5}
+    settings: dict[str, Any] = {"rows": 4, "prompt": 128, "answer": 32, "rounds": _ROUNDS}
+    sizes = _SIZES
     if quick:
-        settings |= {"prompt": 8, "answer": 4, "times": 1, "rounds": 1}
+        settings |= {"prompt": 8, "answer": 4, "rounds": {"smallest": 1}}
+        sizes = {"smallest": _SMALLEST}
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, sizes in ({"smallest": _SMALLEST} if quick else _SIZES).items():
-            model = build(sizes)
-            for what, work in works(model, settings["rows"], settings["prompt"], settings["answer"]).items():
-                place = Path(folder) / f"{name}-{len(results)}"
-                place.mkdir()
-                ratio = study(work, model, folder=place, times=settings["times"], rounds=settings["rounds"])
-                results[f"{name}: {what}, traced / plain"] = ratio
-    write_record("routing_overhead", {**settings, "sizes": _SIZES}, results)
+        for name, size in sizes.items():
+            model = build(size)
+            for what, work in works(settings["rows"], settings["prompt"], settings["answer"]).items():
+                path = Path(folder) / f"{name}-{len(results)}.npz"
+                results[f"{name}: {what}, traced / plain"] = study(work, model, path, settings["rounds"][name])
+            results[f"{name}: opening and finishing a trace, ms"] = opening(work, model, Path(folder))
+    write_record("routing_overhead", {**settings, "sizes": sizes}, results)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import inspect
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ _TOKENS: Final[tuple[str, ...]] = ("decoder_input_ids", "input_ids", "decoder_in
 _CACHES: Final[tuple[str, ...]] = ("past_key_values", "past_key_value", "cache_params", "past")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
+class Batch(NamedTuple):  # one is made for every step, and that takes a third of a frozen dataclass's time
     """What a forward is given; `length`: tokens of a row, None where the shape does not tell.
 
     `valid` [rows, length] is false on padding; `hidden`: padding there may be, but not in a form that is understood.
@@ -33,31 +32,51 @@ class Batch:
 
 def takes_batches(module: nn.Module) -> bool:
     """Whether a part of a model is given tokens, and so knows its batch."""
-    return bool({"input_ids", "inputs_embeds"} & set(inspect.signature(module.forward).parameters))
+    method = getattr(module.forward, "__func__", None)  # of a class, which has many modules
+    return _takes_tokens(module.forward) if method is None else _method_takes_tokens(method)
+
+
+def _takes_tokens(forward: Callable[..., Any]) -> bool:
+    return bool({"input_ids", "inputs_embeds"} & set(inspect.signature(forward).parameters))
+
+
+_method_takes_tokens = lru_cache(maxsize=256)(_takes_tokens)
 
 
 def batch_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch | None:
     """Return what the arguments of a forward say, None where no tensor is among them."""
     given = _bound(signature, args, kwargs) if args else kwargs  # binding takes as long as all the rest
-    known = [given[name] for name in _TOKENS if isinstance(given.get(name), Tensor)]
-    tokens = known[0] if known else next((value for value in given.values() if isinstance(value, Tensor)), None)
+    tokens = _first_tokens(given)
     if tokens is None or tokens.ndim == 0:
         return None
-    cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+    cache = None
+    for name in _CACHES:
+        cache = given.get(name)
+        if cache is not None:
+            break
     cached = cache_length(cache)
-    rows, length = _shape(tokens)
+    integers = not tokens.is_floating_point()
+    rows, length = _shape(tokens.shape, integers)
     mask = given.get("attention_mask")
     valid, hidden = (None, False) if mask is None else _valid(mask, rows, length, cached)
     return Batch(
         rows=rows,
         length=length,
-        tokens=tokens if not tokens.is_floating_point() and tokens.ndim == 2 else None,
+        tokens=tokens if integers and tokens.ndim == 2 else None,
         valid=valid,
         hidden=hidden,
         cache=cache,
         cached=cached,
         encoded=given.get("encoder_outputs") is not None,
     )
+
+
+def _first_tokens(given: Mapping[str, Any]) -> Tensor | None:
+    for name in _TOKENS:
+        value = given.get(name)
+        if isinstance(value, Tensor):
+            return value
+    return next((value for value in given.values() if isinstance(value, Tensor)), None)
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,14 +96,13 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[
     return flat
 
 
-def _shape(tokens: Tensor) -> tuple[int, int | None]:
+def _shape(shape: torch.Size, integers: bool) -> tuple[int, int | None]:
     """Return rows and tokens of a row: [rows, tokens] or [rows, tokens, features]; without rows it is one request."""
-    integers = not tokens.is_floating_point()
-    if tokens.ndim == (1 if integers else 2):
-        return 1, int(tokens.shape[0])
-    if tokens.ndim == (2 if integers else 3):
-        return int(tokens.shape[0]), int(tokens.shape[1])
-    return int(tokens.shape[0]), None
+    if len(shape) == (1 if integers else 2):
+        return 1, shape[0]
+    if len(shape) == (2 if integers else 3):
+        return shape[0], shape[1]
+    return shape[0], None
 
 
 def _valid(mask: Any, rows: int, length: int | None, cached: int) -> tuple[Tensor | None, bool]:
@@ -94,7 +112,7 @@ def _valid(mask: Any, rows: int, length: int | None, cached: int) -> tuple[Tenso
     if length is None:
         return None, True
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == rows and mask.shape[1] >= length:
-        return (mask[:, -1] if length == 1 else mask[:, -length:].reshape(-1)) != 0, False
+        return (mask.select(1, -1) if length == 1 else mask[:, -length:].reshape(-1)) != 0, False
     if length == 1 and cached:
         return None, False  # a token that was just made
     if not cached and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[0] == rows and mask.shape[3] >= length:

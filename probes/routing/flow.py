@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from loka.errors import ArgumentError, LokaWarning
 from loka.probes.routing.batches import Batch, cache_in, reference
-from loka.probes.routing.requests import Frame, OpenRequests
+from loka.probes.routing.requests import Forward, Frame, OpenRequests
 from loka.probes.routing.sites import RoutingSite
 from loka.probes.routing.spill import Spill, TraceFacts
 from loka.probes.routing.trace import DECODE, PREFILL
@@ -37,14 +37,15 @@ class Scope:
     requests: OpenRequests | None = None
 
 
-@dataclass(slots=True)
-class Situation:
-    """What one thread has open."""
+class Situation(threading.local):
+    """What each thread has open."""
 
-    frames: list[Frame] = field(default_factory=list)
-    scope: Scope | None = None
-    domains: list[str] = field(default_factory=list)
-    phases: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.forward: Forward | None = None  # of the innermost frame
+        self.scope: Scope | None = None
+        self.domains: list[str] = []
+        self.phases: list[int] = []
 
 
 class Flow:
@@ -54,6 +55,7 @@ class Flow:
         self, sites: Sequence[RoutingSite], spill: Spill, facts: TraceFacts, domain: str, stop_tokens: Sequence[int]
     ) -> None:
         self.spill = spill
+        self.seen: set[int] = set()  # positions of the sites that ran
         self._sites = sites
         self._facts = facts
         self._domain = domain
@@ -67,7 +69,7 @@ class Flow:
 
     def enter(self, module: nn.Module, batch: Batch, given: tuple[Any, Any], here: Situation, *, whole: bool) -> None:
         """Begin a forward of the `whole` model or of a part of it."""
-        outer = here.frames[-1] if here.frames else None
+        outer = here.forward
         if outer is None:
             with self._lock:
                 requests, phase = self._place(batch, here, whole=whole)
@@ -75,36 +77,32 @@ class Flow:
                 self._step(requests, batch)
         else:
             requests, phase = outer.requests, outer.phase
-        frame = Frame(
-            module=module,
-            requests=requests,
-            phase=phase,
-            rows=batch.rows,
-            length=batch.length,
-            valid=self._valid(batch, requests, phase, outer),
-            outermost=outer is None,
-            error=sys.exception(),
-            given=given,
-        )
-        here.frames.append(frame)
+        valid = self._valid(batch, requests, phase, outer)
+        facts = (batch.rows, batch.length, valid, given, requests.hidden_size, torch.is_inference_mode_enabled())
+        here.forward = Forward(requests, phase, *facts)
+        here.frames.append(Frame(module, here.forward, sys.exception()))
 
     def pass_on(self, module: nn.Module, given: tuple[Any, Any], here: Situation) -> bool:
         """Begin a forward of a part that is given the very tokens and mask of the model around it, if this is one."""
-        outer = here.frames[-1] if here.frames else None
+        outer = here.forward
         if outer is None or given[0] is None or given[0] is not outer.given[0] or given[1] is not outer.given[1]:
             return False
-        here.frames.append(replace(outer, module=module, outermost=False, error=sys.exception()))
+        here.frames.append(Frame(module, outer, sys.exception()))
         return True
 
     def leave(self, here: Situation, output: Any) -> None:
         """End the innermost forward."""
         frame = here.frames.pop()
-        requests = frame.requests
+        forward, outermost = frame.forward, not here.frames
+        here.forward = None if outermost else here.frames[-1].forward
         if output is None and sys.exception() is not frame.error:  # it failed
-            self._drop(requests)
+            self._drop(forward)
             return
-        if not frame.outermost:
+        if here.forward is not forward:
+            self.take(forward)
+        if not outermost:
             return
+        requests = forward.requests
         if requests.cache is None:
             cache = cache_in(output)
             requests.cache = None if cache is None else reference(cache)
@@ -112,11 +110,21 @@ class Flow:
         if requests.cache is None and not requests.waits and here.scope is None:
             self.close(requests)
 
+    def take(self, forward: Forward) -> None:
+        """Bring to its requests what a forward has chosen so far."""
+        self._note(forward)
+        try:
+            forward.requests.take(forward)
+        except ArgumentError:
+            self._drop(forward)
+            raise
+
     def cut_off(self, here: Situation) -> None:
         """Forget the forwards that were left without an end, and their requests."""
         for frame in here.frames:
-            self._drop(frame.requests)
+            self._drop(frame.forward)
         here.frames.clear()
+        here.forward = None
 
     # --- requests
 
@@ -189,9 +197,9 @@ class Flow:
         """Count a decode step of the rows that have not ended; a row ends when it is fed a stop token."""
         if not self._stop_tokens or batch.tokens is None or batch.length != 1:
             requests.running = None
-            requests.stepped(1)
+            requests.stepped(None)
             return
-        tokens, running = batch.tokens[:, 0], requests.running
+        tokens, running = batch.tokens.select(1, 0), requests.running
         if len(self._stop_tokens) <= _FEW:
             for token in self._stop_tokens:
                 goes_on = tokens != token
@@ -205,7 +213,7 @@ class Flow:
         requests.running = running
         requests.stepped(running)
 
-    def _valid(self, batch: Batch, requests: OpenRequests, phase: int, outer: Frame | None) -> Tensor | None:
+    def _valid(self, batch: Batch, requests: OpenRequests, phase: int, outer: Forward | None) -> Tensor | None:
         """Return which tokens count: no padding, and no row that has ended."""
         valid = batch.valid
         if batch.hidden and batch.rows > 1:
@@ -234,11 +242,18 @@ class Flow:
         while self._open:
             self.close(self._open[0])
 
-    def _drop(self, requests: OpenRequests) -> None:
+    def _drop(self, forward: Forward) -> None:
+        requests = forward.requests
+        self._note(forward)
         with self._lock:
             if requests in self._open:
                 log.info("%d requests were cut off by an exception, and are not in the trace", requests.rows)
                 self._open.remove(requests)
+
+    def _note(self, forward: Forward) -> None:
+        for position, index, _ in forward.chosen if len(self.seen) < len(self._sites) else ():
+            if position not in self.seen and not index.is_meta:
+                self.seen.add(position)
 
     def _warn_of_padding(self) -> None:
         if not self._warned:

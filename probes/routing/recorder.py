@@ -19,7 +19,6 @@ or of several sequences for a prompt, are requests of their own.
 import inspect
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -81,8 +80,7 @@ class RoutingRecorder:
         self._root = unwrap(model)
         self._domain = check_domains([domain])[0]
         self._stop = _stop_tokens(self._root) if stop_tokens is None else tuple(stop_tokens)
-        self._local = threading.local()
-        self._seen: set[int] = set()
+        self._here = Situation()
         self._flow: Flow | None = None
         self._exit = ExitStack()
 
@@ -96,7 +94,7 @@ class RoutingRecorder:
     @contextmanager
     def request(self, domain: str | Sequence[str] | None = None) -> Iterator[None]:
         """Take all forwards inside as one batch of requests; `domain` for all of its rows, or one for each."""
-        here = self._here()
+        here = self._here
         if here.scope is not None:
             raise ArgumentError("A request scope is open already, and they do not nest. Use trace.domain inside it.")
         if domain is not None:
@@ -112,7 +110,7 @@ class RoutingRecorder:
     @contextmanager
     def domain(self, name: str) -> Iterator[None]:
         """Give this domain to the requests that begin inside; the innermost one counts."""
-        domains = self._here().domains
+        domains = self._here.domains
         domains.append(check_domains([name])[0])
         try:
             yield
@@ -124,20 +122,12 @@ class RoutingRecorder:
         """Count the forwards inside as "prefill" or "decode", whatever they look like."""
         if name not in PHASES:
             raise ArgumentError(f"There is no phase {name!r}. Say 'prefill' or 'decode'.")
-        phases = self._here().phases
+        phases = self._here.phases
         phases.append(PHASES.index(name))
         try:
             yield
         finally:
             phases.pop()
-
-    def _here(self) -> Situation:
-        """Return what this thread has open."""
-        try:
-            situation: Situation = self._local.situation
-        except AttributeError:
-            situation = self._local.situation = Situation()
-        return situation
 
     # --- entering and leaving the block
 
@@ -154,7 +144,7 @@ class RoutingRecorder:
         self._flow = Flow(self.sites, Spill(self.path, facts), facts, self._domain, self._stop)
         parts = [module for module in self._root.modules() if module is self._root or takes_batches(module)]
         hooks = [hook for module in parts for hook in self._watch_batches(module, self._flow)]
-        hooks += [self._watch_site(position, site) for position, site in enumerate(self.sites)]
+        hooks += [self._watch_site(position, site, self._flow) for position, site in enumerate(self.sites)]
         for hook in hooks:
             self._exit.callback(hook.remove)
         # On CUDA `generate` may compile by itself.
@@ -169,20 +159,20 @@ class RoutingRecorder:
         self._exit.close()
         assert self._flow is not None
         spill = self._flow.spill
-        self._flow.cut_off(self._here())
+        self._flow.cut_off(self._here)
         try:
             self._flow.close_all()
         finally:
-            if self._seen and spill.requests:
+            if self._flow.seen and spill.requests:
                 spill.finish()
             else:
                 spill.discard()
-        if not self._seen and error is None:
+        if not self._flow.seen and error is None:
             raise EvidenceError(
                 f"No token was routed inside the block, so there is no trace. {len(self.sites)} sites were watched, "
                 f"first {self.sites[0].name!r}; run the model, or a part that takes input_ids, inside."
             )
-        unseen = [site.name for position, site in enumerate(self.sites) if position not in self._seen]
+        unseen = [site.name for position, site in enumerate(self.sites) if position not in self._flow.seen]
         if unseen and spill.requests and error is None:
             warnings.warn(
                 f"{len(unseen)} of {len(self.sites)} sites never ran, and are all zero in the trace: "
@@ -195,12 +185,13 @@ class RoutingRecorder:
 
     def _watch_batches(self, module: nn.Module, flow: Flow) -> tuple[RemovableHandle, RemovableHandle]:
         signature = inspect.signature(module.forward)
-        whole = module is self._root
+        whole, here = module is self._root, self._here
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            here = self._here()
-            if any(frame.module is module for frame in here.frames):  # left by an exception that no hook sees
-                flow.cut_off(here)
+            for frame in here.frames:
+                if frame.module is module:  # left by an exception that no hook sees
+                    flow.cut_off(here)
+                    break
             given = (kwargs.get("input_ids"), kwargs.get("attention_mask"))
             if flow.pass_on(module, given, here):
                 return
@@ -209,7 +200,6 @@ class RoutingRecorder:
                 flow.enter(module, batch, given, here, whole=whole)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            here = self._here()
             if here.frames and here.frames[-1].module is module:
                 flow.leave(here, output)
 
@@ -218,15 +208,18 @@ class RoutingRecorder:
             module.register_forward_hook(leave, always_call=True),
         )
 
-    def _watch_site(self, position: int, site: RoutingSite) -> RemovableHandle:
+    def _watch_site(self, position: int, site: RoutingSite, flow: Flow) -> RemovableHandle:
+        here, read = self._here, site.read
+
         def saw(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-            frames = self._here().frames
-            if not frames:
+            forward = here.forward
+            if forward is None:
                 return  # outside of a forward: a recomputation in backward, or a layer that is tried alone
-            index = site.read(module, args, kwargs, output)
-            if index.device.type != "meta":
-                frames[-1].saw(position, index, _width(args, kwargs))
-                self._seen.add(position)
+            index = read(module, args, kwargs, output)
+            if forward.width is None:
+                forward.width = _width(args, kwargs)
+            if forward.saw(position, index):
+                flow.take(forward)
 
         if site.when == "before":
             return site.module.register_forward_pre_hook(saw, with_kwargs=True)

@@ -1,8 +1,9 @@
 """The requests that run together, and how many of their tokens each expert got: counted on the device, read once.
 
-A layer's choice is only remembered when it is made. Many of them, of all layers and several steps, are then counted
-in one go, so that tracing adds next to no work to a step of a few tokens and never waits for the device. The counts
-come to the host when the requests close.
+While a forward runs, a layer's choice is only put in a list: next to the products of a layer, every object that is made
+and every line of code that is read for it is a cache miss. At the end of the forward the choices are sorted by shape,
+and those of all layers and many steps are counted in one go, without waiting for the device. The counts come to the
+host when the requests close.
 """
 
 import weakref
@@ -23,17 +24,9 @@ from loka.probes.routing.trace import PHASES
 _MOST_CHOICES: Final[int] = 4096
 _MOST_NUMBERS: Final[int] = 2**21
 
-
-@dataclass(slots=True)
-class _Choice:  # not frozen: one is made for every layer of every step, and that takes three times as long
-    """What one site chose in one forward: index [tokens, k]; `valid` [tokens] is false on padding."""
-
-    phase: int
-    length: int
-    position: int
-    index: Tensor
-    version: int
-    valid: Tensor | None
+Choice = tuple[int, Tensor, int | None]  # site, index [.., k], and its version then; None where it is a copy
+_Kind = tuple[int, torch.device, torch.Size]  # of choices that are counted together: phase, device, shape
+_Part = tuple[list[Choice], Tensor | None]  # what one forward chose of a kind, and which of its tokens are no padding
 
 
 @dataclass(slots=True, eq=False)
@@ -48,72 +41,100 @@ class OpenRequests:
     running: Tensor | None = None  # [rows], false after a stop token; None: nobody has looked yet
     top_k: int | None = None
     hidden_size: int | None = None
-    _choices: list[_Choice] = field(default_factory=list)
+    _kinds: dict[_Kind, list[_Part]] = field(default_factory=dict)
+    _choices: int = 0
     _numbers: int = 0
-    _counts: dict[torch.device, Tensor] = field(default_factory=dict)  # [phase, layer, rows * (experts + 1)]
+    _counts: dict[torch.device, Tensor] = field(default_factory=dict)  # [phase, site, row, expert and its neighbours]
+    _ran: list[Tensor] = field(default_factory=list)  # which rows ran, in decode steps that are not counted yet
     _steps: Tensor | int = 0
 
-    def add(self, position: int, index: Tensor, phase: int, length: int, valid: Tensor | None) -> None:
-        """Remember what a site chose; index [rows * length, k], row after row."""
-        inference = index.is_inference()
-        if inference:
-            index = index.clone()  # carries no version by which a change could be seen
-        version = 0 if inference else index._version
-        self._choices.append(_Choice(phase, length, position, index, version, valid))
-        self._numbers += index.numel()
-        if len(self._choices) >= _MOST_CHOICES or self._numbers >= _MOST_NUMBERS:
+    def take(self, forward: "Forward") -> None:
+        """Take over what the sites of a forward chose; raise ArgumentError where its tokens cannot be told apart."""
+        shape: torch.Size | None = None
+        device: torch.device | None = None
+        chosen, forward.chosen = forward.chosen, []
+        for choice in chosen:
+            position, index, _ = choice
+            if index.shape != shape or index.device != device:  # as a rule, once
+                shape, device, size = index.shape, index.device, index.numel()
+                part: list[Choice] = []
+                counts = size > 0 and not index.is_meta
+                if counts:
+                    forward.check(self.sites[position], shape)
+                    self._kinds.setdefault((forward.phase, device, shape), []).append((part, forward.valid))
+            if not counts:
+                continue
+            part.append(choice)
+            self._numbers += size
+            if self.hidden_size is None:
+                self.hidden_size = forward.width
+        self._choices += len(chosen)
+        if self._choices >= _MOST_CHOICES or self._numbers >= _MOST_NUMBERS:
             self.count()
 
-    def stepped(self, steps: Tensor | int) -> None:
-        """Count decode steps, one number for each row or for all."""
-        self._steps = steps + self._steps  # truth values and a number give numbers
+    def stepped(self, ran: Tensor | None) -> None:
+        """Count a decode step, of the rows that ran or of all."""
+        if ran is None:
+            self._steps = self._steps + 1
+            return
+        self._ran.append(ran)
+        if len(self._ran) >= _MOST_CHOICES:
+            self.count()
 
     def count(self) -> None:
         """Count what is remembered."""
-        choices, self._choices, self._numbers = self._choices, [], 0
-        groups: dict[tuple[Any, ...], list[_Choice]] = {}
-        for choice in choices:
-            if not choice.index.is_inference() and choice.index._version != choice.version:
+        kinds, self._kinds, self._choices, self._numbers = self._kinds, {}, 0, 0
+        with torch.inference_mode(False), torch.no_grad():
+            if self._ran:
+                ran, self._ran = self._ran, []
+                self._steps = torch.stack(ran).sum(0) + self._steps
+            for (phase, device, shape), parts in kinds.items():
+                self._check([choice for part, _ in parts for choice in part], shape[-1])
+                self._count_kind(parts, shape[-1], self._counts_on(device)[phase])
+
+    def _check(self, choices: Sequence[Choice], top_k: int) -> None:
+        for position, index, version in choices:
+            if version is not None and index._version != version:
                 raise ArgumentError(
-                    f"{self.sites[choice.position].name} overwrites its chosen experts while it runs, so they cannot "
+                    f"{self.sites[position].name} overwrites its chosen experts while it runs, so they cannot "
                     'be counted afterwards. Name the router that gives them instead, with experts="*.router".'
                 )
-            key = (choice.phase, choice.length, choice.index.device, choice.index.dtype, choice.index.shape)
-            groups.setdefault(key, []).append(choice)
-        with torch.inference_mode(False), torch.no_grad():
-            for (phase, length, device, _, _), group in groups.items():
-                self._count_group(group, phase, length, self._counts_on(device))
+        if any(top_k < self.sites[position].experts for position in {choice[0] for choice in choices}):  # no mask
+            self.top_k = max(self.top_k or 0, top_k)
 
-    def _count_group(self, group: Sequence[_Choice], phase: int, length: int, counts: Tensor) -> None:
-        device, bins = counts.device, counts.shape[-1] // self.rows
-        index = torch.stack([choice.index for choice in group]).long()  # [choice, token, k]
-        known = _to_device([self.sites[choice.position].experts for choice in group], device)[:, None, None]
-        index = torch.where((index < 0) | (index >= known), bins - 1, index)  # given to no expert
-        if any(choice.valid is not None for choice in group):
+    def _count_kind(self, parts: Sequence[_Part], top_k: int, counts: Tensor) -> None:
+        """Add choices of one shape to the counts of a phase, [site, row, bin]; bin 0 is for what is no expert."""
+        device, (_, rows, bins) = counts.device, counts.shape
+        choices = [choice for part, _ in parts for choice in part]
+        index = torch.stack([index for _, index, _ in choices]).long().view(len(choices), -1, top_k)
+        if any(valid is not None for _, valid in parts):
             every = torch.ones(index.shape[1], dtype=torch.bool, device=device)
-            valid = torch.stack([every if choice.valid is None else choice.valid.to(device) for choice in group])
-            index = torch.where(valid[:, :, None], index, bins - 1)
-        row = torch.arange(index.shape[1], device=device).div(length, rounding_mode="floor")
-        layer = _to_device([choice.position for choice in group], device)
-        index += row[None, :, None] * bins + layer[:, None, None] * counts.shape[-1]
-        target = counts[phase].view(-1)
-        target.scatter_add_(0, index.view(-1), torch.ones(1, dtype=counts.dtype, device=device).expand(index.numel()))
+            counted = [every if valid is None else valid.to(device) for _, valid in parts]
+            counted = [mark for mark, (part, _) in zip(counted, parts, strict=True) for _ in part]
+            index = torch.where(torch.stack(counted)[:, :, None], index, -1)
+        index = index.clamp_(-1, bins - 2).view(len(choices), rows, -1)
+        first = _to_device([position * rows * bins + 1 for position, _, _ in choices], device)
+        index += first[:, None, None] + torch.arange(0, rows * bins, bins, device=device)[:, None]
+        one = torch.ones(1, dtype=counts.dtype, device=device)
+        counts.view(-1).scatter_add_(0, index.view(-1), one.expand(index.numel()))
 
     def _counts_on(self, device: torch.device) -> Tensor:
         if device not in self._counts:
-            bins = max(site.experts for site in self.sites) + 1
-            shape = (len(PHASES), len(self.sites), self.rows * bins)
+            bins = max(site.experts for site in self.sites) + 2
+            shape = (len(PHASES), len(self.sites), self.rows, bins)
             self._counts[device] = torch.zeros(shape, dtype=torch.int32, device=device)
         return self._counts[device]
 
     def close(self) -> ClosedRequests:
         """Bring the counts to the host. This waits for the device."""
         self.count()
-        layers, experts = len(self.sites), max(site.experts for site in self.sites)
-        total = np.zeros((self.rows, len(PHASES), layers, experts), np.uint32)
+        experts = max(site.experts for site in self.sites)
+        total = np.zeros((self.rows, len(PHASES), len(self.sites), experts), np.uint32)
         for counts in self._counts.values():
-            shaped = counts.cpu().numpy().reshape(len(PHASES), layers, self.rows, experts + 1)
-            total += np.moveaxis(shaped[..., :experts], 2, 0).astype(np.uint32)
+            total += counts.cpu().numpy().view(np.uint32).transpose(2, 0, 1, 3)[..., 1:-1]
+        for position, site in enumerate(self.sites):
+            if site.experts < experts:
+                total[:, :, position, site.experts :] = 0
         steps = self._steps
         return ClosedRequests(
             counts=total,
@@ -131,26 +152,42 @@ def _to_device(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 @dataclass(slots=True, eq=False)
-class Frame:
-    """One running forward of a model, or of a part that takes a batch; `length`: tokens of a row, where known."""
+class Forward:
+    """What the tokens of a running forward belong to, and what its sites have chosen so far."""
 
-    module: nn.Module
     requests: OpenRequests
     phase: int
     rows: int
-    length: int | None
+    length: int | None  # tokens of a row, where known
     valid: Tensor | None  # [rows * length]
-    outermost: bool
-    error: BaseException | None  # that was being handled when it began
     given: tuple[Any, Any]  # tokens and mask, where they came by name
+    width: int | None  # of its tokens, once known
+    copies: bool  # of what is chosen: in inference mode, tensors carry no version by which a change could be seen
+    chosen: list[Choice] = field(default_factory=list)
+    _room: int = 0  # for so many choices, known once there is one
 
-    def saw(self, position: int, index: Tensor, width: int | None) -> None:
-        """Hand on what a site chose, index [.., k]; raise ArgumentError where its tokens cannot be told apart."""
-        requests, site = self.requests, self.requests.sites[position]
-        index = index if index.ndim == 2 else index.reshape(-1, index.shape[-1])
-        tokens, rows = index.shape[0], requests.rows
-        if tokens == 0:
-            return
+    def saw(self, position: int, index: Tensor) -> bool:
+        """Remember what a site chose, [.., k]; return whether that is as much as should be kept."""
+        version = None
+        if self.copies:
+            index = index.clone()
+        else:
+            try:
+                version = index._version
+            except RuntimeError:  # of inference mode inside the forward
+                index = index.clone()
+        self.chosen.append((position, index, version))
+        return len(self.chosen) >= self._room and self._full(index)
+
+    def _full(self, index: Tensor) -> bool:
+        if self._room:
+            return True
+        self._room = min(_MOST_CHOICES, max(1, _MOST_NUMBERS // max(1, index.numel())))
+        return self._room == 1
+
+    def check(self, site: RoutingSite, shape: torch.Size) -> None:
+        """Raise ArgumentError where the tokens of a choice [.., k] cannot be told apart."""
+        tokens, rows = shape[:-1].numel(), self.requests.rows
         length = tokens // rows
         if tokens % rows or (rows > 1 and (self.rows != rows or self.length not in (None, length))):
             raise ArgumentError(
@@ -163,7 +200,12 @@ class Frame:
                 f"{site.name} got {tokens} tokens, and the attention mask covers {self.valid.shape[0]}: which of them "
                 "are padding cannot be told. Run one request at a time, without padding."
             )
-        requests.add(position, index, self.phase, length, self.valid)
-        requests.hidden_size = requests.hidden_size or width
-        if index.shape[-1] < site.experts:  # and no mask over the experts
-            requests.top_k = max(requests.top_k or 0, index.shape[-1])
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """One module whose forward runs, and the forward of a batch that this is part of."""
+
+    module: nn.Module
+    forward: Forward
+    error: BaseException | None  # that was being handled when it began

@@ -28,6 +28,7 @@ _NUM_EXPERTS: Final[tuple[str, ...]] = (
     "moe_num_experts",
 )
 _TOP_K: Final[tuple[str, ...]] = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "topk", "k")
+_INTEGERS: Final[tuple[torch.dtype, ...]] = (torch.int64, torch.int32, torch.int16)
 _INDEX: Final[tuple[str, ...]] = ("index", "indices", "selected", "expert_ids", "topk", "top_k")
 
 Arguments = tuple[Any, ...]
@@ -136,14 +137,18 @@ def _attribute(place: Any, names: Sequence[str]) -> int | None:
 
 def _received(module: nn.Module, args: Arguments, kwargs: Mapping[str, Any], output: Any) -> Tensor:
     """What an experts module is handed."""
-    values = [*args, *kwargs.values()]
-    index: Tensor | None = next((value for value in values if _is_index(value)), None)
-    if index is None:
-        raise ArgumentError(
-            f"{type(module).__name__} was called without a tensor of chosen experts, [tokens, k] of integers; it got "
-            f"{_kinds(values)}. Name the router instead, with experts=..."
-        )
-    return index
+    if len(args) > 1 and _is_index(args[1]):  # as a rule; this runs in every layer of every step
+        second: Tensor = args[1]
+        return second
+    values = (*args, *kwargs.values())
+    for value in values:
+        if _is_index(value):
+            index: Tensor = value
+            return index
+    raise ArgumentError(
+        f"{type(module).__name__} was called without a tensor of chosen experts, [tokens, k] of integers; it got "
+        f"{_kinds(values)}. Name the router instead, with experts=..."
+    )
 
 
 def _named(module: nn.Module, args: Arguments, kwargs: Mapping[str, Any], output: Any) -> Tensor:
@@ -199,7 +204,7 @@ _ROUTERS: Final[dict[str, Reader]] = {
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.int16) and value.ndim >= 2
+    return isinstance(value, Tensor) and value.dtype in _INTEGERS and value.ndim >= 2
 
 
 def _kinds(values: Sequence[Any]) -> str:

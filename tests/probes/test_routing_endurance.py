@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,33 @@ def path(tmp_path):
     return tmp_path / "routing.npz"
 
 
-@pytest.mark.parametrize("many", [3, 4096])
-def test_it_counts_the_same_however_often_it_counts(model, path, monkeypatch, many):
-    monkeypatch.setattr("loka.probes.routing.requests._MOST_CHOICES", many)
+@pytest.mark.parametrize(
+    ("limit", "many"), [("_MOST_CHOICES", 2), ("_MOST_CHOICES", 3), ("_MOST_CHOICES", 4096), ("_MOST_NUMBERS", 5)]
+)
+def test_it_counts_the_same_however_often_it_counts(model, path, monkeypatch, limit, many):
+    monkeypatch.setattr(f"loka.probes.routing.requests.{limit}", many)
     prompt, answer = tokens(2, 5), tokens(2, 6)
     with loka.trace_routing(model, path), torch.no_grad():
         generate(model, prompt, answer)
     check(RoutingTrace.load(path), model, (prompt[0], answer[0]), (prompt[1], answer[1]))
+
+
+@pytest.mark.parametrize(("limit", "kept"), [("_MOST_CHOICES", 2), ("_MOST_NUMBERS", 2 * 3 * TOP_K)])
+def test_no_more_is_remembered_than_the_limit_also_within_a_forward(path, monkeypatch, limit, kept):
+    monkeypatch.setattr(f"loka.probes.routing.requests.{limit}", kept)
+    monkeypatch.setattr("tests.probes.made_routing.LAYERS", 7)
+    model, alive, most = MadeModel(), weakref.WeakSet(), []
+
+    def saw(module, args):
+        alive.add(args[1])
+        most.append(len(alive))
+
+    for layer in model.layers:
+        layer.router.register_forward_hook(lambda module, args, output: module.chosen.clear())
+        layer.experts.register_forward_pre_hook(saw)
+    with loka.trace_routing(model, path), torch.no_grad():
+        model(tokens(1, 3))
+    assert max(most) <= 3  # what is remembered, and the one that runs
 
 
 def test_many_open_conversations_do_not_pile_up(model, path, monkeypatch):

@@ -203,6 +203,41 @@ def test_choices_out_of_range_are_given_to_no_expert(path):
     assert RoutingTrace.load(path).counts[0, 0, 0].tolist() == [1, 0, 1, 0, 0, 0]
 
 
+def test_a_layer_of_fewer_experts_is_counted_in_its_own(path):
+    model = nn.ModuleList(MadeModel().layers[:2])
+    for layer in model:
+        layer.experts.forward = lambda hidden, top_k_index, top_k_weights: hidden
+    model[1].experts.num_experts = EXPERTS - 2
+    index = torch.tensor([[0, EXPERTS - 3], [EXPERTS - 1, EXPERTS]])
+    model.forward = lambda hidden: [layer.experts(hidden, index, None) for layer in model]
+    with loka.trace_routing(model, path):
+        model(torch.randn(2, WIDTH))
+    assert RoutingTrace.load(path).counts[0, 0].tolist() == [[1, 0, 0, 1, 0, 1], [1, 0, 0, 1, 0, 0]]
+
+
+def test_inference_mode_inside_the_model_is_traced_as_it_is(model, path):
+    prompt = tokens(2, 4)
+    inner = model.layers[1].forward
+    model.layers[1].forward = torch.inference_mode()(lambda hidden: inner(hidden))
+    with loka.trace_routing(model, path), torch.no_grad():
+        model(prompt)
+    del model.layers[1].forward
+    check(RoutingTrace.load(path), model, (prompt[0], NONE), (prompt[1], NONE))
+
+
+def test_a_model_without_data_routes_nothing(path):
+    with torch.device("meta"):
+        model = MadeModel()
+    for layer in model.layers:
+        layer.router.forward = lambda hidden: (
+            hidden[:, :TOP_K],
+            torch.zeros(3, TOP_K, dtype=torch.long, device="meta"),
+        )
+    with pytest.raises(EvidenceError, match="No token was routed"):
+        with loka.trace_routing(model, path), torch.no_grad():
+            model(torch.zeros(1, 3, dtype=torch.long, device="meta"))
+
+
 def test_no_choice_is_an_empty_batch(model, path):
     with loka.trace_routing(model, path), torch.no_grad():
         model(tokens(0, 3), use_cache=False)
