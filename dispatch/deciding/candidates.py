@@ -9,8 +9,8 @@ is its mean time over those at which the baseline was timed: all kernels of a pr
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, replace
+from typing import Final, Literal, NamedTuple
 
 from loka.bounds import Bound, Limit
 from loka.dispatch.deciding.judged import Judged, LossCost, judge_recipe
@@ -19,7 +19,7 @@ from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec, Op
 from loka.probes.capturing.row_counts import RowCounts
-from loka.probes.judging.evidence import ProductEvidence, RecipeEvidence
+from loka.probes.judging.evidence import GatedError, ProductEvidence, RecipeEvidence
 from loka.probes.judging.loss_evidence import LossEvidence
 from loka.timing import faster
 
@@ -113,44 +113,67 @@ def request_of(evidence: ProductEvidence, parameters: Mapping[str, tuple[int, ..
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One candidate with everything that is known of it."""
+class _Offer:
+    """One kernel for all products of one shape, and what is known of it there."""
 
     spec: KernelSpec
-    request: GemmRequest
-    evidence: ProductEvidence
-    judged: Judged
-    limit: Limit
     unavailable: str | None
     unable: str | None
-    baseline: str
-    baseline_time: KernelTime | None
     time: KernelTime | None
     # Row counts that it has no time at, and its baseline has one; where too few were timed, those of the baseline.
-    missing: tuple[int, ...] = ()
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One product that a kernel is wanted for, what it is held to, and the baseline that a kernel has to beat."""
+
+    request: GemmRequest
+    evidence: ProductEvidence
+    limit: Limit
+    baseline: str
+    baseline_time: KernelTime | None
+
+
+class Case(NamedTuple):
+    """One candidate with everything that is known of it: there are many, so what they share is held once."""
+
+    wanted: _Wanted
+    offer: _Offer
+    judged: Judged
 
     def on(self, spec: KernelSpec, time: KernelTime) -> "Case":
-        """Return the case of another kernel of the same recipe, with a time of its own."""
-        known = (self.request, self.evidence, self.judged, self.limit, self.unavailable, self.unable)
-        return Case(spec, *known, self.baseline, self.baseline_time, time, self.missing)
+        """Return the case of another kernel of the same recipe, or of the same, with a time of its own."""
+        return self._replace(offer=replace(self.offer, spec=spec, time=time))
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The kernel."""
+        return self.offer.spec
 
     @property
     def known_time(self) -> KernelTime:
         """The time of an admissible case, which is known."""
-        assert self.time is not None  # _ask_timed lets no untimed case pass
-        return self.time
+        assert self.offer.time is not None  # _ask_timed lets no untimed case pass
+        return self.offer.time
 
     @property
     def known_baseline_time(self) -> KernelTime:
         """The time of the baseline of an admissible case, which is known."""
-        assert self.baseline_time is not None
-        return self.baseline_time
+        assert self.wanted.baseline_time is not None
+        return self.wanted.baseline_time
 
     @property
     def known_recipe(self) -> RecipeEvidence:
         """The evidence of an admissible case, which is known."""
         assert self.recipe is not None  # _ask_error lets none without evidence pass
         return self.recipe
+
+    @property
+    def known_error(self) -> GatedError:
+        """The error of an admissible case, which is known."""
+        assert self.judged.gated is not None
+        return self.judged.gated
 
     @property
     def recipe(self) -> RecipeEvidence | None:
@@ -189,26 +212,14 @@ class Considered:
 
 
 @dataclass(frozen=True, slots=True)
-class _Offer:
-    """One kernel for all products of one shape: what is known of it, and what speaks against it, whatever its error."""
-
-    spec: KernelSpec
-    unavailable: str | None
-    unable: str | None
-    time: KernelTime | None
-    missing: tuple[int, ...]
-    before: Objection | None  # asked before the error
-    after: Objection | None  # and after it
-
-
-@dataclass(frozen=True, slots=True)
 class _Shape:
     """What is the same for all products of one shape."""
 
     baseline: KernelSpec
     baseline_time: KernelTime | None
     rows: RowCounts | None
-    offers: tuple[_Offer, ...]
+    # Each with what speaks against it whatever its error, asked before that and after it.
+    offers: tuple[tuple[_Offer, Objection | None, Objection | None], ...]
     recipes: tuple[str, ...]  # of the offers
 
 
@@ -237,13 +248,11 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, whether there
     judged = {name: judge_recipe(name, evidence, limit) for name in shape.recipes}
     rejected: list[tuple[Case, Objection]] = []
     admissible: list[Case] = []
-    baseline, baseline_time = shape.baseline.name, shape.baseline_time
-    for offer in shape.offers:
-        spec = offer.spec
-        error = judged[spec.recipe or ""]
-        known = (offer.unavailable, offer.unable, baseline, baseline_time, offer.time, offer.missing)
-        case = Case(spec, request, evidence, error, limit, *known)
-        objection = (offer.before or error.objection or offer.after) if selected else _LEFT_OUT
+    wanted = _Wanted(request, evidence, limit, shape.baseline.name, shape.baseline_time)
+    for offer, before, after in shape.offers:
+        error = judged[offer.spec.recipe or ""]
+        case = Case(wanted, offer, error)
+        objection = (before or error.objection or after) if selected else _LEFT_OUT
         if objection is None:
             admissible.append(case)
         else:
@@ -252,7 +261,7 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, whether there
         request=request,
         evidence=evidence,
         baseline=shape.baseline,
-        baseline_time=baseline_time,
+        baseline_time=shape.baseline_time,
         rejected=tuple(rejected),
         admissible=tuple(admissible),
         selected=selected,
@@ -278,32 +287,26 @@ def _shape_of(
         baseline_time = times.of_baseline(baseline.name, request, rows)
         untimed = times.missing(baseline.name, request, evidence.rows) if rows is None else ()
         specs = registry.candidates(request.op) or registry.low_precision()
-        nothing = Judged(None, None, None, None)
-        cases = [
-            Case(
+        offers = [
+            _Offer(
                 spec,
-                request,
-                evidence,
-                nothing,
-                _NO_LIMIT,
                 registry.unavailable(spec, device),
                 unable_at(spec, request, evidence.rows, registry, device),
-                baseline.name,
-                baseline_time,
                 times.of_candidate(spec.name, request, baseline_time, rows),
                 times.missing(spec.name, request, rows) if rows is not None else untimed,
             )
             for spec in specs
         ]
+        wanted, nothing = _Wanted(request, evidence, _NO_LIMIT, baseline.name, baseline_time), Judged(*[None] * 4)
+        asked = tuple((offer, *_asked(Case(wanted, offer, nothing))) for offer in offers)
         recipes = tuple(dict.fromkeys(spec.recipe or "" for spec in specs))
-        shapes[key] = _Shape(baseline, baseline_time, rows, tuple(map(_offer, cases)), recipes)
+        shapes[key] = _Shape(baseline, baseline_time, rows, asked, recipes)
     return shapes[key]
 
 
-def _offer(case: Case) -> _Offer:
+def _asked(case: Case) -> tuple[Objection | None, Objection | None]:
     before = _ask_available(case) or _ask_able(case)
-    after = None if before is not None else objection_to_time(case)
-    return _Offer(case.spec, case.unavailable, case.unable, case.time, case.missing, before, after)
+    return before, None if before is not None else objection_to_time(case)
 
 
 def unable_at(
@@ -329,7 +332,7 @@ def fastest(cases: list[Case]) -> tuple[Case, Case]:
 
 def rejected_candidate(case: Case, code: Code, reason: str) -> Candidate:
     """Return a case as a candidate that lost."""
-    spec, time, judged = case.spec, case.time, case.judged
+    spec, time, judged = case.offer.spec, case.offer.time, case.judged
     return Candidate(
         kernel=spec.name,
         recipe=spec.recipe,
@@ -345,38 +348,40 @@ def rejected_candidate(case: Case, code: Code, reason: str) -> Candidate:
 
 
 def _ask_available(case: Case) -> Objection | None:
-    return None if case.unavailable is None else ("unavailable", case.unavailable)
+    unavailable = case.offer.unavailable
+    return None if unavailable is None else ("unavailable", unavailable)
 
 
 def _ask_able(case: Case) -> Objection | None:
-    reason = case.unable
-    if reason is None and case.request.op not in DISPATCHED:
+    reason = case.offer.unable
+    if reason is None and case.wanted.request.op not in DISPATCHED:
         reason = "dispatch runs linear products and those of experts; this one stays as written"
-    if reason is None and not case.evidence.parameter:
+    if reason is None and not case.wanted.evidence.parameter:
         reason = "no parameter takes part in this product, and a plan finds products by their parameter"
     return None if reason is None else ("cannot", reason)
 
 
 def _ask_timed(case: Case) -> Objection | None:
-    rows = case.evidence.rows
-    if varies(case.request, rows) and (case.time is None or case.baseline_time is None):
-        listed = ", ".join(map(str, case.missing))
-        if case.baseline_time is not None:
-            return "untimed", f"never timed with {listed} rows, as its baseline {case.baseline} was on this device"
+    wanted, time, missing = case.wanted, case.offer.time, case.offer.missing
+    request, rows, baseline, baseline_time = wanted.request, wanted.evidence.rows, wanted.baseline, wanted.baseline_time
+    if varies(request, rows) and (time is None or baseline_time is None):
+        listed = ", ".join(map(str, missing))
+        if baseline_time is not None:
+            return "untimed", f"never timed with {listed} rows, as its baseline {baseline} was on this device"
         rest = f"; its other row counts do not carry {LEAST_COVERED:.0%} of the calls and of the rows"
-        rest = rest if len(case.missing) < len(rows.points) else ""
-        return "untimed", f"its baseline {case.baseline} was never timed with {listed} rows on this device{rest}"
-    if case.time is None:
-        return "untimed", f"never timed at {_shape(case.request)} on this device"
-    if case.baseline_time is None or (case.baseline_time.assumed and not case.time.assumed):
-        return "untimed", f"its baseline {case.baseline} was never timed at {_shape(case.request)} on this device"
+        rest = rest if len(missing) < len(rows.points) else ""
+        return "untimed", f"its baseline {baseline} was never timed with {listed} rows on this device{rest}"
+    if time is None:
+        return "untimed", f"never timed at {_shape(request)} on this device"
+    if baseline_time is None or (baseline_time.assumed and not time.assumed):
+        return "untimed", f"its baseline {baseline} was never timed at {_shape(request)} on this device"
     return None
 
 
 def _ask_gain(case: Case) -> Objection | None:
     time, baseline = case.known_time, case.known_baseline_time
     speedup = baseline.median_us / time.median_us
-    numbers = f"{time.median_us:.4g} us against {baseline.median_us:.4g} us of {case.baseline} ({speedup:.3g}x)"
+    numbers = f"{time.median_us:.4g} us against {baseline.median_us:.4g} us of {case.wanted.baseline} ({speedup:.3g}x)"
     numbers += time.words
     if speedup <= MIN_SPEEDUP:
         return "no_gain", f"{numbers}: not more than {MIN_SPEEDUP}x the baseline's speed"

@@ -234,7 +234,7 @@ def _objection(spec: KernelSpec, layer: _Group, registry: Registry, device: Devi
 def case_of(spec: KernelSpec, considered: Considered) -> Case | None:
     """Return a case of this recipe whose error is within the limit of a pass, None where there is none."""
     recipe = spec.recipe
-    cases = [case for case, (code, _) in considered.rejected if case.spec.recipe == recipe and code in _PAST_ERROR]
+    cases = [case for case, (code, _) in considered.rejected if code in _PAST_ERROR and case.spec.recipe == recipe]
     cases += [case for case in considered.admissible if case.spec.recipe == recipe]
     return min(cases, key=lambda case: case.spec.name, default=None)
 

@@ -122,7 +122,7 @@ def conclude(considered: Considered, ration: Ration | None = None) -> Decision:
     if not considered.selected:
         return _stays(considered, f"left out by the plan's filter, so it stays on {baseline.name}", rejected)
     granted = [case for case in considered.admissible if ration is None or case.spec.recipe == ration.recipe]
-    others = [case for case in considered.admissible if case not in granted]
+    others = [case for case in considered.admissible if ration is not None and case.spec.recipe != ration.recipe]
     if not granted:
         rejected += [_unpaid(case, ration) for case in others if ration is not None]
         return _stays(considered, _why_baseline(considered, rejected), rejected)
@@ -189,16 +189,16 @@ def _beaten_baseline(baseline: KernelSpec, winner: Case) -> Candidate:
 def won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...], *, together: str = "") -> Decision:
     """Return the decision for an admissible case; `together` ends the sentence on why."""
     time, baseline_time, recipe = winner.known_time, winner.known_baseline_time, winner.known_recipe
-    gated = recipe.gated(winner.limit)
+    wanted, gated = winner.wanted, winner.known_error
     why = (
         f"{baseline_time.median_us / time.median_us:.3g}x the speed of {baseline.name} "
         f"({time.median_us:.4g} us against {baseline_time.median_us:.4g} us{time.words}, {time.source}); "
         f"{_within(winner)}{together}"
     )
     return Decision(
-        request=winner.request,
-        m_min=winner.evidence.m_min,
-        m_max=winner.evidence.m_max,
+        request=wanted.request,
+        m_min=wanted.evidence.m_min,
+        m_max=wanted.evidence.m_max,
         kernel=winner.spec.name,
         recipe=winner.spec.recipe,
         why=why,
@@ -218,11 +218,11 @@ def won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...], *, 
 
 def _within(winner: Case) -> str:
     """Return what keeps the winner within the bound."""
-    recipe, limit, product = winner.known_recipe, winner.limit, winner.request.product
+    recipe, limit, product = winner.known_recipe, winner.wanted.limit, winner.wanted.request.product
     if limit.metric == "loss":
         assert recipe.loss is not None  # else it is not admissible
         return f"it spends {loss_words(recipe.loss)} of the budget of {limit.value:g}"
-    error = error_words(recipe.gated(limit), limit)
+    error = error_words(winner.known_error, limit)
     if limit.bias is None:
         return f"{error} is within the bound {limit.words}"
     return (

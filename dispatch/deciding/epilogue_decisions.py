@@ -44,15 +44,14 @@ def taken(offer: Offer, considered: Considered, unfused: Decision) -> Decision:
         spread_us=offer.baseline_time.spread_us,
         times=offer.baseline_time.at or None,
     )
+    wanted = replace(
+        case.wanted,
+        request=fused_request(case.wanted.request),
+        baseline=offer.baseline.name,
+        baseline_time=offer.baseline_time,
+    )
     decision = won(
-        replace(
-            case,
-            spec=offer.spec,
-            request=fused_request(case.request),
-            time=offer.time,
-            baseline=offer.baseline.name,
-            baseline_time=offer.baseline_time,
-        ),
+        case.on(offer.spec, offer.time)._replace(wanted=wanted),
         offer.baseline,
         tuple(rejected[name] for name in sorted(rejected)),
     )

@@ -5,7 +5,7 @@ Many kernels share a recipe, so this is asked once per recipe and not per kernel
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from loka.bounds import Limit
 from loka.probes.judging.evidence import GatedError, ProductEvidence, RecipeEvidence
@@ -25,8 +25,7 @@ class LossCost:
     cost: float | None  # of the budget: kl_high and an established first-order increase
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
+class Judged(NamedTuple):
     """One recipe at one product: its evidence, and what speaks against its error."""
 
     evidence: RecipeEvidence | None  # None: the probe did not measure it
@@ -47,16 +46,17 @@ def judge_recipe(name: str, product: ProductEvidence, limit: Limit) -> Judged:
         return Judged(None, None, None, ("undecided", f"the error of {name} is unknown here: {because}"))
     gated = found.gated(limit)
     mean, upper = finite(gated.error.mean), finite(gated.error.upper_tolerance)
-    return Judged(found, gated, loss_cost(found.loss), _objection(found, product, limit), mean, upper)
+    return Judged(found, gated, loss_cost(found.loss), _objection(found, gated, product, limit), mean, upper)
 
 
-def _objection(recipe: RecipeEvidence, product: ProductEvidence, limit: Limit) -> ErrorObjection | None:
+def _objection(
+    recipe: RecipeEvidence, gated: GatedError, product: ProductEvidence, limit: Limit
+) -> ErrorObjection | None:
     verdict = recipe.judge(limit)
     if verdict == "safe":
         return None
     if limit.metric == "loss":
         return _loss_objection(recipe, product, limit, is_unsafe=verdict == "unsafe")
-    gated = recipe.gated(limit)
     error = gated.error
     if math.isnan(error.upper_tolerance):
         because = f": {gated.note}" if gated.note else "; probe longer"

@@ -112,8 +112,9 @@ def _charged(case: Case, share: float, kept: Kept) -> tuple[Case, Objection | No
             "over_bound",
             f"experts {listed} exceed the bound, and {100 * share:.3g} % of the tokens are theirs",
         )
-    if case.time is not None and case.baseline_time is not None:
-        case = replace(case, time=_sum(case.time, case.baseline_time, share))
+    time, baseline_time = case.offer.time, case.wanted.baseline_time
+    if time is not None and baseline_time is not None:
+        case = case.on(case.spec, _sum(time, baseline_time, share))
     return case, objection_to_time(case)
 
 

@@ -66,19 +66,18 @@ def report(  # noqa: PLR0913 - one parameter per flag
         is_page = format is ReportFormat.HTML
         with progress("reading the run"):
             built = built_of(db, limits, run=run, device=device, material=is_page)
-        document = built.report
         if format is ReportFormat.TABLE and output is None:
-            print_table(document, Console())
+            print_table(built.report, Console())
         else:
             write(rendered(built, format.value), output)
-    if fail_on is not None:
-        failures = fails(document, fail_on.value)
-        if failures:
-            Console(stderr=True, highlight=False).print(
-                f"[bold red]--fail-on {fail_on.value}:[/] {len(failures)} products. {plain('; '.join(failures[:3]))}",
-                soft_wrap=True,
-            )
-            raise typer.Exit(EXIT_GATE)
+        failures = fails(built.report, fail_on.value) if fail_on is not None else []
+        del built  # else the collector walks over all of it as soon as it may
+    if fail_on is not None and failures:
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]--fail-on {fail_on.value}:[/] {len(failures)} products. {plain('; '.join(failures[:3]))}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_GATE)
 
 
 # What `loka report` shows unless it is told otherwise: --format, --output, --fail-on.

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from loka.accumulation import reduced_product
 from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Recipe
-from loka.mods.rotation import Mixing, Rotation, channel_scale
 from loka.mods.smooth import Smooth, scales
 from loka.numerics import gate_for, product_errors
 from loka.probes.distributions.closed_form import ProductStatistics
@@ -140,6 +139,8 @@ def smoothed(operands: Drawn) -> Drawn:
 
 def rotated(operands: Drawn) -> Drawn:
     """Balance and mix the features of both operands, as `loka.mods.Hadamard` does by default."""
+    from loka.mods.rotation import Mixing, Rotation, channel_scale  # brings all mods, and few runs call for this one
+
     energy = operands.x.square().mean(0)
     rotation = Rotation(Mixing(operands.x.shape[1]), scale=channel_scale(energy, operands.w))
     x, w = rotation(operands.x).float(), rotation.of_weight(operands.w).float()

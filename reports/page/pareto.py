@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from loka.dispatch.deciding.candidates import MIN_SPEEDUP, Code
 from loka.reports.page.headline import baseline_us
-from loka.reports.words import Report, Row
+from loka.reports.words import Report, Row, chosen_kernel
 
 # Corners of the curve that are kept.
 _MOST_POINTS: Final[int] = 400
@@ -33,7 +33,7 @@ def pareto_view(report: Report) -> dict[str, Any] | None:
     """
     rows = [(row, time) for row in report["sites"] if (time := baseline_us(row)) is not None]
     by_loss = report["bound"]["loss"] is not None
-    choices = [(time, _choices(row, by_loss=by_loss)) for row, time in rows]
+    choices = [(time, _choices(row, time, by_loss=by_loss)) for row, time in rows]
     if not any(found for _, found in choices):
         return None
     total = math.fsum(time for time, _ in choices)
@@ -62,13 +62,12 @@ def _limit(report: Report) -> float | None:
     return float(10.0 ** (-bound["sqnr_db"] / 20.0))
 
 
-def _choices(row: Row, *, by_loss: bool) -> list[_Choice]:
+def _choices(row: Row, baseline: float, *, by_loss: bool) -> list[_Choice]:
     """Return the timed FP8 kernels of a product that beat its baseline, with what each of them spends."""
-    baseline = baseline_us(row) or 0.0
     spends = by_loss and row["bound"]["metric"] == "loss"
     found = []
     for kernel in row["kernels"]:
-        if kernel["recipe"] is None or kernel["time_us"] is None or kernel["code"] in _IMPOSSIBLE:
+        if kernel["time_us"] is None or kernel["recipe"] is None or kernel["code"] in _IMPOSSIBLE:
             continue
         time = kernel["time_us"] * row["calls"]
         error = kernel["loss_cost"] if spends else kernel["error_upper"]
@@ -128,12 +127,7 @@ def _thinned(points: list[list[float]]) -> list[list[float]]:
 def _planned(report: Report, *, by_loss: bool) -> list[float] | None:
     """Return (error, speed) of the report's own decisions: the largest error of a product in FP8, or all their loss."""
     decided = report["summary"]["decisions"]
-    chosen = [
-        kernel
-        for row in report["sites"]
-        for kernel in row["kernels"]
-        if kernel["status"] == "chosen" and kernel["recipe"] is not None
-    ]
+    chosen = [kernel for row in report["sites"] if (kernel := chosen_kernel(row)) is not None and kernel["recipe"]]
     spent = [kernel["loss_cost" if by_loss else "error_upper"] for kernel in chosen]
     known = [value for value in spent if value is not None]
     if not known or not decided["planned_us"]:
