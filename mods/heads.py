@@ -62,6 +62,8 @@ def find_heads(model: nn.Module, example: object = None) -> Heads:
     example: the positional arguments of the forward as a tuple, a dict of keyword arguments, or one tensor. Raises
     ArgumentError where the model cannot be run on it.
     """
+    if isinstance(model, _LAYERS):
+        return Heads(layers={id(model): ""}, how="found as the prediction head, for it is the whole model")
     if example is not None:
         return _from_run(model, example)
     try:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import loka.mods
-from loka.errors import ArgumentError
+from loka.errors import ArgumentError, ModError
 from loka.mods import FuseEpilogue, NoBias
 from loka.mods.heads import find_heads
 from loka.workloads.wukong import Wukong, WukongConfig
@@ -215,3 +215,11 @@ def test_fused_layers_are_layers():
     loka.mods.apply(model, [NoBias()])
     assert model[0].bias is None
     assert model[3].bias is not None
+
+
+def test_a_model_that_is_one_layer_is_its_own_head():
+    model = nn.Linear(16, 4)
+    assert find_heads(model).layers == {id(model): ""}
+    with pytest.raises(ModError, match="kept: 'bias'"):
+        loka.mods.apply(model, [NoBias()])
+    assert model.bias is not None
