@@ -1,5 +1,6 @@
 """What every test shares: seeds, one thread, and a check that nothing is left behind in torch's global state."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -53,6 +54,21 @@ _interpret_triton()
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("dev", deadline=None)
 settings.load_profile("ci" if CI else "dev")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep what is imported and collected, a million objects that all stay, out of every search for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extension modules that end with objects alive complain
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

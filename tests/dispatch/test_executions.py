@@ -60,17 +60,20 @@ def test_a_compiled_graph_counts_what_an_eager_model_counts():
     model = two_layers()
     plan = plan_for(model, {"0": {"fprop": "rowwise", "wgrad": "blockwise"}, "2": {"dgrad": "tensorwise"}})
     compiled = torch.compile(model, backend="loka", options={"plan": plan}, fullgraph=True)
-    for rows in (4, 6, 9):
-        compiled(torch.randn(rows, 16)).sum().backward()
+    batches = [torch.randn(rows, 16) for rows in (4, 6, 9, 5)]
+    for x in batches:
+        torch._dynamo.mark_dynamic(x, 0)  # one graph for all of them, and one without gradients
+    for x in batches[:3]:
+        compiled(x).sum().backward()
     with torch.no_grad():
-        compiled(torch.randn(5, 16))
+        compiled(batches[3])
     in_graphs = kernel_executions()
     reset_kernel_executions()
     convert(model, plan)
-    for rows in (4, 6, 9):
-        model(torch.randn(rows, 16)).sum().backward()
+    for x in batches[:3]:
+        model(x).sum().backward()
     with torch.no_grad():
-        model(torch.randn(5, 16))
+        model(batches[3])
     assert in_graphs == kernel_executions()
     assert in_graphs[HIGH_PRECISION_PRODUCTS] == 3 * 2 + 1
     assert (in_graphs[ROWWISE], in_graphs[BLOCKWISE], in_graphs[TENSORWISE]) == (4, 3, 3)

@@ -1,10 +1,6 @@
 """One plan per job, in real processes over gloo: the same bytes on every rank, and no rank that waits for ever."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +10,8 @@ from torch import nn
 import loka
 from loka.dispatch.deciding import job, planner
 from loka.errors import LokaError, PlanError
+from tests.made_processes import ranks
 
-ROOT = Path(__file__).parents[2]
 LIMIT_S = 240
 
 
@@ -46,7 +42,7 @@ def probed(folder, rank, group):
     return model, db
 
 
-def work_plan(folder, rank, group):
+def plan_all(folder, rank, group):
     """Probe, plan with measured times, convert: what every rank holds in the end."""
     model, db = probed(folder, rank, group)
     plan = loka.plan(db, loka.Bound(row_error=0.5), assume_speedup=1.3, process_group=group)
@@ -54,7 +50,7 @@ def work_plan(folder, rank, group):
     return {"hash": plan.hash, "fp8": plan.fp8_share(), "text": plan.text()}
 
 
-def work_times(folder, rank, group):
+def plan_with_times(folder, rank, group):
     """Plan with times measured in turn: only rank 0 measures."""
     _, db = probed(folder, rank, group)
     if rank:
@@ -62,7 +58,7 @@ def work_times(folder, rank, group):
     return {"hash": loka.plan(db, budget_s=2.0, process_group=group).hash}
 
 
-def work_wrong(folder, rank, group):
+def be_wrong(folder, rank, group):
     """Let one rank after another be wrong in one way; return what each was told."""
     model, db = probed(folder, rank, group)
     wrong = {
@@ -99,38 +95,20 @@ def _error_of(act):
     return ""
 
 
-WORK = {name.removeprefix("work_"): work for name, work in list(globals().items()) if name.startswith("work_")}
-
-
-def ranks(count, folder, kind):
-    """Run `kind` in `count` processes; return what each printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.dispatch.test_job", kind, str(folder), str(count)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(count)
-    ]
-    outputs = [process.communicate(timeout=LIMIT_S) for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, outputs
-    return [json.loads(out.strip().split("\n")[-1]) for out, _ in outputs]
-
-
 @pytest.mark.parametrize("count", [2, 4])
 def test_ranks_with_different_data_hold_one_plan_byte_for_byte(tmp_path, count):
-    found = ranks(count, tmp_path, "plan")
+    found = ranks(count, plan_all, tmp_path, limit_s=LIMIT_S)
     assert len({each["text"] for each in found}) == len({each["hash"] for each in found}) == 1
     assert found[0]["fp8"] > 0
 
 
 def test_times_are_measured_on_one_rank(tmp_path):
-    first, second = ranks(2, tmp_path, "times")
+    first, second = ranks(2, plan_with_times, tmp_path, limit_s=LIMIT_S)
     assert first["hash"] == second["hash"]
 
 
 def test_what_is_wrong_on_one_rank_is_an_error_on_all_of_them_and_converts_nothing(tmp_path):
-    first, second = ranks(2, tmp_path, "wrong")
+    first, second = ranks(2, be_wrong, tmp_path, limit_s=LIMIT_S)
     assert "missing.db" in first["no run"]
     assert second["no run"].startswith("Rank 0 could not make the plan: ")
     for told in (first, second):
@@ -145,13 +123,3 @@ def test_the_odd_rank_is_named(monkeypatch):
     monkeypatch.setattr(job, "gather_bytes", lambda payload, group: [json.dumps(each).encode() for each in facts])
     with pytest.raises(PlanError, match=r"triton is 3\.6 on most, and rank 0 has 3\.4\. A kernel"):
         job.check_environments({}, None)
-
-
-if __name__ == "__main__":
-    kind, folder, count, rank = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(count))
-    found = WORK[kind](Path(folder), int(rank), dist.group.WORLD)
-    sys.stdout.write(json.dumps(found) + "\n")
-    dist.barrier()  # a rank whose peer has left already aborts
-    dist.destroy_process_group()

@@ -1,11 +1,6 @@
 """Two processes monitor together: they sample the same steps, see the same numbers and change kernels alike."""
 
-import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +13,7 @@ from loka.probes.sampling.budget import Budget
 from loka.probes.storing.database import open_database, read_run
 from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_monitor import TENSORWISE, Model, batches
-
-ROOT = Path(__file__).parents[2]
-LIMIT_S = 120
+from tests.made_processes import ranks
 
 
 def trained(rank, group, steps, *, db=None, grows_at=None, **options):
@@ -87,34 +80,23 @@ def work_failure(folder, rank, group):
         plan_watch.reading_of = read
 
 
-WORK = {name.removeprefix("work_"): work for name, work in list(globals().items()) if name.startswith("work_")}
+def work(folder, rank, group):
+    """One piece after the other."""
+    each = {"growth": work_growth, "budget": work_budget, "failure": work_failure}
+    return {name: piece(folder, rank, group) for name, piece in each.items()}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What both ranks hold after each piece of work, which two processes do one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.dispatch.test_monitor_ranks", str(folder)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=LIMIT_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return folder, [json.loads(out.strip().split("\n")[-1]) for out, _ in outputs]
+    return folder, ranks(2, work, folder)
 
 
 def test_what_grows_on_one_rank_is_demoted_on_both_at_the_same_step(found):
-    folder, ranks = found
-    first, second = (rank["growth"] for rank in ranks)
-    assert first["kernels"] == second["kernels"] == ["", "", ""]
+    folder, both = found
+    first, second = (rank["growth"] for rank in both)
+    assert first["kernels"] == second["kernels"] == ("", "", "")
     assert first["moves"] == second["moves"]
     assert len(first["moves"]) == 2
     assert first["moves"][0][0] <= 50 + 2 * 5
@@ -122,7 +104,7 @@ def test_what_grows_on_one_rank_is_demoted_on_both_at_the_same_step(found):
     engine = open_database(folder / "run.db", create=False)
     run = read_run(engine)
     engine.dispose()
-    assert [[event.kind, event.message] for event in run.events] == first["events"]  # written once, by the first rank
+    assert [(event.kind, event.message) for event in run.events] == first["events"]  # written once, by the first rank
 
 
 def test_a_step_is_monitored_where_all_ranks_can_afford_it(found):
@@ -139,13 +121,3 @@ def test_a_failure_on_one_rank_ends_the_monitor_on_both_and_the_training_on_none
         assert "made to fail" in ended
         assert any("made to fail" in message for message in rank["told"])
     assert first["kernels"] == second["kernels"]
-
-
-if __name__ == "__main__":
-    folder, rank = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2)
-    results = {name: work(Path(folder), int(rank), dist.group.WORLD) for name, work in WORK.items()}
-    sys.stdout.write(json.dumps(results) + "\n")
-    dist.barrier()  # a rank whose peer has left already aborts
-    dist.destroy_process_group()

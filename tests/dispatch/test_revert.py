@@ -1,11 +1,7 @@
 """The way back from a conversion, and that nothing of a training notices either."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -22,6 +18,7 @@ from loka.dispatch.running.convert import convert, planned_sites, revert
 from loka.dispatch.running.weights import kept_bytes
 from loka.errors import PlanError
 from tests.dispatch.made_conversion import Calls, plan_for
+from tests.made_processes import ranks
 
 SITES = ["up", "down", "w"]
 
@@ -300,9 +297,9 @@ def shard(model: nn.Module) -> nn.Module:
 WRAPPERS = {"ddp": nn.parallel.DistributedDataParallel, "fsdp": shard}
 
 
-def work(kind: str, when: str) -> None:
+def work(folder: Path, rank: int, group: dist.ProcessGroup, kind: str, when: str) -> None:
     """Train a wrapped model converted, against the same model on all data in one process; then revert it."""
-    rank, count = dist.get_rank(), dist.get_world_size()
+    count = dist.get_world_size(group)
     torch.manual_seed(0)
     model = Net()
     model.norm = nn.LayerNorm(32)
@@ -350,27 +347,4 @@ def work(kind: str, when: str) -> None:
 @pytest.mark.parametrize("when", ["converted, then wrapped", "wrapped, then converted"])
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_distributed_model_trains_converted_and_reverted(kind: str, when: str, tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path), kind, when],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
-
-
-def main() -> None:
-    rank, folder, kind, when = sys.argv[1:]
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=2, rank=int(rank))
-    work(kind, when)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    ranks(2, work, tmp_path, kind, when)

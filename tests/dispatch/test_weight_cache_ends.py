@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loka.dispatch.running import weights
 from loka.dispatch.running.convert import convert, revert
 from loka.formats import PASS_OPERANDS, RECIPES
+from loka.hardware import multiplies_bf16
 from loka.kernel_registry.operands import quantize_operand
 from loka.kernel_registry.registry import default_registry
 from tests.dispatch.made_cached import (
@@ -203,9 +204,11 @@ def test_a_backward_after_a_step_reads_the_weight_of_its_forward(change: Callabl
 def test_one_copy_per_pass_is_kept_and_goes_with_a_step_or_the_model() -> None:
     model = converted()
     size = sum(model[int(site)].weight.numel() for site in SITES)
+    scales = sum(sum(model[int(site)].weight.shape) for site in SITES)  # where codes are kept, one per row and column
     for _ in range(3):
         accumulate(model)
-        assert weights.kept_bytes() == 2 * size * 4  # fp32 values, for fprop and for dgrad
+        # In fp32, for fprop and for dgrad.
+        assert weights.kept_bytes() == 2 * size * 4 + multiplies_bf16("cpu") * scales * 4
     accumulate_gradients(model)
     torch.optim.SGD(model.parameters(), 0.1).step()
     assert weights.kept_bytes() == 0

@@ -1,12 +1,8 @@
 """What a process without Triton's interpreter does with the grouped product or the fused epilogue: compile and trace.
 
-Run as a program with "grouped" or "epilogue"; prints one line of JSON: per kernel and capability its shared memory and
-how often it has each instruction, the Triton kernels that tracing meets, forward and backward, and what a call on the
-CPU is told.
+`found` gives, for "grouped" or "epilogue": per kernel and capability its shared memory and how often it has each
+instruction, the Triton kernels that tracing meets, forward and backward, and what a call on the CPU is told.
 """
-
-import json
-import sys
 
 import torch
 import triton
@@ -136,11 +132,9 @@ def traced_epilogue():
     return traced(epilogue.linear_norm_swish, x, weight, bias)
 
 
-if __name__ == "__main__":
+def found(which):
     triton.runtime.driver.set_active(Hopper())
-    cases, trace = {"grouped": (grouped_cases, traced_grouped), "epilogue": (epilogue_cases, traced_epilogue)}[
-        sys.argv[1]
-    ]
+    cases, trace = {"grouped": (grouped_cases, traced_grouped), "epilogue": (epilogue_cases, traced_epilogue)}[which]
     rows = []
     for name, kernel, types, launch, constants in cases():
         # A small tile has nothing to choose from: one device shows that it is legal.
@@ -149,4 +143,4 @@ if __name__ == "__main__":
             counts = {instruction: made.asm["ptx"].count(instruction) for instruction in INSTRUCTIONS}
             rows.append([name, capability, made.metadata.shared, counts])
     refused = refusal(epilogue.linear_norm_swish, torch.ones(4, 8), torch.ones(4, 8))
-    sys.stdout.write(json.dumps({"rows": rows, "traced": trace(), "refused": refused}))
+    return {"rows": rows, "traced": trace(), "refused": refused}

@@ -1,12 +1,10 @@
 """What a process without Triton's interpreter does: compile the quantise kernels for devices that are not here.
 
-Run as a program; prints one line of JSON: per compilation its shared memory and how often it has each instruction, what
-the ops' graphs call, and the error that a CPU operand raises.
+`found` gives, per compilation, its shared memory and how often it has each instruction, what the ops' graphs call, and
+the error that a CPU operand raises.
 """
 
-import json
 import re
-import sys
 from collections import Counter
 
 import torch
@@ -98,14 +96,17 @@ def refusal():
     return ""
 
 
-if __name__ == "__main__":
+def found():
     assert not kernels.INTERPRETED
-    found = {"refusal": refusal()}
+    refused = refusal()
     # Everything for Hopper, the widest case for its neighbours.
     pairs = [(90, case) for case in CASES] + [(capability, case) for capability in (89, 100) for case in CASES[-1:]]
-    found["rows"] = [compiled(capability, *case) for capability, case in pairs]
+    rows = [compiled(capability, *case) for capability, case in pairs]
     triton.runtime.driver.set_active(Hopper())
     kernels.fp8_cast = lambda device: "direct"
     kernels._check_device = lambda device: None
-    found["traced"] = {recipe: traced(recipe) for recipe in ("tensorwise", "blockwise")}
-    sys.stdout.write(json.dumps(found))
+    return {
+        "refusal": refused,
+        "rows": rows,
+        "traced": {recipe: traced(recipe) for recipe in ("tensorwise", "blockwise")},
+    }

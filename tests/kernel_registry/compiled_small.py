@@ -1,12 +1,8 @@
 """What a process without Triton's interpreter does with small products: compile them for devices that are not here.
 
-Run as a program; prints one line of JSON: per configuration its shared memory and how often it has each instruction,
-the Triton kernels that tracing meets, forward and backward, for sizes that are fixed and that vary, and what a call on
-the CPU is told.
+`found` gives, per configuration, its shared memory and how often it has each instruction, the Triton kernels that
+tracing meets, forward and backward, for sizes that are fixed and that vary, and what a call on the CPU is told.
 """
-
-import json
-import sys
 
 import torch
 import triton
@@ -120,7 +116,7 @@ def refusal():
     return "none"
 
 
-if __name__ == "__main__":
+def found():
     triton.runtime.driver.set_active(Hopper())
     rows = []
     for case in CASES:
@@ -129,10 +125,9 @@ if __name__ == "__main__":
             made = compiled(capability, *case)
             counts = {name: made.asm["ptx"].count(name) for name in INSTRUCTIONS + MOVES}
             rows.append([case[0], case[2], case[-1].block_m, capability, made.metadata.shared, counts])
-    found = {"rows": rows, "refused": refusal()}
+    refused = refusal()
     small.check_device = lambda x: None
     small.fp8_cast = lambda device: "direct"
     cloned = set()
-    found["traced"] = [traced(operands(), cloned, varies=varies) for varies in (False, True)]
-    found["cloned"] = sorted(cloned)
-    sys.stdout.write(json.dumps(found))
+    graphs = [traced(operands(), cloned, varies=varies) for varies in (False, True)]
+    return {"rows": rows, "refused": refused, "traced": graphs, "cloned": sorted(cloned)}

@@ -1,16 +1,14 @@
 """What the tests of our Triton kernels share: the numpy model of tensors, its bounds, and compiling for elsewhere."""
 
-import json
+import importlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 
 from loka.formats import RECIPES
 from loka.quantize import quantize
 from tests.kernel_registry.made_gemm import accumulation_bound, modelled
+from tests.made_processes import processes
 
 
 def model(x, recipe, role):
@@ -43,12 +41,17 @@ def coded(recipe, x, weight):
 
 
 def compiled_elsewhere(cache, program, *arguments):
-    """Run one of the programs `compiled_*.py`, without the interpreter, and return what it found."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    """Let one of the modules `compiled_*` find out, in a process without the interpreter; return what it found."""
+    environment = {"TRITON_INTERPRET": "", "TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
+    (done,) = processes(_found, [(cache, program, arguments)], limit_s=240, **environment)
+    said = (cache / "stderr").read_text()
+    assert done.code == 0, done.error + said
     # Inductor has to see what a kernel writes to.
-    assert "assuming every input is mutated" not in done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    assert "assuming every input is mutated" not in said
+    return done.result
+
+
+def _found(cache, program, arguments):
+    with open(cache / "stderr", "w") as said:
+        os.dup2(said.fileno(), 2)
+    return importlib.import_module(f"tests.kernel_registry.{program}").found(*arguments)

@@ -334,7 +334,7 @@ def test_the_op_obeys_the_contract_of_custom_ops(out):
 
 
 def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):
-    found = compiled_elsewhere(tmp_path, "compiled_fused.py", "epilogue")
+    found = compiled_elsewhere(tmp_path, "compiled_fused", "epilogue")
     for name, capability, shared, counts in found["rows"]:
         assert shared <= SHARED_KIB[capability] * 1024
         if name in ("rowwise", "blockwise"):

@@ -373,7 +373,7 @@ def test_tracers_outside_of_dynamo_find_nothing_that_reads_a_value(recipe, devic
 
 
 def test_every_recipe_compiles_for_each_architecture_with_its_instructions(tmp_path):
-    found = compiled_elsewhere(tmp_path, "compiled_gemm.py")
+    found = compiled_elsewhere(tmp_path, "compiled_gemm")
     for capability, block_m, group_k, shared, counts in found["rows"]:
         assert shared <= SHARED_KIB[capability] * 1024
         assert (counts["cp.async.bulk.tensor"] > 0) == (capability >= 90)

@@ -312,7 +312,7 @@ def test_tiles_are_no_taller_than_experts_have_tokens():
 
 
 def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):
-    found = compiled_elsewhere(tmp_path, "compiled_fused.py", "grouped")
+    found = compiled_elsewhere(tmp_path, "compiled_fused", "grouped")
     for name, capability, shared, counts in found["rows"]:
         assert shared <= SHARED_KIB[capability] * 1024
         if name in ("rowwise", "blockwise"):

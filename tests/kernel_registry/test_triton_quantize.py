@@ -312,7 +312,7 @@ def test_rows_that_fit_a_tile_take_one_pass(shape, both, one_pass):
 
 
 def test_the_kernels_compile_for_each_architecture(tmp_path):
-    found = compiled_elsewhere(tmp_path, "compiled_quantize.py")
+    found = compiled_elsewhere(tmp_path, "compiled_quantize")
     assert {capability for capability, *_ in found["rows"]} == {89, 90, 100}
     for capability, name, shared, counts in found["rows"]:
         assert shared <= 48 * 1024

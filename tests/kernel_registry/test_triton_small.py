@@ -366,7 +366,7 @@ def test_alignment_is_claimed_where_every_product_has_it():
 
 
 def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):
-    found = compiled_elsewhere(tmp_path, "compiled_small.py")
+    found = compiled_elsewhere(tmp_path, "compiled_small")
     assert {capability for _, _, _, capability, _, _ in found["rows"]} == {89, 90, 100}
     for _, blockwise, block_m, capability, shared, counts in found["rows"]:
         assert shared <= SHARED_KIB[capability] * 1024

@@ -3,12 +3,8 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +18,9 @@ import loka
 from loka.probes.judging.evidence import load_evidence
 from loka.probes.sampling.learning import STATISTICS, restore
 from loka.probes.storing.database import open_database, read_learned
+from tests.made_processes import job, ranks
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, product, recorded, seen
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 
 
@@ -63,43 +59,32 @@ def train(model, rank, kind):
     return trace
 
 
-class Rank:
-    """One process of a job; joins it."""
-
-    def __init__(self, rank, count, folder):
-        self.number, self.folder = rank, Path(folder)
-        store = f"file://{folder}/store"
-        dist.init_process_group("gloo", store, timedelta(seconds=60), world_size=count, rank=rank)
-
-
 ROWS_OF_RANK = (8, 0, 3, 17)
 
 
-def work_uneven(rank, kind):
+def work_uneven(folder, rank, group, kind):
     """Ranks with different amounts of data, one of them with none, under gradients averaged by hand."""
     group = dist.new_group([1, 3]) if kind == "subgroup" else None
     torch.manual_seed(0)
     model = Two()
-    rows = ROWS_OF_RANK[rank.number]
-    with loka.probe(model, rank.folder / "run.db", every=2, overhead=100.0, process_group=group):
+    rows = ROWS_OF_RANK[rank]
+    with loka.probe(model, folder / "run.db", every=2, overhead=100.0, process_group=group):
         for _ in range(STEPS):
             model.zero_grad()
             model(torch.randn(rows, 16)).square().sum().backward()
             for parameter in model.parameters():
                 dist.all_reduce(parameter.grad)
     assert_nothing_attached(model)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def work_killed(rank, kind):
+def work_killed(folder, rank, group, kind):
     """One rank dies in the middle of the run; the other meets that in its collective, as a training job does."""
-    dies = rank.number == (0 if kind == "writer killed" else 1)
+    dies = rank == (0 if kind == "writer killed" else 1)
     torch.manual_seed(0)
     model = Two()
     gone = False
     try:
-        with loka.probe(model, rank.folder / "run.db", every=2, overhead=100.0):
+        with loka.probe(model, folder / "run.db", every=2, overhead=100.0):
             for step in range(20):
                 model.zero_grad()
                 model(torch.randn(8, 16)).square().sum().backward()
@@ -115,12 +100,11 @@ def work_killed(rank, kind):
     os._exit(0)  # the broken process group cannot be taken down in order
 
 
-def work(rank, kind):
+def work(folder, rank, group, kind):
     """All ranks, with and without the probe."""
-    rank, folder = rank.number, rank.folder
     plain = train(wrapped(kind), rank, kind)
     model = wrapped(kind)
-    path = Path(folder) / "run.db" if rank == 0 else Path(folder) / "missing" / "run.db"
+    path = folder / "run.db" if rank == 0 else folder / "missing" / "run.db"
     with loka.probe(model, path, every=2, overhead=100.0) as probe:
         probed = train(model, rank, kind)
         with probe.step():  # on every rank, recording or not
@@ -138,38 +122,11 @@ def work(rank, kind):
                 assert all(torch.equal(gradient, other) for other in everyone)
     dist.barrier()
     del model, probe, train_one  # a DDP model freed after its process group may hang in the reducer
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # all is over and checked: a compiled DDP model's threads may abort the interpreter as it goes down
-
-
-def processes(count, folder, kind):
-    """Run `work` in so many processes; return their exit codes and what they printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.probes.test_capture_distributed", kind, str(folder), str(count)]
-    children = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [child.returncode for child in children], "\n".join(outputs)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "ddp-compiled", "fsdp", "fsdp-root-only", "tensor-parallel"])
 def test_one_rank_writes_for_all_under_the_users_names_and_none_is_disturbed(tmp_path, kind):
-    codes, output = processes(2, tmp_path, kind)
-    assert codes == [0, 0], output
+    ranks(2, work, tmp_path, kind)
     assert not (tmp_path / "missing").exists()
     run, steps = recorded(tmp_path / "run.db")
     assert run.progress.status == "complete", run.progress.reason
@@ -194,8 +151,7 @@ def test_one_rank_writes_for_all_under_the_users_names_and_none_is_disturbed(tmp
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_four_ranks_are_one_run_with_one_report(tmp_path, kind):
-    codes, output = processes(4, tmp_path, kind)
-    assert codes == [0] * 4, output
+    ranks(4, work, tmp_path, kind)
     run, steps = recorded(tmp_path / "run.db")
     assert (run.progress.status, run.info.world_size) == ("complete", 4)
     assert run.info.fingerprint == {name: tuple(p.shape) for name, p in Two().named_parameters()}
@@ -208,14 +164,13 @@ def test_four_ranks_are_one_run_with_one_report(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["uneven", "subgroup"])
 def test_four_ranks_with_uneven_and_empty_shards_are_one_run(tmp_path, kind):
-    codes, output = processes(4, tmp_path, kind)
-    assert codes == [0] * 4, output
+    ranks(4, work_uneven, tmp_path, kind)
     run, steps = recorded(tmp_path / "run.db")
-    ranks = (1, 3) if kind == "subgroup" else range(4)
-    assert run.info.world_size == len(ranks)
-    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 2, 4) for rank in ranks]
+    members = (1, 3) if kind == "subgroup" else range(4)
+    assert run.info.world_size == len(members)
+    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 2, 4) for rank in members]
     rows = {step.rank: product(step, "up").m for step in steps}
-    assert rows == {rank: ROWS_OF_RANK[rank] for rank in ranks}
+    assert rows == {rank: ROWS_OF_RANK[rank] for rank in members}
     empty = [product(step, "up") for step in steps if step.rank == 1]
     assert all(math.isnan(error.row_error) for one in empty for error in one.errors.values())
     assert run.events == ()
@@ -234,8 +189,8 @@ def learned_by(path):
 
 
 def test_a_rank_that_dies_leaves_a_database_that_says_what_is_missing(tmp_path):
-    codes, output = processes(2, tmp_path, "killed")
-    assert codes == [0, -signal.SIGKILL], output
+    ended = job(2, work_killed, tmp_path, "killed")
+    assert [one.code for one in ended] == [0, -signal.SIGKILL], ended
     run, steps = recorded(tmp_path / "run.db")
     assert run.progress.status == "failed"  # the first rank met the broken connection in its own training loop
     (event,) = run.events
@@ -246,16 +201,8 @@ def test_a_rank_that_dies_leaves_a_database_that_says_what_is_missing(tmp_path):
 
 
 def test_the_death_of_the_writing_rank_leaves_what_it_wrote(tmp_path):
-    codes, output = processes(2, tmp_path, "writer killed")
-    assert codes == [-signal.SIGKILL, 0], output
+    ended = job(2, work_killed, tmp_path, "writer killed")
+    assert [one.code for one in ended] == [-signal.SIGKILL, 0], ended
     run, steps = recorded(tmp_path / "run.db")
     assert run.progress.status == "incomplete"
     assert [(step.step, step.rank) for step in steps if step.rank == 0] == [(0, 0), (2, 0)]
-
-
-WORK = {"uneven": work_uneven, "subgroup": work_uneven, "killed": work_killed, "writer killed": work_killed}
-
-if __name__ == "__main__":
-    kind, folder, count, rank = sys.argv[1:]
-    torch.set_num_threads(1)
-    WORK.get(kind, work)(Rank(int(rank), int(count), folder), kind)

@@ -3,12 +3,9 @@
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,10 +25,9 @@ from loka.probes.sampling import dynamics
 from loka.probes.sampling.team import step_from
 from loka.probes.storing.database import list_runs, open_database, read_run, read_steps
 from loka.quantize import cast
+from tests.made_processes import Started
 from tests.probes.made_probe import assert_nothing_attached, probed
 from tests.probes.made_records import made_info, made_product, made_step, plain, write_run
-
-ROOT = Path(__file__).parents[2]
 
 
 class Block(nn.Module):
@@ -263,23 +259,23 @@ def test_the_time_it_takes_is_charged_and_limits_how_often_it_is_taken(tmp_path,
 # --- it is kept ---
 
 
+def train_until_killed(path):
+    model = Block()
+    with loka.probe(model, path, every=1, overhead=100):
+        while time.process_time() < 100:  # if nobody is left to kill it
+            model(batch()).square().mean().backward()
+
+
 def test_dynamics_survive_a_kill(tmp_path):
-    script = (
-        "import sys, time, torch, loka\nfrom tests.probes.test_dynamics import Block, batch\n"
-        "model = Block()\n"
-        "with loka.probe(model, sys.argv[1], every=1, overhead=100):\n"
-        "    while time.process_time() < 100:\n"  # if nobody is left to kill it
-        "        model(batch()).square().mean().backward()\n"
-    )
     path = tmp_path / "run.db"
-    child = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT)
+    child = Started(train_until_killed, path)
     try:
         give_up = time.monotonic() + 60
         while time.monotonic() < give_up and _steps_with_dynamics(path) < 3:
             time.sleep(0.1)
     finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()
+    assert child.end().code == -signal.SIGKILL
     assert _steps_with_dynamics(path) >= 3
     norm = next(one for one in trajectories_of(path) if one.kind == "norm")
     assert norm.steps == tuple(sorted(norm.steps))

@@ -1,11 +1,5 @@
 """Statistics of several processes, over real gloo groups: what all ranks hold equals what one process would."""
 
-import os
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,8 +11,8 @@ from loka.probes.distributions.covariance import Covariance
 from loka.probes.distributions.gather import gather_arrays, gather_bytes, packed, reduced, unpacked
 from loka.probes.distributions.matrix_normal import MatrixNormal
 from loka.probes.distributions.moments import Moments
+from tests.made_processes import ranks
 
-ROOT = Path(__file__).parents[2]
 FEATURES = 37
 # Rows of each rank: uneven, and some ranks have none.
 SHARDS = {2: [(5, 12), (0, 9), (0, 0)], 4: [(7, 0, 1, 30), (0, 0, 0, 4)]}
@@ -72,10 +66,9 @@ def check_errors_are_the_same_everywhere(rank):
         reduced(Moments.empty(3 + min(rank, 1)))
 
 
-def work(rank, world, store):
+def work(folder, rank, group):
     """The body of one process."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), world_size=world, rank=rank)
+    world = dist.get_world_size()
     for at_once in (gather.AT_ONCE_BYTES, 0):  # then one rank at a time
         gather.AT_ONCE_BYTES = at_once
         check_bytes(rank, world)
@@ -85,8 +78,6 @@ def work(rank, world, store):
         check_errors_are_the_same_everywhere(rank)
         if world == 4:
             check_subgroup(rank, dist.new_group([1, 3]))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def check_subgroup(rank, group):
@@ -103,24 +94,7 @@ def check_subgroup(rank, group):
 
 @pytest.mark.parametrize("world", list(SHARDS))
 def test_every_rank_holds_what_one_process_would(tmp_path, world):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.probes.test_gather", str(rank), str(world), str(tmp_path / "store")],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0] * world, "\n".join(outputs)
+    ranks(world, work, tmp_path)
 
 
 def test_a_single_process_keeps_what_it_has():
@@ -172,7 +146,3 @@ def test_over_nccl_the_bytes_travel_through_the_device(tmp_path):
         assert Covariance.from_arrays(unpacked(packed(state.arrays()))).count == 5
     finally:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

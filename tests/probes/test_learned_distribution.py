@@ -1,17 +1,12 @@
 """Learned operands: draws have the marginals and correlations of what was learned, and predict errors of real ones."""
 
 import math
-import os
-import subprocess
-import sys
-from datetime import timedelta
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from scipy import stats
 
 from loka.errors import ArgumentError
@@ -22,6 +17,7 @@ from loka.probes.distributions.covariance import RANK
 from loka.probes.distributions.gather import gather_bytes, packed, reduced, unpacked
 from loka.probes.distributions.learned import Draw, OperandDistribution, predict, predictions
 from loka.quantize import fake_quantize
+from tests.made_processes import ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -415,37 +411,11 @@ def check(rank, counts):
     assert copies[0] == copies[1]
 
 
-def work(rank, store):
+def work(folder, rank, group):
     """The body of one process."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), world_size=2, rank=rank)
     for counts in COUNTS:
         check(rank, counts)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_ranks_hold_together_what_one_process_would(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.probes.test_learned_distribution"]
-    children = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]), sys.argv[2])
+    ranks(2, work, tmp_path)

@@ -1,9 +1,10 @@
 """Recording beside training: what survives a kill, a full disk, a deleted file, a lock; and training never waits."""
 
+import os
+import resource
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
@@ -17,9 +18,8 @@ from loka.probes.records import Event
 from loka.probes.storing import sqlite_file
 from loka.probes.storing.database import list_runs, open_database, read_run, read_steps
 from loka.probes.storing.writer import RunWriter
+from tests.made_processes import Started, processes
 from tests.probes.made_records import made_info, made_product, made_progress, made_step, plain, write_run
-
-ROOT = Path(__file__).parents[2]
 
 
 def open_it(path):
@@ -28,14 +28,6 @@ def open_it(path):
 
 def wide_step(index, width=40):
     return made_step(index, *(made_product(site=f"layers.{number}") for number in range(width)))
-
-
-def start(script, *arguments):
-    """Start a Python process that can import this repository's tests; they need no installation."""
-    head = "import sys, time\nfrom tests.probes.made_records import *\nfrom tests.probes.test_writer import wide_step\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", head + script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
 
 
 @contextmanager
@@ -59,18 +51,19 @@ def await_steps(db, count, patience_s=20.0):
     pytest.fail(f"{count} steps were not written in {patience_s} s")
 
 
+def write_until_killed(db):
+    writer = RunWriter(db, made_info())
+    for index in range(100_000):
+        writer.write(wide_step(index), made_progress(index + 1))
+
+
 def test_a_killed_run_keeps_every_committed_step_whole_and_is_incomplete(db):
-    child = start(
-        "writer = RunWriter(sys.argv[1], made_info())\n"
-        "for index in range(100_000):\n"
-        "    writer.write(wide_step(index), made_progress(index + 1))\n",
-        db,
-    )
+    child = Started(write_until_killed, db)
     try:
         await_steps(db, 5)
     finally:
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
+        child.kill()
+    assert child.end().code == -signal.SIGKILL
     engine = open_it(db)
     run, found = read_run(engine), list(read_steps(engine))
     assert plain(found) == plain([wide_step(index) for index in range(len(found))])
@@ -94,18 +87,21 @@ def test_a_run_that_is_still_being_written_is_running(db):
     assert read_run(open_it(db)).progress.status == "complete"
 
 
+def write_from_children(db, names):
+    """Have children write that begin at the same moment, as everything is imported; return how each has ended."""
+
+    def child(name):
+        write_run(db, [wide_step(index, 12) for index in range(12)], made_info(id=name))
+        os._exit(0)
+
+    children = [os.fork() or child(name) for name in names]
+    return [os.waitpid(one, 0)[1] for one in children]
+
+
 def test_eight_processes_record_into_one_new_database_at_once(db):
     names = [f"run {number}" for number in range(8)]
-    parent = start(  # one that has imported everything, so that its children begin at the same moment
-        "import os\n"
-        "def child(name):\n"
-        "    write_run(sys.argv[1], [wide_step(index, 12) for index in range(12)], made_info(id=name))\n"
-        "    os._exit(0)\n"
-        "children = [os.fork() or child(name) for name in sys.argv[2:]]\n"
-        "sys.exit(any([os.waitpid(one, 0)[1] for one in children]))\n",
-        *(db, *names),
-    )
-    assert parent.wait(120) == 0
+    (parent,) = processes(write_from_children, [(db, names)])
+    assert parent.result == [0] * 8, parent.error
     engine = open_it(db)
     assert {run.info.id: run.progress.status for run in list_runs(engine)} == dict.fromkeys(names, "complete")
     for name in names:
@@ -214,21 +210,20 @@ def test_a_full_disk_ends_the_recording_and_keeps_what_was_committed(tiny_disk):
     assert plain(found) == plain([wide_step(index) for index in range(len(found))])
 
 
+def write_little(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    writer = RunWriter(path, made_info())
+    for index in range(100):
+        writer.write(wide_step(index), made_progress(index + 1))
+    writer.finish(made_progress(100, status="complete"))
+    return writer.failure
+
+
 def test_a_file_that_may_not_grow_is_an_error_of_the_disk_and_keeps_what_was_committed(tmp_path):
     path = tmp_path / "run.db"
-    child = start(
-        "import resource\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "writer = RunWriter(sys.argv[1], made_info())\n"
-        "for index in range(100):\n"
-        "    writer.write(wide_step(index), made_progress(index + 1))\n"
-        "writer.finish(made_progress(100, status='complete'))\n"
-        "print(writer.failure)\n",
-        path,
-    )
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == 0
-    assert "the disk reported an I/O error" in output
+    (child,) = processes(write_little, [(path,)])
+    assert child.code == 0, child.error
+    assert "the disk reported an I/O error" in child.result
     found = list(read_steps(open_it(path)))
     assert 0 < len(found) < 100
     assert plain(found) == plain([wide_step(index) for index in range(len(found))])
