@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Final, cast
 
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from loka.dispatch.deciding.by_rows import kernels_of
 from loka.dispatch.deciding.epilogue_decisions import FUSED_OP
@@ -42,10 +43,13 @@ from loka.kernel_registry.operands import DTYPES
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import GemmRequest
 from loka.naming import class_name, clean_fqn, unwrap
+from loka.probes.capturing.storage import inner_tensors
 
 # Modules that look up rows of their weight, and those that hold on to it and hand it to one operator of torch.
 _LOOK_UP: Final = (nn.Embedding, nn.EmbeddingBag)
-_HOLD: Final = (nn.RNNBase,)
+_HOLD: Final = (nn.RNNBase, nn.RNNCellBase)
+# What torch names the Parameter that a weight is computed from, in hooks of nn.utils.spectral_norm and nn.utils.prune.
+_COMPUTED_FROM: Final = "_orig"
 _WITH_ONE_KERNEL: Final = "Plan it with by_rows=False, or `loka plan --no-by-rows`, to store it"
 
 
@@ -200,6 +204,8 @@ def _why_no_weight(module: nn.Module | None, name: str) -> str | None:
     if module is None or weight is None:
         is_computed = module is not None and is_parametrized(module, name)
         return "its weight is computed" if is_computed else "its weight is no Parameter"
+    if isinstance(module, ParametrizationList) or name.endswith(_COMPUTED_FROM):
+        return "a weight is computed from it, which takes its numbers"
     if isinstance(module, _LOOK_UP):
         return f"{class_name(module)} looks up rows of its weight, which takes their numbers"
     if isinstance(module, _HOLD):
@@ -303,8 +309,19 @@ def _spec(kernel: str) -> OperandSpec:
 
 
 def _bytes_of(model: nn.Module) -> int:
-    tensors = {each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
+    held = [inner for each in (*model.parameters(), *model.buffers()) for inner in inner_tensors(each)]
+    return sum({part.data_ptr(): part.nbytes for each in held for part in _dense_parts(each)}.values())
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return what a tensor keeps its numbers in: itself, or the indices and values of a sparse one."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 def _store(places: Mapping[str, _Place]) -> None:

@@ -101,7 +101,12 @@ def _part(x: Tensor, view: View, groups: tuple[int | None, int | None]) -> Tenso
 
 
 def check_inference(input: Tensor, site: str, n: int, k: int) -> None:
-    """Raise KernelError for an input that wants a gradient."""
+    """Raise KernelError for an input that wants a gradient, and for one of integers."""
+    if not input.is_floating_point():
+        raise KernelError(
+            f"{site!r} is frozen ({k} to {n} features) and got {input.dtype}. Its products are of floating-point "
+            "numbers: give it the input in the dtype of the model."
+        )
     if torch.is_grad_enabled() and input.requires_grad:
         raise KernelError(
             f"{site!r} is frozen ({k} to {n} features) and got an input that wants a gradient, and there is no "

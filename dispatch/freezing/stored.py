@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loka.dispatch.deciding.by_rows import kernel_for, kernels_of
 from loka.dispatch.running.executions import record, record_traced
+from loka.dispatch.running.jagged import of_values
 from loka.dispatch.running.linear import HIGH_PRECISION, TRACED, cast_for_autocast, load, quarantine
 from loka.dispatch.running.weights import halves_of
 from loka.errors import KernelError
@@ -58,6 +59,8 @@ def stored_linear(
     input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, kernel: str, traceable: bool
 ) -> Tensor:
     """Compute input [.., k] times a stored weight [n, k], transposed, plus a bias that broadcasts; follows autocast."""
+    if input.is_nested:
+        return of_values(input, lambda values: stored_linear(values, codes, scale, bias, kernel, traceable))
     x = cast_for_autocast(input)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = stored_product(kernel, rows, codes, scale, traceable=traceable)

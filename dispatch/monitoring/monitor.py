@@ -124,7 +124,7 @@ class Monitor(Probe):
         watch = self._watch
         told = [
             f"{progress.sampled_steps} of {progress.steps} steps monitored, {watch.products} readings of "
-            f"{len(watch.guards)} products, {100 * progress.overhead_fraction:.2g} % of the time; at most "
+            f"{len(watch.guards)} products, {100 * progress.overhead_fraction:.3g} % of the time; at most "
             f"{FALSE_ALARMS * watch.products:.2g} false alarms are expected"
         ]
         changed = [f"{name} on {kernel}" for name, kernel in watch.state().items()]

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import _StopRecomputationError
 
 from loka.dispatch.deciding.by_rows import depends_on_rows, kernel_for
 from loka.dispatch.running.executions import record, record_traced
+from loka.dispatch.running.jagged import of_values
 from loka.dispatch.running.shared_input import forget_input, input_sides
 from loka.dispatch.running.weights import Weight, weight_of
 from loka.formats import Pass
@@ -200,14 +202,17 @@ class _Layer(torch.autograd.Function):
         return *gradients, None, None
 
 
-# Either without what `apply` does for the transforms of torch.func: most of what a short call pays for being recorded.
+# Either without what `apply` does for the transforms of torch.func, which do not get here: most of what a short call
+# pays for being recorded.
 _record_product: Final[Any] = super(torch.autograd.Function, _Product).apply
 _record_layer: Final[Any] = super(torch.autograd.Function, _Layer).apply
 
 
-def _is_transformed() -> bool:
-    """Whether Dynamo, which knows functions by their `apply`, or a transform of torch.func sees what runs."""
-    return torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active()
+def _is_transformed(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch.func or forward AD takes derivatives here, of which quantised products have none."""
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
 
 # Loaded layers by name, likewise; None where a kernel computes one pass at a time.
@@ -245,8 +250,7 @@ def _with_shared_casts(x: Tensor, weight: Tensor, name: str, held: Weight | None
         traced: Tensor = _Layer.apply(x, weight, name, None)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return traced
     try:
-        apply: Any = _Layer.apply if _is_transformed() else _record_layer
-        out: Tensor = apply(x, weight, name, held)
+        out: Tensor = _record_layer(x, weight, name, held)
     except (torch.OutOfMemoryError, _StopRecomputationError):
         raise  # no fault of the kernel's: the latter is how a checkpoint ends what it computes again
     except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
@@ -269,12 +273,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, fprop: str, dgrad
     """Return input [..., K] times weight [N, K] transposed, plus a bias that broadcasts: shape [..., N].
 
     Follows autocast as `torch.nn.functional.linear` does. Raises what the kernels raise; a double backward is an error,
-    since a quantised product has no second derivative. On a step that is being sampled, high precision. `fprop` may
-    name a kernel for few rows and one for many (`dispatch.deciding.by_rows`).
+    since a quantised product has no second derivative. On a step that is being sampled, and where torch.func takes
+    derivatives, high precision. `fprop` may name a kernel for few rows and one for many (`dispatch.deciding.by_rows`).
     """
+    if input.is_nested:
+        return of_values(input, lambda values: linear(values, weight, bias, fprop, dgrad, wgrad))
     fprop = kernel_for(fprop, input.shape[:-1]) if depends_on_rows(fprop) else fprop
-    if not torch.compiler.is_dynamo_compiling() and steps_aside() and not isinstance(input, TRACED):
-        return _own_linear(input, weight, bias, (fprop, dgrad, wgrad))
+    if not torch.compiler.is_dynamo_compiling() and not isinstance(input, TRACED):
+        if steps_aside():
+            return _own_linear(input, weight, bias, (fprop, dgrad, wgrad))
+        if _is_transformed(input, weight):
+            record(HIGH_PRECISION)
+            return _unplanned(input, weight, bias)
     return _followed(input, weight, bias, (fprop, dgrad, wgrad))
 
 
@@ -299,6 +309,11 @@ def _own_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: tuple[s
     if open_checkpoint() is not None:
         shares = _shares_casts(kernels, x, weight)
         return _followed(x, weight, bias, kernels if shares else (HIGH_PRECISION,) * 3)
+    return _unplanned(x, weight, bias)
+
+
+def _unplanned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a layer by torch's own operator."""
     if bias is None or bias.shape == weight.shape[:1]:
         return F.linear(x, weight, bias)
     return F.linear(x, weight) + bias
@@ -327,13 +342,16 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, kernels: tuple[str, str, str], source: Tensor | None = None
 ) -> Tensor:
     """Compute a layer; `source` is what the weight was before autocast."""
+    if x.dtype != weight.dtype:
+        return _unplanned(x, weight, bias)  # torch's error: kernels would take integers, and give integers
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
         kept = None if source is None else weight_of(source)
         if _shares_casts(kernels, rows, weight):
             out = _with_shared_casts(rows, weight, kernels[0], kept)
         else:
-            apply: Any = _Product.apply if _is_transformed() else _record_product
+            # Dynamo knows functions by their `apply`.
+            apply: Any = _Product.apply if torch.compiler.is_dynamo_compiling() else _record_product
             out = apply(rows, weight, kernels, kept)
     else:  # where nothing can ask for a gradient: an autograd.Function costs more than all the rest of the dispatch
         out = product(kernels[0], rows, weight, "fprop")

@@ -30,6 +30,7 @@ from loka.probes.capturing.products import (
     COPIES,
     FUSED,
     PRODUCTS,
+    WHOLE,
     Factor,
     Factors,
     Forward,
@@ -49,7 +50,7 @@ from loka.probes.sampling.dynamics import DynamicsMeter
 # What a dispatch mode costs per aten op; charged to the probe.
 MODE_COST_S: Final[float] = 3e-6
 # By identity: the packets live as long as torch does, and hashing one runs Python code at every op.
-_OF_INTEREST: Final[frozenset[int]] = frozenset(id(packet) for packet in (*PRODUCTS, *COPIES, *FUSED))
+_OF_INTEREST: Final[frozenset[int]] = frozenset(id(packet) for packet in (*PRODUCTS, *COPIES, *FUSED, *WHOLE))
 _PLAIN_TYPES: Final[frozenset[type]] = frozenset({Tensor, nn.Parameter})
 
 
@@ -168,10 +169,14 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             result = func(*args, **kwargs)
             self._look(lambda: self._copied(result, args[0]))
             return result
-        if packet in FUSED:
+        # Strided ones: torch has kernels for them, and takes jagged ones apart.
+        if any(isinstance(each, Tensor) and each.is_nested for each in args):
+            if packet in WHOLE:
+                self._look(lambda: self._hidden(packet))
+        elif packet in FUSED:
             self._look(lambda: self._hidden(packet))
-        elif torch.is_inference_mode_enabled() and _is_composite(func):
-            # Under inference mode composite ops (linear, matmul) arrive whole; take them apart to see the product.
+        elif (packet in WHOLE or torch.is_inference_mode_enabled()) and _is_composite(func):
+            # Under inference mode, and inside a tensor subclass, composite ops arrive whole; take them apart.
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -213,6 +218,8 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             self.dynamics.copied(copy, original)
 
     def _hidden(self, packet: Any) -> None:
+        if torch._C._current_autograd_node() is not None:
+            return  # its forward has been told of
         key, module = self.sites.nameless()
         if self.sites.admits(module, key.owner):
             self.observer.hidden(key.owner, packet.__name__)

@@ -39,8 +39,17 @@ CONVOLUTION_BACKWARD: Final = aten.convolution_backward
 # Ops whose output holds the same numbers as their first argument, in memory of its own.
 COPIES: Final[frozenset[Any]] = frozenset({aten._to_copy, aten.clone})
 PRODUCTS: Final[frozenset[Any]] = frozenset({*FACTORS, CONVOLUTION, CONVOLUTION_BACKWARD})
+# Ops that torch takes apart before a mode sees them, except inside the dispatch of a tensor subclass (jagged tensors).
+WHOLE: Final[frozenset[Any]] = frozenset({aten.linear, aten.matmul})
 # Operators that hide all their products, forward and backward, from the dispatcher.
-FUSED: Final[frozenset[Any]] = frozenset({aten.mkldnn_rnn_layer, aten._cudnn_rnn, aten.miopen_rnn})
+FUSED: Final[frozenset[Any]] = frozenset(
+    {
+        aten.mkldnn_rnn_layer,
+        aten._cudnn_rnn,
+        aten.miopen_rnn,
+        aten._trilinear,  # nn.Bilinear
+    }
+)
 Factor = Literal["p", "q"]
 # Autograd's nodes whose last two inputs are the factors -> the order in which they compute the two gradients.
 _ORDER: Final[dict[str, tuple[Factor, Factor]]] = {

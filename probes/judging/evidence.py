@@ -33,6 +33,7 @@ from loka.probes.judging.verdicts import (
     RunEvidence,
     Verdict,
 )
+from loka.probes.records import RunInfo, RunProgress
 from loka.probes.storing.database import find_run, open_database, transaction
 from loka.probes.storing.schema import METRICS
 
@@ -79,12 +80,7 @@ def read_and_condense(
         run = find_run(connection, run_id)
         series = load_series(connection, run.number, run.info.recipes)
         if not series.rows:
-            ended = f" ({run.progress.reason})" if run.progress.reason else ""
-            raise EvidenceError(
-                f"Run {run.info.id} saw no matrix product in a sampled step: it made {run.progress.steps} steps{ended} "
-                f"and samples one in {run.info.every}. Train for longer inside `loka.probe`, or lower `every`; "
-                f"it takes {MIN_SAMPLES} sampled steps to judge."
-            )
+            raise _nothing_seen(run.info, run.progress)
         newest_operands = _newest_with_operands(series)
         shares = load_shares(connection, series.place[newest_operands[newest_operands >= 0]])
     frozen = not run.progress.weights_changed
@@ -103,6 +99,20 @@ def read_and_condense(
         epilogues=read_epilogues(engine, run.info.id),
     )
     return evidence, series
+
+
+def _nothing_seen(info: RunInfo, progress: RunProgress) -> EvidenceError:
+    ended = f" ({progress.reason})" if progress.reason else ""
+    if progress.sampled_steps >= MIN_SAMPLES:
+        return EvidenceError(
+            f"Run {info.id} saw no matrix product in any of {progress.sampled_steps} sampled steps{ended}. Fused "
+            "operators, such as a recurrent layer's, hide theirs; give loka.probe the model that does the work."
+        )
+    return EvidenceError(
+        f"Run {info.id} saw no matrix product in a sampled step: it made {progress.steps} steps{ended} and samples one "
+        f"in {info.every}. Train for longer inside `loka.probe`, or lower `every`; it takes {MIN_SAMPLES} sampled "
+        "steps to judge."
+    )
 
 
 def _forward_steps(series: RunSeries) -> dict[str, int]:

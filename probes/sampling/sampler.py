@@ -224,7 +224,7 @@ class Sampler:
         root = roots[0] if len(roots) == 1 else None
         is_number = isinstance(root, Tensor) and root.numel() == 1 and not root.is_meta
         with _disable_current_modes():
-            value = float(root.detach()) if root is not None and is_number else math.nan
+            value = _number(root) if root is not None and is_number else math.nan
         self.meter.root_value = value if self.meter.root_value is None else math.nan
 
     def _wait_for(self, tensor: Tensor) -> None:
@@ -324,6 +324,13 @@ def _record(site: str, product: Pass, seen: _Seen, impacts: Mapping[str, LossImp
         impacts=impacts,
         unmeasured=seen.unmeasured,
     )
+
+
+def _number(loss: Tensor) -> float:
+    """Return the value of a loss; NaN under `torch.vmap`, where it stands for one of every item."""
+    while torch._C._functorch.is_gradtrackingtensor(loss):
+        loss = torch._C._functorch.get_unwrapped(loss)
+    return math.nan if torch._C._functorch.is_batchedtensor(loss) else float(loss.detach())
 
 
 def _turn(samples: int, calls: int) -> int:

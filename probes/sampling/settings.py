@@ -101,6 +101,8 @@ def _overhead(overhead: float) -> float:
 def _check_filter(root: nn.Module, filter_fn: FilterFn | None) -> None:
     if filter_fn is None:
         return
+    if not callable(filter_fn):
+        raise ArgumentError(f"filter_fn={filter_fn!r}: it is a function, called as filter_fn(module, fqn) -> bool.")
     modules = [(module, clean_fqn(name)) for name, module in root.named_modules()]
     if not any(filter_fn(module, name) for module, name in (*modules, *named_sites(root))):
         names = [name for _, name in modules if name]

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from loka.probes.capturing.sites import SiteMap, fingerprint
@@ -240,7 +241,8 @@ class Steps:
     def _harmless(self, step: int) -> Iterator[None]:
         """End the probe, and not the training, when something unforeseen fails inside."""
         try:
-            yield
+            with temporarily_clear_interpreter_stack():  # a step may begin inside a transform of torch.func
+                yield
         except Exception as error:  # noqa: BLE001 - a probe must never stop the training it watches; it is told and ends
             self._end(_gave_up(self._who, step, f"{type(error).__name__}: {error}"))
 

@@ -47,6 +47,8 @@ class StoredRun:
 
 def resolve_url(db: str | os.PathLike[str]) -> URL:
     """Return the URL behind a path or a URL; raise DatabaseError for a kind of database that LoKA cannot use."""
+    if not isinstance(db, (str, os.PathLike)):
+        raise DatabaseError(f"db={db!r} is neither a path nor a database URL. Write e.g. db='run.db'.")
     spelled = os.fspath(db)
     if "://" not in spelled:
         if spelled in ("", ":memory:"):

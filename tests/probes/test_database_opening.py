@@ -154,6 +154,8 @@ def test_any_file_name_is_a_file_name(tmp_path, name):
         ("sqlite:///run.db?mode=memory", "by its path alone"),
         ("mysql://host/runs", "cannot live in 'mysql'"),
         ("://", "not a database URL"),
+        (None, "db=None is neither a path nor a database URL"),
+        (5, "db=5 is neither"),
     ],
 )
 def test_a_place_that_cannot_hold_a_database_is_refused_in_words(db, words):

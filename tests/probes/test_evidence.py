@@ -321,6 +321,9 @@ def test_a_run_that_saw_nothing_is_an_error_that_says_what_to_do(tmp_path):
     write_run(tmp_path / "run.db", [], made_info(id="empty"), made_progress(0, status="complete"))
     with pytest.raises(EvidenceError, match=r"Run empty saw no matrix product .* lower `every`"):
         load_evidence(tmp_path / "run.db")
+    write_run(tmp_path / "hidden.db", [], made_info(id="hidden"), made_progress(20, status="complete"))
+    with pytest.raises(EvidenceError, match=r"saw no matrix product in any of 20 sampled steps\. Fused operators"):
+        load_evidence(tmp_path / "hidden.db")
     with pytest.raises(DatabaseError, match="There is no probe database"):
         load_evidence(tmp_path / "other.db")
 

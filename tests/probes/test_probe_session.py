@@ -39,6 +39,7 @@ def stable(value: object) -> str:
         ({"recipes": ["rowwize"]}, r"no recipe 'rowwize'.*Nearest: 'rowwise'"),
         ({"recipes": "tensorwize"}, r"no recipe 'tensorwize'.*Nearest: 'tensorwise'"),
         ({"filter_fn": lambda module, fqn: fqn == "upp"}, r"admits none of the 3 modules of Two.*'up', 'down'"),
+        ({"filter_fn": "up*"}, r"filter_fn='up\*': it is a function"),
         ({"loss": "cross-entropy"}, r"probe\(loss='cross-entropy'\).* Nearest: 'cross_entropy'"),
         ({"loss": 0.1}, r"probe\(loss=0.1\): a loss is 'bce', 'cross_entropy', or a callable"),
         ({"process_group": object()}, r"process_group"),

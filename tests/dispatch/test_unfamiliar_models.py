@@ -1,0 +1,189 @@
+"""Plans on models that stray from layers and batches: jagged tensors, torch.func, cells, weights that are computed."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils.parametrizations import spectral_norm
+
+from loka.dispatch.freezing.freeze import freeze
+from loka.dispatch.running.convert import convert, revert
+from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
+from loka.errors import KernelError
+from tests.dispatch.made_conversion import decision, plan_for
+
+SHARED = dict.fromkeys(("fprop", "dgrad", "wgrad"), "rowwise")  # all passes on one kernel, which shares their casts
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 8))
+
+
+def plan_of(model):
+    return plan_for(model, {"0": SHARED, "2": {"fprop": "rowwise", "dgrad": "tensorwise", "wgrad": "rowwise"}})
+
+
+# --- nested tensors ---
+
+
+def nested(layout):
+    rows = [torch.randn(length, 16, generator=torch.Generator().manual_seed(length)) for length in (3, 1, 7)]
+    return torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
+
+
+def test_a_jagged_tensor_has_the_numbers_and_gradients_of_its_values():
+    model = mlp()
+    convert(model, plan_of(model))
+    x = nested(torch.jagged)
+    out = model(x)
+    assert (out + out).offsets() is x.offsets()
+    out.values().square().sum().backward()
+    mine = [each.grad.clone() for each in model.parameters()]
+    model.zero_grad()
+    values = x.detach().values().requires_grad_()
+    want = model(values)
+    want.square().sum().backward()
+    assert torch.equal(out.values(), want)
+    assert torch.equal(x.grad.values(), values.grad)
+    assert all(torch.equal(one, each.grad) for one, each in zip(mine, model.parameters(), strict=True))
+
+
+def test_a_frozen_model_takes_jagged_tensors():
+    model, x = mlp(), nested(torch.jagged).detach()
+    plan = plan_of(model)
+    converted = convert(copy.deepcopy(model), plan)
+    freeze(model, plan)
+    with torch.no_grad():
+        assert torch.equal(model(x).values(), converted(x).values())
+
+
+def test_a_jagged_dimension_may_be_any_but_the_last():
+    model = mlp()
+    convert(model, plan_of(model))
+    x = torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+    with torch.no_grad():
+        out = model(x)
+        assert out.shape[1:3] == x.shape[1:3]
+        for one, rows in zip(out.unbind(), x.unbind(), strict=True):
+            assert torch.equal(one, model(rows))
+
+
+def test_a_jagged_tensor_may_come_while_aot_autograd_makes_a_graph(monkeypatch):
+    model, x = mlp(), nested(torch.jagged).detach()
+    convert(model, plan_of(model))
+    with torch.no_grad():
+        want = model(x).values()
+        monkeypatch.setattr("torch.fx._symbolic_trace._is_fx_tracing_flag", True)  # as under backend="loka"
+        assert torch.equal(model(x).values(), want)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_strided_nested_tensor_is_refused_in_words():
+    model = mlp()
+    convert(model, plan_of(model))
+    with pytest.raises(KernelError, match=r"layout=torch\.jagged"):
+        model(nested(torch.strided))
+
+
+# --- dtypes ---
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16])
+def test_an_input_that_the_plain_layer_refuses_is_refused_by_the_converted_one(dtype):
+    model = mlp()
+    convert(model, plan_of(model))
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(torch.ones(4, 16, dtype=dtype))
+
+
+def test_integers_are_refused_by_a_frozen_layer_in_words():
+    model = mlp()
+    freeze(model, plan_of(model))
+    with pytest.raises(KernelError, match=r"'0' is frozen .* got torch\.int64"):
+        model(torch.ones(4, 16, dtype=torch.int64))
+
+
+# --- torch.func ---
+
+
+def squared(model):
+    return lambda parameters, x: functional_call(model, parameters, (x,)).square().mean()
+
+
+@pytest.mark.parametrize("transform", ["grad", "per example", "jvp"])
+def test_derivatives_by_torch_func_are_those_of_high_precision_and_cost_no_kernel(transform):
+    model, x = mlp(), torch.randn(4, 1, 16)
+    parameters = {name: each.detach() for name, each in model.named_parameters()}
+    tangents = {name: torch.ones_like(each) for name, each in parameters.items()}
+
+    def derived():
+        if transform == "grad":
+            return grad(squared(model))(parameters, x[:, 0])
+        if transform == "per example":
+            return vmap(grad(squared(model)), (None, 0))(parameters, x)
+        return {"tangent": jvp(lambda each: squared(model)(each, x[:, 0]), (parameters,), (tangents,))[1]}
+
+    want = derived()
+    convert(model, plan_of(model))
+    reset_kernel_executions()
+    got = derived()
+    assert kernel_executions() == {"high precision": 2}
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    model(x[:, 0]).square().mean().backward()  # the kernels have not been taken out of use
+    assert kernel_executions()["emulated.linear.rowwise"] == 4
+
+
+# --- what a frozen model cannot do without ---
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_cells_keep_their_weights_when_a_model_is_frozen(cell):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = cell(16, 24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            state = self.cell(x)
+            return self.head(state[0] if isinstance(state, tuple) else state)
+
+    model, x = Recurrent(), torch.randn(4, 16)
+    sizes = {"cell.weight_ih": model.cell.weight_ih.shape, "cell.weight_hh": model.cell.weight_hh.shape}
+    made = [(decision(site, "fprop", "blockwise"), n, k) for site, (n, k) in {**sizes, "head": (8, 24)}.items()]
+    decisions = tuple(replace(one, request=replace(one.request, n=n, k=k)) for one, n, k in made)
+    plan = plan_for(model, [], decisions=decisions)
+    want = convert(copy.deepcopy(model), plan)(x)
+    frozen = freeze(model, plan)
+    assert frozen.kernels.keys() == {"head"}
+    reason = f"{cell.__name__} reads its weight itself"
+    assert frozen.left == {"cell.weight_ih": reason, "cell.weight_hh": reason}
+    assert torch.equal(model(x), want.detach())
+
+
+@pytest.mark.parametrize("how", [spectral_norm, nn.utils.spectral_norm])
+def test_what_a_weight_is_computed_from_is_left(how):
+    model, x = nn.Sequential(how(nn.Linear(16, 24)), nn.Linear(24, 8)).eval(), torch.randn(4, 16)
+    source = next(name for name, each in model.named_parameters() if each.shape == (24, 16))
+    want = convert(model, plan_for(model, {"1": SHARED}))(x)
+    revert(model)
+    frozen = freeze(model, plan_for(model, {source: SHARED, "1": SHARED}))
+    assert frozen.left == {source: "a weight is computed from it, which takes its numbers"}
+    assert torch.equal(model(x), want.detach())
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_buffer_is_counted_by_what_it_holds(layout):
+    model = mlp()
+    plan = plan_of(model)
+    dense = freeze(copy.deepcopy(model), plan)
+    links = torch.eye(6).to_sparse() if layout == "coo" else getattr(torch.eye(6), f"to_sparse_{layout}")()
+    model.register_buffer("links", links)
+    frozen = freeze(model, plan)
+    indices = 2 * 6 if layout == "coo" else 7 + 6
+    assert frozen.bytes_before - dense.bytes_before == indices * 8 + 6 * 4
+    assert frozen.bytes_after - dense.bytes_after == indices * 8 + 6 * 4
