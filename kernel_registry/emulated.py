@@ -68,22 +68,22 @@ def multiply_operands(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
 def _scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Multiply codes [m, k] and [n, k], and then by their scales, [m or 1, 1] and [n or 1, 1].
 
-    One scale after the other, for their product may leave the range of fp32 where the result does not; and what makes
-    smaller comes first, so that no number on the way is larger than the last.
+    One scale after the other, for their product may leave the range of fp32 where the result does not; and the smaller
+    one first, so that no number on the way is larger than the last.
     """
     sums = matmul(a, b).float() if a.dtype == torch.bfloat16 else exact_matmul(a, b)
-    for scale in (scale_a, scale_b.mT):
-        if not _all(scale >= 1):
-            sums = sums.mul_(scale.clamp(max=1))
-    for scale in (scale_a, scale_b.mT):
-        if not _all(scale <= 1):
-            sums = sums.mul_(scale.clamp(min=1))
-    return sums.to(out_dtype)
+    smaller, larger = _ordered(scale_a, scale_b.mT)
+    return sums.mul_(smaller).mul_(larger).to(out_dtype)
 
 
-def _all(condition: Tensor) -> bool:
-    """Whether that holds throughout, where Python may look; a factor of one changes nothing and is left out."""
-    return readable(condition) and bool(condition.all())
+def _ordered(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smaller and the larger one of two factors for each element, as they are where one is throughout."""
+    if readable(a) and a.numel() and b.numel():
+        if bool(a.amax() <= b.amin()):
+            return a, b
+        if bool(b.amax() <= a.amin()):
+            return b, a
+    return torch.minimum(a, b), torch.maximum(a, b)
 
 
 def _code_dtype(recipe: Recipe, x: Tensor, out_dtype: torch.dtype) -> torch.dtype | None:
