@@ -92,3 +92,9 @@ def test_every_public_name_exists_and_is_documented() -> None:
         assert name == "__version__" or value.__doc__, name
     with pytest.raises(AttributeError, match="prove"):
         loka.prove  # noqa: B018
+
+
+def test_a_command_ends_without_a_word_of_the_libraries_that_it_loaded() -> None:
+    code = "import sys, triton, loka.cli; sys.argv = ['loka', 'env', '--format', 'json']; loka.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -3,7 +3,6 @@
 A `LokaError` becomes one paragraph on stderr and exit code 2; a traceback appears only with `--debug`.
 """
 
-import gc
 import logging
 from collections.abc import Callable
 from typing import Annotated, Any, Final
@@ -58,7 +57,4 @@ app.add_typer(moe)
 
 def main() -> None:
     """Run the command line."""
-    try:
-        app()
-    finally:
-        gc.freeze()  # the process ends: a last walk over all of PyTorch's modules takes a quarter of a second
+    app()
