@@ -1,4 +1,4 @@
-"""fp32 products of numbers that bf16 holds exactly, on the bf16 units of a CPU: the same sums, several times as fast.
+"""fp32 products of numbers that bf16 holds exactly, on the bf16 units of a CPU: the same sums, in less time.
 
 oneDNN splits no number that has eight significant bits: under its fp32 precision "bf16" every product of two such
 numbers is exact and is added in fp32, as without it. Codes of FP8, which have four, are such numbers in fp32 as well.

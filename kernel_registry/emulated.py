@@ -6,7 +6,7 @@ Recipes of reduced accumulation are defined by `emulate` as well, but no kernel 
 unit, one group of products after the other.
 
 On a CPU with units for bf16 the sum is taken over codes, which are exact there, and scales come after: the same sum of
-the same numbers, several times as fast. In fp32 (`bf16_units`) it is as near to the exact sum; a bf16 result is rounded
+the same numbers, in less time. In fp32 (`bf16_units`) it is as near to the exact sum; a bf16 result is rounded
 before and after its scales: within one and a half bf16 ulp of the definition, where rounding once leaves a half.
 """
 

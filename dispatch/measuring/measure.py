@@ -221,7 +221,7 @@ def tried(
 
 
 def _as_defined(call: Candidate) -> Candidate:
-    """Return an emulated product in the fp32 that defines it: what units for bf16 win there, bf16 itself wins twice."""
+    """Return an emulated product in the fp32 that defines it: what units for bf16 win there, bf16 itself wins more."""
 
     def defined(i: int) -> object:
         with left_idle():
