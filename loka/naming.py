@@ -21,11 +21,16 @@ def clean_fqn(name: str) -> str:
 BASE_CLASS: Final[str] = "_loka_base"
 
 
-def class_name(module: nn.Module) -> str:
-    """Return the name of a module's class, of a converted one that of the class it had before."""
+def class_of(module: nn.Module) -> type:
+    """Return a module's class, of a converted one the class that it had before."""
     made = type(module)
-    base = vars(made).get(BASE_CLASS, made)
-    return str(base.__name__)
+    base: type = vars(made).get(BASE_CLASS, made)
+    return base
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of `class_of`."""
+    return class_of(module).__name__
 
 
 def unwrap(model: nn.Module) -> nn.Module:

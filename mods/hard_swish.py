@@ -15,8 +15,8 @@ from loka.mods.activations import ActivationMod
 from loka.mods.source.calls import Pattern
 from loka.mods.source.patterns import SwishCalls, is_swish
 
-# Names that Swish goes by in classes of users and libraries.
-_NAMES: Final[frozenset[str]] = frozenset({"swish", "silu", "siluactivation", "memoryefficientswish"})
+# Names that Swish goes by in classes of users and libraries, in lower case.
+SWISHES: Final[frozenset[str]] = frozenset({"swish", "silu", "siluactivation", "memoryefficientswish"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class HardSwish(ActivationMod):
         if isinstance(module, nn.SiLU):
             return type(module).forward is nn.SiLU.forward
         state = (*module.parameters(), *module.buffers(), *module.children())
-        return type(module).__name__.lower() in _NAMES and len(state) == 0
+        return type(module).__name__.lower() in SWISHES and len(state) == 0
 
     def takes_function(self, value: object) -> bool:
         """Return whether a function is F.silu, or one of the user's that computes the same."""

@@ -9,7 +9,6 @@ are guessed from sizes: linears with fewer than 8 outputs or, where there is non
 import copy
 import inspect
 import operator
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from loka.errors import ArgumentError
+from loka.last_products import last_products
 from loka.mods.claims import listing, walk
 from loka.mods.fused_linear import FusedLinearNormAct
 from loka.numerics import MIN_COLUMNS
@@ -38,13 +38,6 @@ _METHODS: Final = frozenset({"matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "a
 _FORM_METHODS: Final = frozenset({"size", "dim", "numel", "stride", "new_zeros", "new_ones", "new_empty", "get_device"})
 _FORM_ATTRIBUTES: Final = frozenset({"shape", "device", "dtype", "ndim", "requires_grad"})
 _FORM_FUNCTIONS: Final = frozenset({len, torch.zeros_like, torch.ones_like, torch.empty_like})
-# Nodes of the autograd graph that multiply, and those between a product and the parameter that is its operand.
-_PRODUCT_NODES: Final = re.compile(
-    r"(Addmm|Mm|Bmm|Baddbmm|Mv|Addmv|Addbmm|Dot|Linear|ScaledDot\w*|\w*Convolution|\w*Rnn\w*)Backward\d*"
-)
-_VIEW_NODES: Final = re.compile(
-    r"(T|Transpose|Permute|View|UnsafeView|ReshapeAlias|Expand|ToCopy|Unsqueeze|Squeeze|Alias|Clone)Backward\d*"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,13 +213,16 @@ def _from_run(model: nn.Module, example: object) -> Heads:
             f"{_first_line(error)}. Give the arguments of its forward as a tuple or a dict, or "
             "name the heads in `keep`."
         ) from error
+    last = last_products(output)
+    if last.opaque:
+        return guessed_heads(model, f"what ran inside a {last.opaque} cannot be followed")
     original = dict(model.named_parameters(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
     for name, tensor in fresh.items():
         owners.setdefault(id(tensor), []).append(name)
     layers: dict[str, None] = {}
     parameters = []
-    for leaf in _leading(output):
+    for leaf in last.parameters:
         for name in owners.get(id(leaf), ()):
             parameters.append(original[name])
             owner = name.rpartition(".")[0].partition(".parametrizations")[0]
@@ -239,48 +235,3 @@ def _arguments(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, dict):
         return (), example
     return (example if isinstance(example, tuple) else (example,)), {}
-
-
-def _leading(output: object) -> Iterator[Tensor]:
-    """Yield the parameters that are operands of the last products before the output, or that are added behind them."""
-    waiting = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-            continue
-        following = [following for following, _ in node.next_functions if following is not None]
-        if _PRODUCT_NODES.fullmatch(node.name()):
-            for operand in following:
-                yield from _operand(operand)
-            continue
-        fresh = [each for each in following if each not in seen]
-        seen.update(fresh)
-        waiting += fresh
-
-
-def _operand(node: Any) -> Iterator[Tensor]:
-    """Yield the parameter that an operand of a product is a view of."""
-    while node is not None and not hasattr(node, "variable"):
-        inputs = [following for following, _ in node.next_functions if following is not None]
-        if len(inputs) != 1 or not _VIEW_NODES.fullmatch(node.name()):
-            return
-        node = inputs[0]
-    if node is not None:
-        yield node.variable
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in the output of a model: in tuples, dicts and dataclasses such as those of transformers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for item in vars(value).values():
-            yield from _tensors(item)

@@ -28,6 +28,8 @@ _SLOTS: Final[Mapping[type[nn.Module], str]] = {
     **dict.fromkeys((nn.Linear, nn.Bilinear, FusedLinearNormAct, *CONVOLUTIONS, *TRANSPOSED), "bias"),
     **dict.fromkeys((nn.LayerNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS), "bias"),
 }
+# The same by the name of the class whose forward a module runs, for those who know no more of it.
+BIAS_SLOTS: Final[Mapping[str, str]] = {kind.__name__: slot for kind, slot in _SLOTS.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,8 @@ ALPHAS: Final[tuple[float, ...]] = (0.35, 0.5, 0.65, 0.8)
 # Scales stay within 2^-12 and 2^12, far from where fp16 ends.
 _REACH: Final[float] = 12.0
 
+_UNFED: Final[str] = "its input is written by no norm and no linear whose output only linears read: Hadamard needs none"
+
 Named = tuple[str, nn.Linear]
 
 
@@ -73,15 +75,20 @@ class Smooth(EquivalentMod):
         """Propose each norm and linear whose output only linears read."""
         names = {id(module): (fqn, module) for fqn, module in linears(model).items()}
         chosen = {id(module) for module in linears(model, self.only).values()}
+        unfed = set(chosen) if self.only is not None else set()
         for fqn, producer in _producers(model):
             ids, why = traffic.readers(producer, exact=False)
             if why or not chosen.intersection(ids):
                 if is_scaled_norm(producer) and why:
                     yield Refusal(fqn=fqn, mod=self.name, reason=why)
                 continue
+            unfed.difference_update(ids)
             behind = [names[reader] for reader in ids]
             why = _refusal(producer, behind, traffic)
             yield Refusal(fqn=fqn, mod=self.name, reason=why) if why else self._best(fqn, producer, behind, traffic)
+        for fqn, module in names.values():
+            if id(module) in unfed:
+                yield Refusal(fqn=fqn, mod=self.name, reason=_UNFED)
 
     def nothing_found(self, model: nn.Module) -> str:
         """Say what was looked for."""

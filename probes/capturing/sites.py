@@ -135,7 +135,16 @@ class SiteMap:
         """Whether some module's forward is running."""
         return len(self._stack) > 1
 
+    def stranger(self, parameter: str) -> str:
+        """Return the running module that multiplies with a parameter of another one; empty where it is its own."""
+        running = self._stack[-1].fqn
+        return "" if running == parameter.rpartition(".")[0] else running or type(self.model).__name__
+
     # --- names ---
+
+    def name_of(self, module: nn.Module) -> str:
+        """Return the name of a module of the model, "" of any other."""
+        return self._names.get(id(module), "")
 
     def alias(self, copy: Tensor, original: Tensor) -> None:
         """Remember that `copy` holds a parameter's values in memory of its own: a cast by autocast, a layout change."""

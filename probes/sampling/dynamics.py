@@ -87,7 +87,7 @@ class DynamicsMeter:
     def entered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module's forward begins: look at its input, the first time in a step; a Swish may work in place."""
         name, kind = self.watched[id(module)]
-        if name in self._found or not args or not _is_readable(args[0]):
+        if name in self._found or not args or not _is_readable(args[0]) or not _is_of_features(module, args[0]):
             return
         rows = _sampled(args[0], len(getattr(module, "normalized_shape", (0,))))
         values = _norm_values(rows) if kind == "norm" else _activation_values(rows)
@@ -135,6 +135,12 @@ class DynamicsMeter:
 def _is_readable(x: object) -> bool:
     plain = isinstance(x, Tensor) and type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
     return plain and x.is_floating_point() and x.dtype.itemsize > 1 and not x.is_meta and x.numel() > 0  # type: ignore[attr-defined]
+
+
+def _is_of_features(module: nn.Module, x: Tensor) -> bool:
+    """Whether the last dimension is what a module scales: some norms take the channels of an image, that come first."""
+    weight = module._parameters.get("weight")
+    return weight is None or weight.dim() != 1 or weight.shape[0] == x.shape[-1]
 
 
 def _sampled(x: Tensor, dims: int) -> Tensor:

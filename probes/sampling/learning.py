@@ -17,6 +17,7 @@ from torch import Tensor
 from loka.errors import ArgumentError
 from loka.formats import PASS_OPERANDS, Pass
 from loka.probes.capturing.epilogues import Epilogue
+from loka.probes.capturing.layer_facts import LayerFacts
 from loka.probes.capturing.row_counts import CallRows
 from loka.probes.capturing.shared_inputs import SharedInput
 from loka.probes.distributions.closed_form import ProductStatistics
@@ -49,6 +50,7 @@ ROWS: Final[str] = "rows"
 EXPERTS: Final[str] = "experts"
 SHARED_INPUT: Final[str] = "shared_input"
 EPILOGUE: Final[str] = "epilogue"
+LAYER: Final[str] = "layer"
 # Kinds whose quantiles can bring their rows along, for an exact merge of ranks.
 _WITH_ROWS: Final[frozenset[str]] = frozenset({"input", "grad_output"})
 
@@ -73,6 +75,7 @@ READERS: Final[dict[str, Callable[[Mapping[str, Any]], Learned]]] = {
     EXPERTS: ExpertStatistics.from_arrays,
     SHARED_INPUT: SharedInput.from_arrays,
     EPILOGUE: Epilogue.from_arrays,
+    LAYER: LayerFacts.from_arrays,
 }
 
 
@@ -135,6 +138,10 @@ class Learner:
     def learn_epilogue(self, site: Any, step: int) -> None:
         """Learn that a forward product is one module with the norm and the activation behind it."""
         self._add(site, "fprop", EPILOGUE, Epilogue(), step)
+
+    def learn_layer(self, site: Any, facts: LayerFacts, step: int) -> None:
+        """Learn what kind of layer a forward product belongs to, where it is no linear layer like any other."""
+        self._add(site, "fprop", LAYER, facts, step)
 
     def count(self, site: Any, product: Pass, calls: Mapping[int, int], step: int) -> None:
         """Count the calls of a product in one step, by their rows."""

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from loka.formats import Pass, Recipe
+from loka.last_products import last_products
 from loka.probes.capturing.capture import Capture, Sighting
+from loka.probes.capturing.layer_facts import LayerNotes
 from loka.probes.capturing.products import Draw
 from loka.probes.capturing.shared_inputs import Inputs
 from loka.probes.capturing.sites import SiteKey, SiteMap
@@ -57,6 +59,7 @@ class _Seen:
     by_rows: Counter[int] = field(default_factory=Counter)  # calls by m, of wgrad by k
     measurement: Measurement | None = None
     experts: _Experts | None = None
+    outside: str = ""  # module that multiplies with a weight that is not its own
 
     def count(self, sighting: Sighting) -> None:
         """Count a call, by its rows and its expert."""
@@ -82,6 +85,7 @@ class Memory:
     names: dict[SiteKey, str] = field(default_factory=dict)
     dynamics_s: float = 0.0  # spent on dynamics so far
     reads_biases: bool = True
+    layers: LayerNotes = field(default_factory=LayerNotes)
 
 
 @dataclass(slots=True)
@@ -102,6 +106,7 @@ class Sampler:
     takes_impact: bool = False  # whether this step weighs its errors by what the loss feels
     _seen: dict[JobKey, _Seen] = field(default_factory=dict)
     _inputs: Inputs = field(default_factory=Inputs)
+    _heads: set[str] = field(default_factory=set)  # parameters of the last products
 
     def __post_init__(self) -> None:
         self.capture = Capture(self.sites, self)
@@ -126,14 +131,7 @@ class Sampler:
             return
         seen = self._seen.get(key)
         if seen is None:
-            dtype = str(gemm.a.dtype).removeprefix("torch.")
-            shape = (gemm.batch, gemm.n, gemm.k)
-            seen = self._seen[key] = _Seen(gemm.op, sighting.parameter, gemm.unmeasured, dtype, shape)
-            if sighting.expert is not None and sighting.slice is not None:
-                seen.experts = _Experts([0] * sighting.slice.experts)
-            self._note_input(sighting)
-            if sighting.product == "fprop" and sighting.key.owner in self.sites.fused and self.watch is None:
-                self.memory.learner.learn_epilogue(sighting.key, self.step)
+            seen = self._seen[key] = self._first_seen(sighting)
         turn = _turn(self.budget.samples_of(key), self.memory.calls.get(key, 1))
         if seen.measurement is None and seen.calls >= turn and self.budget.allows(key, self.capture.own_s):
             self._wait_for(gemm.a)
@@ -146,6 +144,22 @@ class Sampler:
                 seen.experts.measured = sighting.expert
             self.budget.measured(key, time.perf_counter() - started)
         seen.count(sighting)
+
+    def _first_seen(self, sighting: Sighting) -> _Seen:
+        """Take note of what the first call of a product in this step tells of it."""
+        gemm = sighting.gemm
+        dtype = str(gemm.a.dtype).removeprefix("torch.")
+        seen = _Seen(gemm.op, sighting.parameter, gemm.unmeasured, dtype, (gemm.batch, gemm.n, gemm.k))
+        if sighting.expert is not None and sighting.slice is not None:
+            seen.experts = _Experts([0] * sighting.slice.experts)
+        if sighting.product != "fprop" or self.watch is not None:
+            return seen
+        self._note_input(sighting)
+        if sighting.parameter:
+            seen.outside = self.sites.stranger(sighting.parameter)
+        if sighting.key.owner in self.sites.fused:
+            self.memory.learner.learn_epilogue(sighting.key, self.step)
+        return seen
 
     def _note_input(self, sighting: Sighting) -> None:
         """Take note of a layer that reads what another one has read before it in this step."""
@@ -189,6 +203,7 @@ class Sampler:
         capture = self.capture
         started, probe_s, own_s = time.perf_counter(), capture.probe_s, capture.own_s
         try:
+            self._note_heads(output)
             if hook is None:
                 self.memory.items = items_of(output)
                 return ""
@@ -200,6 +215,12 @@ class Sampler:
             capture.forget_gradients()
             capture.own_s = own_s
             capture.probe_s = probe_s + time.perf_counter() - started
+
+    def _note_heads(self, output: Any) -> None:
+        """Take note of the layers whose output reaches that of the model without another product."""
+        if self.watch is None:
+            owners = map(self.sites.find, last_products(output).parameters)
+            self._heads.update(owner.parameter for owner in owners if owner is not None)
 
     def _draw_labels(self, output: Any, hook: str | LossHook) -> str:
         with _disable_current_modes(), torch._C._DisableAutocast():
@@ -258,6 +279,7 @@ class Sampler:
             if self.watch is None:
                 self.memory.learner.count(*key, entry.by_rows, self.step)
             self._learn_experts(key, entry)
+            self._learn_layer(key, entry)
         names = self.sites.finish_names(key for key, _ in seen)
         self.memory.names.update(names)
         self.memory.calls.update({key: entry.calls for key, entry in seen.items()})
@@ -296,6 +318,15 @@ class Sampler:
             errors = {experts.measured: list(found.errors.values())}
         statistics = ExpertStatistics.of(experts.tokens, errors, tuple(found.errors))
         self.memory.learner.learn_experts(*key, statistics, self.step)
+
+    def _learn_layer(self, key: JobKey, seen: _Seen) -> None:
+        """Keep what is special about the layer of a forward product, once."""
+        if key[1] != "fprop" or not seen.parameter or self.watch is not None:
+            return
+        layers, head = self.memory.layers, seen.parameter in self._heads
+        facts = layers.news(self.sites.model, seen.parameter, head=head, outside=seen.outside)
+        if facts is not None:
+            self.memory.learner.learn_layer(key[0], facts, self.step)
 
     def let_go(self) -> None:
         """Undo the cycle with the capture, so that the model can be freed without the garbage collector."""

@@ -109,7 +109,7 @@ class Rule:
     lacks: str  # what to do where the run has nothing that this rule could look at
     detect: "Callable[[Case, Sequence[Suggestion]], Iterable[Hit]]"
     predict: "Callable[[Case, Hit], Predictions]"
-    use: Callable[[Hit, Predictions], str]
+    use: "Callable[[Case, Hit, Predictions], str]"
     spared: "Callable[[Case], str]" = lambda case: ""  # why it need not look anywhere
 
 

@@ -22,10 +22,11 @@ from loka.formats import ROLES, Pass
 from loka.kernel_registry.ceilings import precision_of
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest
+from loka.probes.capturing.layer_facts import LINEAR, LayerFacts
 from loka.probes.judging.evidence import ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.judging.series import OPERAND_VALUES, RunSeries, load_series
 from loka.probes.judging.trajectories import Trajectory
-from loka.probes.sampling.learning import restore
+from loka.probes.sampling.learning import LAYER, restore
 from loka.probes.storing.database import find_run, learned_kinds, read_learned, transaction
 from loka.reports.advise.advice import SiteState, Status
 from loka.roofline import Ceilings
@@ -59,6 +60,7 @@ class Case:
     _states: dict[str, SiteState] = field(default_factory=dict)
     _read: dict[str, Inputs] | None = None
     _kinds: frozenset[tuple[str, str]] | None = None  # (site, kind) of what there is
+    _heads: tuple[str, ...] | None = None
     _over: dict[tuple[str, Pass], tuple[RecipeEvidence, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,13 +82,32 @@ class Case:
         """Return what a product asks of the registry."""
         return request_of(product, self.evidence.info.fingerprint)
 
-    def is_linear(self, product: ProductEvidence) -> bool:
-        """Whether a product is of a module's `weight`, and of no bare Parameter that no mod takes."""
-        return product.parameter == f"{product.site}.weight"
+    def layer(self, site: str) -> LayerFacts:
+        """Return what the run has told of the layer of a site: nothing special of most."""
+        found = self.learned(site, LAYER)
+        return found if isinstance(found, LayerFacts) else LayerFacts()
 
-    def has_bias(self, product: ProductEvidence) -> bool:
-        """Whether the module of a product has a bias."""
-        return f"{product.site}.bias" in self.evidence.info.fingerprint
+    def heads(self) -> tuple[str, ...]:
+        """Return the sites whose output was seen to reach the output of the model without another product, sorted."""
+        if self._heads is None:
+            told = sorted(site for site, kind in self._known() if kind == LAYER)
+            self._heads = tuple(site for site in told if self.layer(site).head)
+        return self._heads
+
+    def unfit(self, product: ProductEvidence) -> str:
+        """Say why no mod that rewrites a linear takes the layer of a product; empty where one can."""
+        layer = self.layer(product.site)
+        if product.parameter != f"{product.site}.weight":
+            return "its weight belongs to no linear layer"
+        if layer.runs != LINEAR:
+            return f"it is a {layer.runs}, and mods rewrite nn.Linear"
+        if layer.outside:
+            return f"{layer.outside} multiplies with its weight, and never calls it"
+        return f"its weight is that of {layer.also} as well" if layer.also else ""
+
+    def has_bias(self, site: str) -> bool:
+        """Whether the module of a site has a bias."""
+        return f"{site}.bias" in self.evidence.info.fingerprint
 
     # --- how a site stands ---
 

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
+from loka.mods.hard_swish import SWISHES
+from loka.mods.no_bias import BIAS_SLOTS
 from loka.numerics import MIN_COLUMNS
 from loka.probes.distributions.extremes import LOUD_OCTAVES, Extremes
 from loka.probes.distributions.learned import OperandDistribution
 from loka.probes.judging.evidence import ProductEvidence
-from loka.probes.judging.trajectories import diverges, growth_of
+from loka.probes.judging.trajectories import Trajectory, diverges, growth_of
 from loka.probes.sampling.learning import EXTREMES
 from loka.reports.advise.advice import Hit, Suggestion
 from loka.reports.advise.case import Case
@@ -39,13 +41,27 @@ def diverging_biases(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
         growth = growth_of(each) if each.kind == "bias" else None
         if growth is None:
             continue
-        site = each.name.rpartition(".")[0]
-        product = case.product(site)
+        site, _, slot = each.name.rpartition(".")
         words = f"|{each.name}| went from {growth.begin:.3g} to {growth.end:.3g}, {pace_words(growth.settling)}"
-        head = product is not None and product.n < MIN_COLUMNS
-        idle = "it settles" if not diverges(growth) else "a prediction head keeps its bias" if head else ""
+        idle = "" if diverges(growth) else "it settles"
+        idle = idle or _kept(case, site) or _unknown_bias(case, each, slot)
         grown = growth.end - growth.begin
         yield Hit(targets=(each.name,), sites=_known(case, [site]), value=grown, words=words, idle=idle)
+
+
+def _kept(case: Case, site: str) -> str:
+    """Say why a layer keeps its bias: as a prediction head, by what the run saw or, where it saw none, by its size."""
+    heads, product = case.heads(), case.product(site)
+    if site in heads or (not heads and product is not None and product.n < MIN_COLUMNS):
+        return "a prediction head keeps its bias"
+    return ""
+
+
+def _unknown_bias(case: Case, bias: Trajectory, slot: str) -> str:
+    """Say why NoBias does not take a bias: it belongs to a layer of a kind that the mod does not know."""
+    site = bias.name.rpartition(".")[0]
+    kind = case.layer(site).runs if case.product(site) is not None else bias.module
+    return "" if BIAS_SLOTS.get(kind) == slot else f"NoBias knows no {slot} of a {kind}: leave it out of the model"
 
 
 def pace_words(settling: float) -> str:
@@ -59,11 +75,18 @@ def cancelling_norms(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
     """Every norm that subtracts the mean, by how much that makes rounding errors grow."""
     for each in case.trajectories:
         taken = each.recent("cancellation") if each.kind == "norm" else math.nan
-        if "layernorm" not in each.module.lower() or math.isnan(taken):
+        if not _subtracts_mean(each) or math.isnan(taken):
             continue
         grows = 1.0 / math.sqrt(max(1.0 - taken * taken, 1e-12))
         words = f"|mean| is {taken:.3g} of the rms of its input: subtracting it makes rounding errors {grows:.3g} times"
-        yield Hit(targets=(each.name,), sites=_known(case, each.feeds), value=grows, words=words)
+        dims = len(case.evidence.info.fingerprint.get(f"{each.name}.weight", (0,)))
+        idle = "" if dims == 1 else f"it normalises over {dims} dimensions, and BlockNorm over the last"
+        yield Hit(targets=(each.name,), sites=_known(case, each.feeds), value=grows, words=words, idle=idle)
+
+
+def _subtracts_mean(norm: Trajectory) -> bool:
+    """Whether a norm is torch's LayerNorm, or one like it with a shift: T5LayerNorm has neither shift nor mean."""
+    return norm.module == "LayerNorm" or ("layernorm" in norm.module.lower() and len(norm.parameters) > 1)
 
 
 def stretched_swishes(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
@@ -73,7 +96,8 @@ def stretched_swishes(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
         if not math.isnan(share):
             crest, out = each.recent("crest"), each.recent("output_crest")
             words = f"{percent(share)} of its input is below -3; amax / rms goes from {crest:.3g} to {out:.3g} in it"
-            yield Hit(targets=(each.name,), sites=_known(case, each.feeds), value=share, words=words)
+            idle = "" if each.module.lower() in SWISHES else f"HardSwish knows no {each.module}: exchange it yourself"
+            yield Hit(targets=(each.name,), sites=_known(case, each.feeds), value=share, words=words, idle=idle)
 
 
 def loud_rows(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
@@ -85,7 +109,12 @@ def loud_rows(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
                 f"{percent(found.loud_share)} of the rows of its input, {2**LOUD_OCTAVES} times the median row and "
                 f"more, carry {percent(found.loud_energy)} of its energy"
             )
-            yield Hit(targets=(product.site,), sites=(product.site,), value=found.loud_energy, words=words)
+            yield _of_linear(case, product, found.loud_energy, words)
+
+
+def _of_linear(case: Case, product: ProductEvidence, value: float, words: str) -> Hit:
+    """Return a hit at the layer of one forward product, idle where no mod takes such a layer."""
+    return Hit(targets=(product.site,), sites=(product.site,), value=value, words=words, idle=case.unfit(product))
 
 
 def channel_outliers(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
@@ -98,7 +127,7 @@ def channel_outliers(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
         middle, largest = float(amax.median()), float(amax.max())
         ratio = largest / middle if middle > 0 else math.inf if largest > 0 else 1.0
         words = f"feature {int(amax.argmax())} of its input reaches {largest:.3g}, the median feature {middle:.3g}"
-        yield Hit(targets=(product.site,), sites=(product.site,), value=ratio, words=words)
+        yield _of_linear(case, product, ratio, words)
 
 
 def rotatable_outliers(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
@@ -107,22 +136,47 @@ def rotatable_outliers(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
         product = case.product(hit.sites[0])
         odd = product.k // (product.k & -product.k) if product else 1
         idle = f"of its {product.k if product else 0} features {odd} would mix by a matrix" if odd > _MOST_ODD else ""
-        yield replace(hit, idle=idle)
+        yield replace(hit, idle=hit.idle or idle)
+
+
+# Mods that look for the cause of an error; one that is suggested for a site comes before paying for it.
+_CAUSES: Final[frozenset[str]] = frozenset({"KeepRowsHigh", "Smooth", "Hadamard"})
+
+
+def unexplained(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
+    """Every linear that no recipe is safe for, by how far the best one's error, or its bound, is above what is allowed.
+
+    A bound on the loss is one of the model: how far a single product is from it cannot be told.
+    """
+    for product in case.forward():
+        limit = case.bound.limit("fprop", product.site)
+        over = case.over_bound(product)
+        if limit.metric == "loss" or not over or len(over) < len(product.recipes):
+            continue
+        tops = {recipe.recipe: recipe.gated(limit).error.upper_tolerance for recipe in over}
+        best = min(tops, key=tops.__getitem__)
+        value = tops[best] / limit.most
+        if not math.isfinite(value):
+            continue
+        words = f"{best} errs least there, by up to {tops[best]:.3g}: {value:.3g} times the bound of {limit.words}"
+        hit = _of_linear(case, product, value, words)
+        other = next((one.mod for one in made if one.mod in _CAUSES and product.site in one.targets), "")
+        yield replace(hit, idle=hit.idle or (f"{other} is suggested there" if other else ""))
 
 
 def misaligned(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
     """Every linear layer, by how far its inner extents are beyond a multiple of the alignment."""
     for product in case.forward():
         request = case.request(product)
-        if not request.m * request.n * request.k or not case.is_linear(product):
+        if not request.m * request.n * request.k:
             continue
         whole = padded_request(request, ALIGNMENT)
         over = max(request.k % ALIGNMENT, request.n % ALIGNMENT)
         work = whole.flops / request.flops
-        idle = ""
-        if work > _MOST_PADDING:
+        idle = case.unfit(product)
+        if not idle and work > _MOST_PADDING:
             idle = f"padding it makes {work:.3g} times the work"
-        elif not case.is_slow(product.site):
+        elif not idle and not case.is_slow(product.site):
             idle = "an FP8 kernel is chosen as it is"
         words = f"k = {request.k} and n = {request.n}: padded to {whole.k} and {whole.n}, {work:.3g} times the work"
         yield Hit(targets=(product.site,), sites=(product.site,), value=float(over), words=words, idle=idle)
@@ -133,8 +187,8 @@ def parallel_linears(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
     families: defaultdict[tuple[object, ...], list[ProductEvidence]] = defaultdict(list)
     for product in case.forward():
         parent = product.site.rpartition(".")[0]
-        if case.is_linear(product):
-            key = (parent, product.m, product.k, product.calls, product.dtype, case.has_bias(product))
+        if not case.unfit(product):
+            key = (parent, product.m, product.k, product.calls, product.dtype, case.has_bias(product.site))
             families[key].append(product)
     for products in families.values():
         if len(products) < 2:

@@ -105,7 +105,7 @@ def _apply(rules: Sequence[Rule], case: Case) -> tuple[list[Suggestion], list[Ch
                         name=rule.figure, value=hit.value, threshold=rule.threshold, source=rule.source, words=hit.words
                     ),
                     predictions=predictions,
-                    use=rule.use(hit, predictions),
+                    use=rule.use(case, hit, predictions),
                 )
             )
         suggestions += found

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from typing import Final
 
+from loka.mods.no_bias import BIAS_SLOTS
 from loka.probes.judging.trajectories import DIVERGED_BY, Trajectory
 from loka.reports.advise.advice import Hit, Prediction, Predictions, Rule
 from loka.reports.advise.case import Case
@@ -24,8 +25,9 @@ from loka.reports.advise.detect import (
     rotatable_outliers,
     scaled_norms,
     stretched_swishes,
+    unexplained,
 )
-from loka.reports.advise.predict import of_loud_rows, of_transform, rotated, smoothed, unchanged
+from loka.reports.advise.predict import of_loud_rows, of_share, of_transform, rotated, smoothed, unchanged
 from loka.reports.advise.times import fused_time, padded_time
 from loka.reports.words import percent
 
@@ -85,6 +87,15 @@ def _rotating(case: Case, hit: Hit) -> Predictions:
     return of_transform(case, hit, rotated, _DRAWN_BOTH.format("with its features balanced and rotated"), time)
 
 
+def _keeping_share_high(case: Case, hit: Hit) -> Predictions:
+    return of_share(case, hit, _times(hit))
+
+
+def _times(hit: Hit) -> float:
+    """Return by what factor the error has to fall: rounded up, never to what is no factor."""
+    return max(math.ceil(hit.value * 100) / 100, 1.01)
+
+
 def _padding(case: Case, hit: Hit) -> Predictions:
     error, underflow = unchanged(case, hit.sites, "zeros are exact, and enter no scale")
     time = padded_time(case, hit.sites[0], ALIGNMENT)
@@ -115,13 +126,32 @@ def _within_bound(case: Case) -> str:
     return "" if over else "every forward product of a linear layer is within the bound, with every recipe measured"
 
 
+def _some_within_bound(case: Case) -> str:
+    products = [product for product in case.forward() if product.recipes]
+    over = any(len(case.over_bound(product)) == len(product.recipes) for product in products)
+    return "" if over else "no forward product of a linear layer is over the bound with every recipe measured"
+
+
 def _recipe(found: Predictions) -> str:
     """Return the recipe under which a mod is to measure its gain: the one that the prediction is of."""
     return f"recipe={found.row_error.recipe!r}, " if found.row_error.recipe else ""
 
 
-def _one_module(hit: Hit) -> str:
-    return f"lambda module, fqn: fqn == {hit.targets[0].rpartition('.')[0]!r}"
+def _one_module(case: Case, hit: Hit) -> str:
+    """Write the filter that passes the module of a bias; attention has two biases, and takes both or none."""
+    module = hit.targets[0].rpartition(".")[0]
+    outside = case.layer(module).outside
+    if outside and outside == module.rpartition(".")[0]:
+        return f"lambda module, fqn: fqn in {[outside, module]!r}"
+    return f"lambda module, fqn: fqn == {module!r}"
+
+
+def _without(case: Case, hit: Hit, found: Predictions) -> str:
+    """Write NoBias for one bias; where heads were seen, `keep` names those with a bias, and the mod need not look."""
+    heads = case.heads()
+    keep = [site for site in heads if case.has_bias(site) and BIAS_SLOTS.get(case.layer(site).runs) == "bias"]
+    kept = f"keep={keep!r}" if heads else ""
+    return f"loka.mods.NoBias({kept})  # for {hit.targets[0]} alone: filter_fn={_one_module(case, hit)}"
 
 
 def _part(case: Case, name: str) -> Trajectory:
@@ -150,7 +180,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks="no bias was seen on 8 sampled steps or more",
         detect=diverging_biases,
         predict=_without_bias,
-        use=lambda hit, found: f"loka.mods.NoBias()  # for {hit.targets[0]} alone: filter_fn={_one_module(hit)}",
+        use=_without,
     ),
     Rule(
         name="mean_cancellation",
@@ -162,7 +192,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks=_NO_MODULES.format("norms"),
         detect=cancelling_norms,
         predict=_without_mean,
-        use=lambda hit, found: f"loka.mods.BlockNorm(256, only={list(hit.targets)!r})",
+        use=lambda case, hit, found: f"loka.mods.BlockNorm(256, only={list(hit.targets)!r})",
     ),
     Rule(
         name="exponential_stretch",
@@ -174,7 +204,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks=_NO_MODULES.format("activations"),
         detect=stretched_swishes,
         predict=_without_exponential,
-        use=lambda hit, found: f"loka.mods.HardSwish(only={list(hit.targets)!r})",
+        use=lambda case, hit, found: f"loka.mods.HardSwish(only={list(hit.targets)!r})",
     ),
     Rule(
         name="loud_rows",
@@ -187,7 +217,7 @@ RULES: Final[tuple[Rule, ...]] = (
         spared=_within_bound,
         detect=loud_rows,
         predict=_keeping_rows_high,
-        use=lambda hit, found: f"loka.mods.KeepRowsHigh(columns=0, {_recipe(found)}only={list(hit.targets)!r})",
+        use=lambda case, hit, found: f"loka.mods.KeepRowsHigh(columns=0, {_recipe(found)}only={list(hit.targets)!r})",
     ),
     Rule(
         name="channel_outliers",
@@ -200,7 +230,7 @@ RULES: Final[tuple[Rule, ...]] = (
         spared=_within_bound,
         detect=channel_outliers,
         predict=_smoothing,
-        use=lambda hit, found: f"loka.mods.Smooth({_recipe(found)}only={list(hit.targets)!r})",
+        use=lambda case, hit, found: f"loka.mods.Smooth({_recipe(found)}only={list(hit.targets)!r})",
     ),
     Rule(
         name="channel_outliers_rotated",
@@ -213,7 +243,23 @@ RULES: Final[tuple[Rule, ...]] = (
         spared=_within_bound,
         detect=rotatable_outliers,
         predict=_rotating,
-        use=lambda hit, found: f"loka.mods.Hadamard({_recipe(found)}only={list(hit.targets)!r})",
+        use=lambda case, hit, found: f"loka.mods.Hadamard({_recipe(found)}only={list(hit.targets)!r})",
+    ),
+    # After those that look for a cause: what has none can only be paid for.
+    Rule(
+        name="no_outliers",
+        mod="KeepShareHigh",
+        kind="equivalent",
+        figure="smallest error that a recipe was seen to have, over the bound",
+        threshold=1.0,
+        source="the bound",
+        lacks="the bound is one on the loss, or an error has no finite limit yet: probe for longer",
+        spared=_some_within_bound,
+        detect=unexplained,
+        predict=_keeping_share_high,
+        use=lambda case, hit, found: (
+            f"loka.mods.KeepShareHigh(times={_times(hit)}, {_recipe(found)}only={list(hit.targets)!r})"
+        ),
     ),
     Rule(
         name="misaligned",
@@ -225,7 +271,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks="no forward product of a linear layer was seen",
         detect=misaligned,
         predict=_padding,
-        use=lambda hit, found: f"loka.mods.PadToAlignment(only={list(hit.targets)!r})",
+        use=lambda case, hit, found: f"loka.mods.PadToAlignment(only={list(hit.targets)!r})",
     ),
     Rule(
         name="parallel_linears",
@@ -237,7 +283,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks="the run saw no linear layer that shares its input with another of the same module",
         detect=parallel_linears,
         predict=_fusing,
-        use=lambda hit, found: f"loka.mods.FuseParallelLinears(only={list(hit.targets)!r})",
+        use=lambda case, hit, found: f"loka.mods.FuseParallelLinears(only={list(hit.targets)!r})",
     ),
     # Last: it looks at what the others suggest.
     Rule(
@@ -250,6 +296,6 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks="no norm was seen whose output a linear reads",
         detect=scaled_norms,
         predict=_folding,
-        use=lambda hit, found: f"loka.mods.FoldNorm()  # for {hit.targets[0]} alone: filter_fn",
+        use=lambda case, hit, found: f"loka.mods.FoldNorm()  # for {hit.targets[0]} alone: filter_fn",
     ),
 )

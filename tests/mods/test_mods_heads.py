@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import loka.mods
 from loka.errors import ArgumentError, ModError
@@ -223,3 +224,61 @@ def test_a_model_that_is_one_layer_is_its_own_head():
     with pytest.raises(ModError, match="kept: 'bias'"):
         loka.mods.apply(model, [NoBias()])
     assert model.bias is not None
+
+
+class OwnProduct(torch.autograd.Function):
+    """A product as libraries write it; what is behind it must not be taken for a head."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+class Doubled(torch.autograd.Function):
+    """An activation of one's own: it multiplies with no matrix."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_a_function_of_ones_own_is_a_product_where_it_takes_a_matrix():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 40, bias=False)
+
+        def forward(self, x):
+            return Doubled.apply(OwnProduct.apply(self.body(x), self.head.weight))
+
+    assert set(find_heads(Model(), (X,)).layers.values()) == {"head"}
+
+
+def test_what_a_reentrant_checkpoint_ran_is_not_followed_and_the_reason_says_so():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.small, self.head = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 40)
+
+        def forward(self, x):
+            return checkpoint(self.head, self.small(self.body(x)), use_reentrant=True)
+
+    heads = find_heads(Model(), (X,))
+    assert set(heads.layers.values()) == {"small"}  # by size: fewer than 8 outputs
+    assert "CheckpointFunctionBackward cannot be followed" in heads.how
+
+
+def test_a_compiled_model_is_followed_as_it_is_written():
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 40))
+    model[2].compile(backend="aot_eager")
+    assert set(find_heads(model, (X,)).layers.values()) == {"2"}

@@ -214,6 +214,23 @@ def test_what_cannot_be_looked_at_is_left_out_and_nothing_breaks(tmp_path):
     assert {name for name, kind in found if kind == "norm"} == {"norm"}
 
 
+def test_a_norm_over_channels_that_come_first_is_none_over_features(tmp_path):
+    class ChannelsFirst(nn.LayerNorm):
+        def forward(self, x):
+            return F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias).movedim(-1, 1)
+
+    class Image(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.out = ChannelsFirst(6), nn.LayerNorm(24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            return self.out(self.last(self.first(x)))
+
+    found = forward_once(Image(), tmp_path, batch(rows=30).view(5, 6, 24))
+    assert {name for name, kind in found if kind == "norm"} == {"last"}
+
+
 def test_a_recompute_is_not_looked_at_and_compiled_modules_are(tmp_path):
     model = nn.Sequential(Block(), nn.Linear(24, 8))
 

@@ -251,6 +251,44 @@ def test_loud_rows_call_for_keeping_them_high_and_the_prediction_is_what_that_do
     assert found.predictions.underflow.after < 0.1 * found.predictions.underflow.before
 
 
+def test_an_error_without_a_cause_is_paid_for_with_as_large_a_share_as_was_predicted(tmp_path):
+    model = nn.Sequential(nn.Linear(256, 96, bias=False))
+    loudness = torch.logspace(0, -1.5, 256)
+
+    def data(generator):
+        return normal(generator, rows=256, width=256) * loudness
+
+    advice = loka.advise(trained(tmp_path / "run.db", model, data, lr=1e-18), loka.Bound(row_error=0.02), device="cpu")
+    (found,) = of(advice, "KeepShareHigh")
+    error, fresh = found.predictions.row_error, data(torch.Generator().manual_seed(999))
+    assert found.kind == "equivalent"
+    assert error.before == pytest.approx(errors(model, fresh)[error.recipe][0], rel=0.1)
+    weight = model[0].weight.detach().clone()
+    applied = loka.mods.apply(model, [mods_of(found)], inputs=[data(torch.Generator().manual_seed(998))])
+    recipe, layer = RECIPES[error.recipe], model[0]
+    layer.rest.register_forward_hook(
+        lambda module, args, output: emulate(recipe, args[0], module.weight, product="fprop", out_dtype=torch.float32)
+    )
+    with torch.no_grad():
+        after = product_error(layer(fresh), fresh @ weight.T).row_error
+    assert after <= 0.02
+    assert error.after == pytest.approx(after, rel=0.2)
+    (told,) = (int(word) for word in error.how.split() if word.isdigit())
+    assert told == pytest.approx(len(layer.columns), abs=16)
+    high, low = layer.high_work / (256 * 96), layer.rest.in_features / 256
+    assert high + low / 2 < 1
+    assert applied.replacements[0].mod == "KeepShareHigh"
+
+
+def test_a_share_that_costs_more_than_high_precision_is_not_advised(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))  # all features alike: none can be left out
+    advice = loka.advise(
+        trained(tmp_path / "run.db", model, normal, lr=1e-18), loka.Bound(row_error=0.005), device="cpu"
+    )
+    assert not of(advice, "KeepShareHigh")
+    assert "no cheaper than all in high precision" in checked(advice, "KeepShareHigh").outcome
+
+
 def mods_of(suggestion):
     """Make the mod of a suggestion as its line says, without running it as code."""
     call = ast.parse(suggestion.use, mode="eval").body
