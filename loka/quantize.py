@@ -151,23 +151,24 @@ def scale_from_amax(amax: Tensor, spec: OperandSpec) -> Tensor:
     amax = amax.float()
     if spec.scale_rule == "fp32":
         scale = (amax / spec.format.max).clamp_min(_MIN_SCALE)
-    elif spec.scale_rule == "pow2_up":
-        scale = _power_of_two(amax / spec.format.max, round_up=True)
     else:
-        # OCP MX v1.0, section 6.3: 2^(floor(log2 amax) - floor(log2 max)).
-        top = math.frexp(spec.format.max)[1] - 1  # floor(log2 max), without a tensor that a trace would have to read
-        scale = _power_of_two(amax * 2.0**-top, round_up=False)
+        scale = _power_of_two(amax, spec.format.max, round_up=spec.scale_rule == "pow2_up")
     return torch.where(amax > 0, scale, torch.ones_like(scale))
 
 
-def _power_of_two(x: Tensor, *, round_up: bool) -> Tensor:
-    """Round positive fp32 values to a power of two within [2^-126, 2^127]."""
-    bits = x.contiguous().view(torch.int32)
-    exponent = bits >> _FP32_MANTISSA_BITS
+def _power_of_two(amax: Tensor, largest: float, *, round_up: bool) -> Tensor:
+    """Return amax / largest, rounded up to a power of two within [2^-126, 2^127], by exponents alone.
+
+    Rounded up, the exponent is one more where the mantissa of amax is the larger one: adding what the other lacks
+    carries into the exponent just then. Else it is the floor rule of OCP MX v1.0, section 6.3:
+    2^(floor(log2 amax) - floor(log2 largest)).
+    """
+    mantissa, exponent = math.frexp(largest)
+    bits = amax.contiguous().view(torch.int32)
     if round_up:
-        mantissa = bits & ((1 << _FP32_MANTISSA_BITS) - 1)
-        exponent = exponent + (mantissa != 0).to(torch.int32)
-    return (exponent.clamp(1, 254) << _FP32_MANTISSA_BITS).view(torch.float32)
+        bits = bits + int((2.0 - 2.0 * mantissa) * 2.0**_FP32_MANTISSA_BITS - 1)
+    one = 1 << _FP32_MANTISSA_BITS
+    return ((bits & _FP32_EXPONENT_MASK) - (exponent - 1) * one).clamp(one, 254 * one).view(torch.float32)
 
 
 def _grouped(x: Tensor, spec: OperandSpec) -> Tensor:
