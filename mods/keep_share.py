@@ -15,9 +15,10 @@ the product in FP8, and the rows with the largest ratio are multiplied again.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -111,7 +112,7 @@ def _harm(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class _Choice:
     """So many columns and one row in `period` stay high; what that costs and leaves."""
 
     columns: int
@@ -122,7 +123,6 @@ class Choice:
 
     @property
     def cost(self) -> float:
-        """What it takes, in units of the product in high precision: work in FP8 counts half."""
         return self.high + _LOW * self.low
 
 
@@ -166,17 +166,18 @@ class KeepShareHigh(SplittingMod):
 
     def split(self, fqn: str, linear: nn.Linear, seen: LinearTraffic) -> Claim | Refusal:
         """Split it where its error falls as far as is asked for, at less than the cost of high precision."""
-        weight = linear.weight.detach().float()
-        found = cheapest_share(seen.rows, weight, seen.energy, self.recipe, self.times)
-        if found is None:
+        loudness = (seen.energy * _harm(linear.weight)).nan_to_num()
+        trial = _Trial(seen.rows, linear.weight.detach().float(), loudness.argsort(descending=True), self.recipe)
+        before = trial.error(0, 0)
+        if not 0 < before < float("inf"):
             return self.refused(fqn, "its product is all zero, or not finite, or exact in FP8")
-        before, choice = found.before, found.choice
+        choice = min((trial.least(period, before / (self.times * _MARGIN)) for period in _PERIODS), key=_cost)
         work = f"{choice.high:.0%} of its work in high precision and {choice.low:.0%} in FP8"
         figures = f"error p99 under {self.recipe} {before:.4f} -> {choice.after:.4f}"
         if choice.cost > self.most:
             reason = f"{self.times:g} times less takes {work}, no cheaper than most={self.most:g} allows: {figures}"
             return self.refused(fqn, reason, figure=choice.cost)
-        columns = found.order[: choice.columns].sort().values
+        columns = trial.order[: choice.columns].sort().values
 
         def build() -> PartedLinear:
             now, outputs = linear.weight.detach(), linear.out_features
@@ -189,24 +190,20 @@ class KeepShareHigh(SplittingMod):
         return Claim(mod=self.name, fqn=fqn, module=linear, build=build, reason=reason)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Share:
-    """The cheapest choice that lowers the error of a product as far as is asked for."""
-
-    before: float
-    choice: Choice
-    order: Tensor  # columns, those first that are kept
+def _cost(choice: _Choice) -> float:
+    return choice.cost
 
 
-def cheapest_share(x: Tensor, weight: Tensor, energy: Tensor, recipe: str, times: float) -> Share | None:
-    """Choose what of X W^T [m, k] [n, k] is kept high, from E[x_k^2] [k]; None where FP8 makes no finite error."""
-    order = (energy * _harm(weight)).nan_to_num().argsort(descending=True)
-    trial = _Trial(x, weight, order, recipe)
-    before = trial.error(0, 0)
-    if not 0 < before < float("inf"):
-        return None
-    choices = (trial.least(period, before / (times * _MARGIN)) for period in _PERIODS)
-    return Share(before=before, choice=min(choices, key=attrgetter("cost")), order=order)
+def columns_to_keep(terms: npt.NDArray[np.float64], times: float) -> tuple[int, float]:
+    """Return how many columns have to be kept for an error so many times lower, and what share of `terms` is left.
+
+    terms: [k], E[x_k^2] |w_k|^2. By their sum alone, without a trial; columns that FP8 keeps are a multiple of 16.
+    """
+    falling = np.sort(np.nan_to_num(terms))[::-1]
+    left = np.append(1.0, 1.0 - np.cumsum(falling) / max(float(falling.sum()), np.finfo(np.float64).tiny))
+    enough = int(np.argmax(left <= 1.0 / (times * _MARGIN) ** 2))
+    rest = (len(terms) - enough) // _MULTIPLE * _MULTIPLE if len(terms) > _MULTIPLE else len(terms) - enough
+    return len(terms) - rest, max(float(left[len(terms) - rest]), 0.0)
 
 
 class _Trial:
@@ -224,7 +221,7 @@ class _Trial:
         step = _MULTIPLE if self.k > _MULTIPLE else 1
         return [0, *(self.k - rest for rest in range((self.k - 1) // step * step, 0, -step))]
 
-    def least(self, period: int, wanted: float) -> Choice:
+    def least(self, period: int, wanted: float) -> _Choice:
         """Return the fewest columns with which the error is as low as wanted; the most there are where none is."""
         widths = self.widths()
         low, high = 0, len(widths) - 1
@@ -237,7 +234,7 @@ class _Trial:
         columns, after = widths[low], self.error(widths[low], period)
         rest = 1 - columns / self.k
         share = (1 - rest + (rest / period if period else 0)) if after <= wanted else 1.0
-        return Choice(columns=columns, period=period, high=share, low=rest, after=after)
+        return _Choice(columns=columns, period=period, high=share, low=rest, after=after)
 
     def error(self, columns: int, period: int) -> float:
         """Return the tail of the error with so many columns, and one row in `period`, kept high."""

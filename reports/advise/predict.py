@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loka.accumulation import reduced_product
 from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Recipe
-from loka.mods.keep_share import cheapest_share
+from loka.mods.keep_share import columns_to_keep
 from loka.mods.smooth import Smooth, scales
 from loka.numerics import gate_for, product_errors
 from loka.probes.distributions.closed_form import ProductStatistics
@@ -239,32 +239,33 @@ def of_loud_rows(case: Case, hit: Hit, time: Prediction) -> Predictions:
 
 
 def of_share(case: Case, hit: Hit, times: float) -> Predictions:
-    """Predict what keeping a share of the work in high precision takes, for an error so many times lower."""
-    product, operands = case.product(hit.sites[0]), drawn(case, hit.sites[0])
+    """Predict what keeping columns in high precision takes, for an error so many times lower: nothing is drawn.
+
+    Rounding errors add up as the energies of the terms do, E[x_k^2] |w_k|^2: what is left of their sum without the
+    columns that are kept is left of the squared error. Rows that the mod multiplies again can only make it cheaper.
+    """
+    site = hit.sites[0]
+    product, x, extremes = case.product(site), case.learned(site, "input"), case.learned(site, EXTREMES)
     underflow = Prediction(how="not told: the columns that stay in FP8 were not counted apart")
     over = [] if product is None else [each for each in case.over_bound(product) if each.recipe in RECIPES]
-    if product is None or operands is None or not over:
+    known = isinstance(x, OperandDistribution) and isinstance(extremes, Extremes) and x.count
+    if product is None or not over or not known or x.features != len(extremes.weight_energy):
         nothing = Prediction(how="not told: too little was learned of its operands; sample more steps")
         return Predictions(row_error=nothing, underflow=underflow, time_us=nothing)
     limit = case.bound.limit("fprop", product.site)
     best = min(over, key=lambda recipe: recipe.gated(limit).error.upper_tolerance)
-    # A row's error is about the same over any outputs, and some are enough to find the columns that make it. Rows count
-    # by the inverse square of their output, as they do to the mod.
-    weight = operands.w[:_FEWEST]
-    outputs = (operands.x @ weight.T).square().mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    energy = (operands.x.square() / outputs).sum(0)
-    found = cheapest_share(operands.x, weight, energy, best.recipe, times)
-    if found is None:
-        nothing = Prediction(how="not told: the error of the drawn product is zero")
-        return Predictions(row_error=nothing, underflow=underflow, time_us=nothing)
-    choice, mean = found.choice, best.error.mean
-    work = f"{choice.high:.0%} of its work in high precision and {choice.low:.0%} in FP8"
-    how = f"measured, over what is asked for; on the drawn product {choice.columns} columns have to be kept for that"
+    terms = (x.raw.mean.square() + x.raw.variance).numpy() * extremes.weight_energy
+    columns, left = columns_to_keep(terms, times)
+    high = columns / x.features
+    work = f"{high:.0%} of its work in high precision and {1 - high:.0%} in FP8"
+    how = f"measured, times the root of the energy that {columns} columns, kept, leave to the others"
     return Predictions(
-        row_error=Prediction(before=mean, after=mean * choice.after / found.before, recipe=best.recipe, how=how),
+        row_error=Prediction(
+            before=best.error.mean, after=best.error.mean * math.sqrt(left), recipe=best.recipe, how=how
+        ),
         underflow=underflow,
         time_us=Prediction(how=f"not told: {work}, which was never timed"),
-        useless="" if choice.cost <= GAIN else f"no gain: that takes {work}, no cheaper than all in high precision",
+        useless="" if (1 + high) / 2 <= GAIN else f"no gain: that takes {work}, no cheaper than all in high precision",
     )
 
 

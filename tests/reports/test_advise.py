@@ -274,7 +274,7 @@ def test_an_error_without_a_cause_is_paid_for_with_as_large_a_share_as_was_predi
     assert after <= 0.02
     assert error.after == pytest.approx(after, rel=0.2)
     (told,) = (int(word) for word in error.how.split() if word.isdigit())
-    assert told == pytest.approx(len(layer.columns), abs=16)
+    assert len(layer.columns) <= told <= len(layer.columns) + 32  # the mod also looks for rows, which spare columns
     high, low = layer.high_work / (256 * 96), layer.rest.in_features / 256
     assert high + low / 2 < 1
     assert applied.replacements[0].mod == "KeepShareHigh"
