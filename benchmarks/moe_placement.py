@@ -1,7 +1,7 @@
 """Bytes between devices against device load: one half of a routing trace is fitted to, the other half is judged.
 
     python -m benchmarks.moe_placement TRACE            # 8 devices, no replicas, five random halves, curve of loads
-    python -m benchmarks.moe_placement TRACE --splits 200 20    # twenty other halves, printed only
+    python -m benchmarks.moe_placement TRACE --splits 30 --first-seed 300   # thirty other halves, with standard errors
     python -m benchmarks.moe_placement --scale          # time and memory for 10,000 requests x 58 layers x 256 experts
 
 Requests of the judged half are sent to devices from their prefill alone: all at once, 16 at a time, and one by one,
@@ -53,11 +53,15 @@ def row(judged: Evaluation, name: str) -> dict[str, float]:
 
 
 def spread(rows: list[dict[str, float]]) -> str:
-    """Return mean, lowest and highest of each figure."""
+    """Return mean, lowest and highest of each figure; of many halves, the standard error of the mean as well.
+
+    Halves of one trace overlap, so the error is that of drawing halves, not of drawing another trace.
+    """
     parts = []
     for key in rows[0]:
         values = [each[key] for each in rows]
-        parts.append(f"{key} {np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})")
+        error = f"+-{np.std(values, ddof=1) / len(values) ** 0.5:.4f} " if len(values) > SPLITS else ""
+        parts.append(f"{key} {np.mean(values):.{4 if error else 3}f} {error}({min(values):.3f}-{max(values):.3f})")
     return "; ".join(parts)
 
 
@@ -114,15 +118,24 @@ def scale(requests: int, layers: int, experts: int) -> dict[str, Any]:
     }
 
 
+def named(chosen: argparse.Namespace) -> tuple[str, str]:
+    """Return the name of the record and the command that makes it; other halves never take the main record's place."""
+    main_halves = chosen.splits is None and chosen.first_seed == FIRST_SPLIT
+    usual = "moe_placement" if main_halves else "moe_placement_splits"
+    given = {"splits": chosen.splits, "first-seed": chosen.first_seed, "record": chosen.record}
+    default = {"splits": None, "first-seed": FIRST_SPLIT, "record": None}
+    said = [f" --{option} {value}" for option, value in given.items() if value != default[option]]
+    return chosen.record or usual, "python -m benchmarks.moe_placement TRACE" + "".join(said)
+
+
 def main() -> None:
     """Run the study, or the measurement at scale."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", nargs="?", type=Path)
-    parser.add_argument("--record", default="moe_placement", help="name of the record, for another trace")
+    parser.add_argument("--record", help="name of the record, for another trace")
     parser.add_argument("--quick", action="store_true", help="one split, no curve; at scale, a twentieth")
-    parser.add_argument(
-        "--splits", nargs=2, type=int, metavar=("FIRST", "COUNT"), help="other halves: no curve or record"
-    )
+    parser.add_argument("--splits", type=int, help=f"how many halves, {SPLITS} unless given; given, no curve")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SPLIT, help="of the first half; others follow")
     parser.add_argument("--scale", action="store_true", help="time and memory instead")
     chosen = parser.parse_args()
     if chosen.scale:
@@ -134,14 +147,10 @@ def main() -> None:
         return
     if chosen.trace is None:
         parser.error("give a routing trace, or --scale")
+    if chosen.splits is not None and chosen.splits < 1:
+        parser.error("give at least one split")
     trace = RoutingTrace.load(chosen.trace)
     layers, notes = usable_layers(trace)
-    if chosen.splits is not None:
-        first, count = chosen.splits
-        for name, said in study(trace.select(layers=layers), range(first, first + count), (TARGET["load"],)).items():
-            if name != "rows":
-                print(f"{name:<60} {said}")
-        return
     settings = {
         "trace": hashlib.sha256(chosen.trace.read_bytes()).hexdigest(),
         "requests": trace.requests,
@@ -150,12 +159,12 @@ def main() -> None:
         "devices": DEVICES,
         "target": TARGET,
     }
-    splits = range(FIRST_SPLIT, FIRST_SPLIT + (1 if chosen.quick else SPLITS))
-    results = study(trace.select(layers=layers), splits, (TARGET["load"],) if chosen.quick else CURVE)
-    command = "python -m benchmarks.moe_placement TRACE"
-    if chosen.record != "moe_placement":
-        command += f" --record {chosen.record}"
-    write_record(chosen.record, settings, results, command=command)
+    count = 1 if chosen.quick else chosen.splits or SPLITS
+    whole = not chosen.quick and chosen.splits is None
+    splits = range(chosen.first_seed, chosen.first_seed + count)
+    results = study(trace.select(layers=layers), splits, CURVE if whole else (TARGET["load"],))
+    name, command = named(chosen)
+    write_record(name, settings, results, command=command)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ _STEP: Final[float] = 0.1  # of prices, in shares of the mean load; it falls wit
 _SETTLED: Final[int] = 3  # of the starts, the best
 _SETTLING: Final[int] = 14  # sweeps of prices once groups stand
 _SETTLING_STEP: Final[float] = 0.12  # of these prices, as _STEP; with 0.02 to 0.12 they end alike, with 0.3 they swing
+_STAYED: Final[float] = 0.5  # of the experts: with fewer, groups are told again for the places that came out
+_ASKED: Final[int] = 3  # times at most
 _FEW: Final[int] = 2  # starts, where only the order of magnitude matters
 _WORK: Final[int] = 24_000  # layers x experts of all starts together
 _MARGINS: Final[tuple[float, ...]] = (1.0, 0.75, 0.5, 0.25)
@@ -216,8 +218,19 @@ def _joint(problem: Problem, device: np.ndarray, groups: np.ndarray, load: Load)
 def _settled(problem: Problem, joint: Joint) -> Joint:
     """Return the places for groups as they are likely to come out when requests are served, within the cap.
 
-    Groups of the trace itself are fitted to its requests; later ones go where an uncertain score sends them.
+    Groups of the trace itself are fitted to its requests; later ones go where an uncertain score sends them. A score is
+    of given places: where most experts move, what it said is of places that are gone, and it is asked again.
     """
+    for _ in range(_ASKED):
+        settled = _settled_once(problem, joint)
+        stayed = (settled.device == joint.device).mean()
+        joint = settled
+        if stayed >= _STAYED:
+            break
+    return joint
+
+
+def _settled_once(problem: Problem, joint: Joint) -> Joint:
     served = carried(problem.counts, joint.device, problem.devices)
     doubt = float((carried(problem.smoothed.known, joint.device, problem.devices) - served).std())
     member = likely_groups(_scores(problem, joint.device), doubt).T.astype(np.float32)

@@ -8,9 +8,9 @@ from loka.dispatch.placement.joint import Problem, _joint, _settled, affinity_of
 from loka.dispatch.placement.optimum import optimal_places
 from loka.dispatch.placement.options import PlaceOptions
 from loka.dispatch.placement.place import greedy_coverage, place, with_replicas
-from loka.dispatch.placement.smoothing import smooth
+from loka.dispatch.placement.smoothing import DIRECT, STRENGTHS, _left_out, smooth
 from loka.dispatch.placement.transport import Repair, load_of, place_by_gain, places_under_load
-from loka.dispatch.placement.usage import device_of, hosts_of, slots_of
+from loka.dispatch.placement.usage import device_of, fractions, hosts_of, slots_of
 from loka.errors import ArgumentError
 from tests.dispatch.made_routing import made_trace
 
@@ -184,3 +184,59 @@ def test_predictions_leave_the_predicted_request_out_and_find_its_domain():
     assert ((smoothed.known - truth) ** 2).sum() < 0.2 * ((mean - truth) ** 2).sum()
     # what request 7 itself decoded reaches its prediction through the mean of all only, a fortieth
     assert np.abs(again.known[7] - smoothed.known[7]).max() <= np.abs(changed[7].ravel() - truth[7]).max() / 20
+
+
+@pytest.mark.parametrize("strength", [0.05, 1.6])
+def test_an_error_without_a_request_is_that_of_a_ridge_refitted_without_it(strength):
+    rng = np.random.default_rng(2)
+    points, counts = rng.normal(size=(12, 30)), rng.poisson(4, size=(12, 5)).astype(float)
+    kernel = (points - points.mean(axis=0)) @ (points - points.mean(axis=0)).T
+    values, vectors = np.linalg.eigh(kernel)
+    errors = _left_out(values, vectors, strength) @ (counts - counts.mean(axis=0))
+    for at in range(12):
+        rest = np.delete(np.arange(12), at)
+        inputs, middle = points[rest] - points[rest].mean(axis=0), counts[rest].mean(axis=0)
+        ridge = np.linalg.solve(inputs.T @ inputs + strength * np.eye(30), inputs.T @ (counts[rest] - middle))
+        predicted = middle + (points[at] - points[rest].mean(axis=0)) @ ridge
+        assert np.allclose(errors[at], counts[at] - predicted, atol=1e-8)
+
+
+def test_prefills_are_compared_in_the_way_and_strength_that_predict_best_without_each_request():
+    seen, fresh = (
+        made_trace(requests=14, layers=2, experts=6, domains=3, tokens=12, seed=4),
+        made_trace(requests=5, layers=2, experts=6, domains=3, tokens=12, seed=5),
+    )
+    decode = seen.decode.reshape(14, -1).astype(float)
+    used = np.stack([row / row.sum(axis=1, keepdims=True) for row in seen.decode.astype(float)]).reshape(14, -1)
+
+    def features(trace, direct):
+        """Every block with a total variance of one, times its part."""
+        part = np.stack([row / row.sum(axis=1, keepdims=True) for row in trace.prefill.astype(float)])
+        share, blocks = part.reshape(len(part), -1), []
+        for value, seen_by in ((share, used), (np.sqrt(share), np.sqrt(used))):
+            for weight, through in ((direct, np.eye(12)), (0.5 - direct, (seen_by - seen_by.mean(axis=0)).T)):
+                blocks.append((weight, value @ through))
+        return blocks
+
+    def explicit(direct, strength, rows, at):
+        """Ridge of the rows' decode counts, at other requests; how blocks are scaled is known from all of them."""
+        known, asked = [], []
+        for (weight, block), (_, other) in zip(features(seen, direct), features(at, direct), strict=True):
+            scale = np.sqrt(weight / ((block - block.mean(axis=0)) ** 2).sum(axis=1).mean())
+            known.append(block[rows] * scale)
+            asked.append(other * scale)
+        inputs, asked = np.hstack(known), np.hstack(asked)
+        middle, mean = inputs.mean(axis=0), decode[rows].mean(axis=0)
+        gram = (inputs - middle).T @ (inputs - middle) + strength * np.eye(inputs.shape[1])
+        return mean + (asked - middle) @ np.linalg.solve(gram, (inputs - middle).T @ (decode[rows] - mean))
+
+    def error(direct, strength):
+        left = [explicit(direct, strength, np.delete(np.arange(14), i), seen)[i] - decode[i] for i in range(14)]
+        return (np.array(left) ** 2).sum()
+
+    chosen = min(((d, s) for d in DIRECT for s in STRENGTHS), key=lambda each: error(*each))
+    hosted = np.random.default_rng(0).random((3, 12))
+    share, root, constant = smooth(seen.prefill, seen.decode).regression.weights(hosted)
+    shares = fractions(fresh.prefill, np.zeros((2, 6)))
+    found = shares @ share.T + np.sqrt(shares) @ root.T + constant
+    assert np.allclose(found, explicit(*chosen, np.arange(14), fresh) @ hosted.T, rtol=1e-3)
