@@ -235,6 +235,13 @@ class Defined:
         return dy.to(out_dtype), dy.sum(0) if sums else dy.new_empty(0)
 
 
+def can_write(layer: FusedLayer, recipe: str, features: int) -> bool:
+    """Whether a kernel quantises results of so many features if it is asked to; the definition does, gain or none."""
+    if isinstance(layer, Defined):
+        return layer.recipe is not None
+    return hasattr(layer, "writes") and layer.writes(recipe, features)
+
+
 high_precision: Final = Defined(None)
 tensorwise_layer: Final = Defined(RECIPES["tensorwise"])
 rowwise_layer: Final = Defined(RECIPES["rowwise"])

@@ -29,7 +29,7 @@ from loka.probes.capturing.row_counts import RowCounts
 from loka.timing import faster
 
 # Objections that come after the question whether the error is within the limit.
-_PAST_ERROR: Final[tuple[Code, ...]] = ("untimed", "no_gain")
+PAST_ERROR: Final[tuple[Code, ...]] = ("untimed", "no_gain")
 _NAME: Final = attrgetter("kernel")
 
 
@@ -234,7 +234,7 @@ def _objection(spec: KernelSpec, layer: _Group, registry: Registry, device: Devi
 def case_of(spec: KernelSpec, considered: Considered) -> Case | None:
     """Return a case of this recipe whose error is within the limit of a pass, None where there is none."""
     recipe = spec.recipe
-    cases = [case for case, (code, _) in considered.rejected if code in _PAST_ERROR and case.spec.recipe == recipe]
+    cases = [case for case, (code, _) in considered.rejected if code in PAST_ERROR and case.spec.recipe == recipe]
     cases += [case for case in considered.admissible if case.spec.recipe == recipe]
     return min(cases, key=lambda case: case.spec.name, default=None)
 

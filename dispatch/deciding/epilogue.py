@@ -117,17 +117,51 @@ def _places(considered: Sequence[Considered]) -> dict[str, dict[Pass, int]]:
 # --- the fused kernels of one layer ---
 
 
+@dataclass(frozen=True, slots=True)
+class FusedOffers:
+    """The fused FP8 kernels of a layer that keep within its limit, gain or none, and what they are compared with."""
+
+    offers: tuple[Offer, ...]
+    behind: KernelTime  # what norm and activation take behind a product
+    baseline_time: KernelTime  # of the fastest kernel in high precision
+
+
+def offers_of(considered: Considered, ration: Ration | None, basis: Basis) -> FusedOffers | None:
+    """Return the fused kernels of a layer that were timed, by name; None where its baseline was not."""
+    request, rows = fused_request(considered.request), considered.rows
+    _, behind, baselines = _unfused(considered, basis)
+    if behind is None or not baselines:
+        return None
+    base_time, base = _first(baselines)
+    offers = [
+        Offer(spec, time, base, base_time, behind)
+        for spec in basis.registry.candidates(FUSED_OP)
+        if (time := basis.times.expected(spec.name, request, rows)) is not None
+        and _objection(spec, request, considered, ration, basis) is None
+    ]
+    return FusedOffers(tuple(offers), behind, base_time)
+
+
+def _unfused(
+    considered: Considered, basis: Basis
+) -> tuple[KernelSpec, KernelTime | None, list[tuple[KernelTime, KernelSpec]]]:
+    """Return the baseline of a layer op by op, what is behind its product, and every baseline that was timed."""
+    request, rows = fused_request(considered.request), considered.rows
+    unfused = basis.registry.baseline(request)
+    behind = _behind(basis.times.expected(unfused.name, request, rows), considered.baseline_time)
+    baselines = [
+        (time, spec)
+        for spec in (unfused, *basis.registry.rivals(request, basis.device))
+        if (time := basis.times.expected(spec.name, request, rows)) is not None
+    ]
+    return unfused, behind, baselines
+
+
 def _layer(at: Mapping[Pass, int], basis: Basis) -> _Layer:
     """Look at the fused kernels of a layer."""
     considered, registry = basis.considered[at["fprop"]], basis.registry
     request, rows = fused_request(considered.request), considered.rows
-    unfused = registry.baseline(request)
-    behind = _behind(basis.times.expected(unfused.name, request, rows), considered.baseline_time)
-    baselines = [
-        (time, spec)
-        for spec in (unfused, *registry.rivals(request, basis.device))
-        if (time := basis.times.expected(spec.name, request, rows)) is not None
-    ]
+    unfused, behind, baselines = _unfused(considered, basis)
     offers: list[Offer] = []
     refused: list[Candidate] = []
     for spec in registry.candidates(FUSED_OP):

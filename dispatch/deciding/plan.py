@@ -44,6 +44,8 @@ class Plan:
     bound: Bound
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...] = field(default=())  # e.g. "nothing to gain here: ..."
+    # Sites whose result goes to one other site alone -> that site: frozen, the first may write the FP8 that it reads.
+    chains: Mapping[str, str] = field(default_factory=dict)
     _index: dict[tuple[str, Pass], Decision] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +59,9 @@ class Plan:
             if problem:
                 raise PlanError(f"The plan's decision on {request.site}.{request.product} cannot be: {problem}.")
             index[key] = decision
+        for first, then in self.chains.items():
+            if first == then or any((site, "fprop") not in index for site in (first, then)):
+                raise PlanError(f"The plan's chain of {first!r} and {then!r} cannot be: it decides no two such sites.")
         object.__setattr__(self, "decisions", decisions)
         object.__setattr__(self, "_index", index)
 
@@ -164,6 +169,7 @@ class Plan:
             "bound": document.encode(self.bound),
             "fingerprint": document.encode(self.fingerprint),
             "notes": list(self.notes),
+            **({"chains": dict(self.chains)} if self.chains else {}),
         }
         lines = [f'"{key}":{document.compact(value)},\n' for key, value in head.items()]
         decisions = ",\n".join(document.compact(document.encode(decision)) for decision in self.decisions)

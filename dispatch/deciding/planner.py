@@ -3,15 +3,15 @@
 The same evidence and the same times make the same plan, byte for byte; `created` is therefore the time of the run that
 the plan rests on. A plan in which nothing gains says so in its first note. Under a bound on the loss, forward products
 share one budget (`loss_budget`); every other product, and every product under a bound on the error, is decided alone,
-before the passes of each layer are looked at together (`composition`), and layers with norm and activation
-(`epilogue`).
+before the passes of each layer are looked at together (`composition`), layers with norm and activation (`epilogue`),
+and layers that hand FP8 to the next one once they are frozen (`chains`).
 """
 
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -22,6 +22,7 @@ from sqlalchemy import Engine
 from loka.bounds import DEFAULT_ROW_ERROR, Bound, checked_bound
 from loka.collecting import uncollected
 from loka.dispatch.deciding.candidates import Considered, Shapes, consider, request_of
+from loka.dispatch.deciding.chains import with_chains
 from loka.dispatch.deciding.composition import composed
 from loka.dispatch.deciding.decide import Decision, conclude
 from loka.dispatch.deciding.epilogue import Basis, epilogue_shapes, with_epilogues
@@ -33,6 +34,7 @@ from loka.dispatch.deciding.options import DEFAULT_BUDGET_S, Filter, PlanOptions
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.deciding.row_ranges import Grounds, Product, by_row_ranges
 from loka.dispatch.measuring.families import family_shapes, measure_families
+from loka.dispatch.measuring.flows import flow_shapes, measure_flows
 from loka.dispatch.measuring.layers import PRODUCTS_SHARE, layer_shapes, measure_layers
 from loka.dispatch.measuring.measure import measure_products, measure_shapes
 from loka.dispatch.measuring.profile import DeviceProfile, TimeTable
@@ -174,7 +176,8 @@ def _measure_together(
     known: tuple[Timing, ...],
 ) -> list[Timing]:
     """Time what takes less together: layers, families of them, and layers with norm and activation."""
-    kinds = 3 if evidence.epilogues else 2
+    flows = flow_shapes(evidence, learned)
+    kinds = 2 + bool(evidence.epilogues) + bool(flows)
     budget_s = options.budget_s * (1 - PRODUCTS_SHARE) / kinds
     where, progress = options.device, options.on_progress
     measured = measure_layers(
@@ -196,6 +199,9 @@ def _measure_together(
         bound=bound,
         known=(*known, *measured),
         on_progress=progress,
+    )
+    measured += measure_flows(
+        flows, registry, where, budget_s=budget_s, known=(*known, *measured), on_progress=progress
     )
     return measured
 
@@ -224,7 +230,8 @@ def decide_all(
         },
         bound=bound,
         decisions=made.decisions,
-        notes=plan_notes(evidence, bound, made.decisions, options, made.spending),
+        notes=(*plan_notes(evidence, bound, made.decisions, options, made.spending), *made.chain_notes),
+        chains=made.chains,
     )
 
 
@@ -241,6 +248,8 @@ class Decided:
     considered: tuple[Considered, ...]
     decisions: tuple[Decision, ...]
     spending: Spending | None  # of the budget of loss, where there is one
+    chains: Mapping[str, str] = field(default_factory=dict)  # layers -> those that they hand FP8 to, frozen
+    chain_notes: tuple[str, ...] = ()
 
 
 def decide_products(
@@ -281,8 +290,15 @@ def decide_products(
         if options.by_rows:
             apart = _by_rows(apart, considered, rations, evidence, Grounds(bound, registry, times, info))
         together = composed(apart, considered, rations, registry, times, info, evidence.families)
-        decisions = with_epilogues(apart, together, Basis(considered, rations, registry, times, info), evidence)
-    return Decided(considered=considered, decisions=decisions, spending=spending)
+        basis = Basis(considered, rations, registry, times, info)
+        made = with_chains(apart, with_epilogues(apart, together, basis, evidence), basis, evidence)
+    return Decided(
+        considered=considered,
+        decisions=made.decisions,
+        spending=spending,
+        chains=made.chains,
+        chain_notes=made.notes,
+    )
 
 
 def _by_rows(

@@ -4,7 +4,8 @@ A frozen module is the module that it was, hooks, biases and name, with buffers 
 scales. It runs the forward kernel of its plan on them, with the numbers that the converted model has. Their memory is
 about half of bf16's, and there is nothing left to train. `dispatch.freezing.stored_weight` says what the module's code
 finds in place of its weight: linear layers, Parameters that any code multiplies by, and the experts of a layer are
-stored alike.
+stored alike. Where the plan knows that one layer alone reads the result of another, it is handed on in FP8 if the
+kernels can (`dispatch.freezing.handed`), and the numbers stay the same.
 """
 
 from collections import defaultdict
@@ -20,8 +21,10 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from loka.dispatch.deciding.by_rows import kernels_of
 from loka.dispatch.deciding.epilogue_decisions import FUSED_OP
 from loka.dispatch.deciding.plan import Plan
-from loka.dispatch.freezing.chained import chain, reads_codes_of
+from loka.dispatch.freezing.chained import chain
 from loka.dispatch.freezing.frozen_modules import made_of, names_taken, store
+from loka.dispatch.freezing.handing import reads_codes_of
+from loka.dispatch.freezing.links import link
 from loka.dispatch.freezing.storage import Storage, Tensors
 from loka.dispatch.freezing.stored import is_traceable, weight_spec
 from loka.dispatch.freezing.stored_grouped import stored_kernel
@@ -125,8 +128,8 @@ def freeze(model: nn.Module, plan: Plan | str | PathLike[str], *, emulate: bool 
     _store(places)
     model.requires_grad_(False)
     kernels = {site: place.storage.kernel for site, place in places.items()}
-    after = _bytes_of(model)
-    return Frozen(model=model, kernels=kernels, left=left, bytes_before=before, bytes_after=after, chains=chain(root))
+    after, chains = _bytes_of(model), link(modules, plan.chains, chain(root))
+    return Frozen(model=model, kernels=kernels, left=left, bytes_before=before, bytes_after=after, chains=chains)
 
 
 @dataclass(frozen=True, slots=True)

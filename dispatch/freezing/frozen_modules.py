@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loka.dispatch.deciding.by_rows import kernels_of
+from loka.dispatch.freezing.handed import Handed, in_flow
 from loka.dispatch.freezing.storage import Storage, Tensors, check_inference
 from loka.dispatch.freezing.stored import stored_linear
 from loka.dispatch.freezing.stored_grouped import quantize_stack, stored_kernel
@@ -78,6 +79,10 @@ def load_kernels(storage: Storage) -> None:
 
 def _forward(self: Any, input: Tensor) -> Tensor:
     """Run a linear layer on its stored weight."""
+    return in_flow(self, input, _linear) if isinstance(input, Handed) else _linear(self, input)
+
+
+def _linear(self: Any, input: Tensor) -> Tensor:
     storage, buffers = getattr(self, FROZEN)["weight"], self._buffers
     check_inference(input, storage.site, self.out_features, self.in_features)
     codes, scale = buffers["weight"], buffers[f"weight{_SCALE}"]
@@ -87,6 +92,11 @@ def _forward(self: Any, input: Tensor) -> Tensor:
 @is_norm_act
 def _joint(self: Any, input: Tensor) -> Tensor:
     """Run a linear layer with norm and activation on its stored weight."""
+    hands = getattr(self, FROZEN)["weight"].hands
+    return in_flow(self, input, _norm_act) if hands or isinstance(input, Handed) else _norm_act(self, input)
+
+
+def _norm_act(self: Any, input: Tensor) -> Tensor:
     storage, buffers = getattr(self, FROZEN)["weight"], self._buffers
     check_inference(input, storage.site, *storage.shape)
     return stored_norm_act(input, buffers["weight"], buffers[f"weight{_SCALE}"], self.bias, self.eps, storage)

@@ -22,6 +22,7 @@ class Storage:
     it in memory as the model had it, on which the last bit of the definition's sums depends. `dtype` and `shape` are
     those that the Parameter had. `kept`: experts whose numbers are there, too, in high precision, in that order.
     `reads`: the recipe under which the kernel takes an input that is quantised already; "" where it takes none.
+    `hands`: the recipe under which the layer quantises its result, for the site `reader`; "" where it returns numbers.
     """
 
     site: str
@@ -35,6 +36,8 @@ class Storage:
     shape: tuple[int, ...]
     kept: tuple[int, ...] = ()
     reads: str = ""
+    hands: str = ""
+    reader: str = ""
 
 
 def parts_of(storage: Storage, tensors: Tensors, view: View) -> Tensors | None:

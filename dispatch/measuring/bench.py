@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -15,6 +15,7 @@ from loka.dispatch.deciding.candidates import request_of
 from loka.dispatch.deciding.epilogue import epilogue_shapes
 from loka.dispatch.measuring.compare_values import compare_values, parse_kinds
 from loka.dispatch.measuring.draws import Source
+from loka.dispatch.measuring.flows import flow_shapes, measure_flows
 from loka.dispatch.measuring.layers import PRODUCTS_SHARE, LayerShape, layer_shapes, measure_layers
 from loka.dispatch.measuring.measure import measure_products, measure_shapes
 from loka.dispatch.measuring.profile import DeviceProfile, KernelTime, TimeTable, newest, time_key, varies
@@ -63,23 +64,13 @@ def bench_database(
             learned=learned,
             on_progress=on_progress,
         )
-        rest_s = budget_s * (1 - PRODUCTS_SHARE) / (2 if evidence.epilogues else 1)
-        measured += measure_layers(
-            layer_shapes(evidence, learned),
-            default_registry(),
-            where,
-            budget_s=rest_s,
-            known=(*known, *measured),
-            on_progress=on_progress,
-        )
-        measured += measure_shapes(
-            epilogue_shapes(evidence, learned),
-            default_registry(),
-            where,
-            budget_s=rest_s,
-            known=(*known, *measured),
-            on_progress=on_progress,
-        )
+        flows, registry = flow_shapes(evidence, learned), default_registry()
+        rest_s = budget_s * (1 - PRODUCTS_SHARE) / (1 + bool(evidence.epilogues) + bool(flows))
+        rest: dict[str, Any] = {"budget_s": rest_s, "on_progress": on_progress}
+        layers, epilogues = layer_shapes(evidence, learned), epilogue_shapes(evidence, learned)
+        measured += measure_layers(layers, registry, where, known=(*known, *measured), **rest)
+        measured += measure_shapes(epilogues, registry, where, known=(*known, *measured), **rest)
+        measured += measure_flows(flows, registry, where, known=(*known, *measured), **rest)
         if measured:
             write_timings(engine, measured)
     finally:

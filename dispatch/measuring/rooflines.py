@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from loka.dispatch.measuring.forms import kernel_of
 from loka.dispatch.measuring.profile import newest
 from loka.kernel_registry.ceilings import precision_of
 from loka.kernel_registry.registry import Registry
@@ -13,7 +14,8 @@ from loka.roofline import Ceilings, Roofline, roofline
 
 def request_of_timing(timing: Timing, registry: Registry) -> GemmRequest:
     """Return the product that a time is of; a kernel that is not known here is taken for a linear one."""
-    op = registry.get(timing.kernel).op if timing.kernel in registry else "linear"
+    kernel = kernel_of(timing.kernel)
+    op = registry.get(kernel).op if kernel in registry else "linear"
     return GemmRequest(
         site="",
         product=timing.product,
@@ -27,8 +29,8 @@ def request_of_timing(timing: Timing, registry: Registry) -> GemmRequest:
 
 
 def placed(timing: Timing, registry: Registry, ceilings: Ceilings | None) -> Roofline | None:
-    """Place a time under the ceilings of its device; None where they are not known."""
-    if ceilings is None:
+    """Place a time under the ceilings of its device; None where they are not known, and for FP8 that is handed on."""
+    if ceilings is None or kernel_of(timing.kernel) != timing.kernel:
         return None
     request = request_of_timing(timing, registry)
     recipe = registry.get(timing.kernel).recipe if timing.kernel in registry else None

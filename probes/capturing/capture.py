@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from loka.formats import Pass
 from loka.probes.capturing.convolution import convolution_gemm, convolution_gradients
+from loka.probes.capturing.flows import Flows
 from loka.probes.capturing.products import (
     CONVOLUTION,
     CONVOLUTION_BACKWARD,
@@ -49,6 +50,8 @@ from loka.probes.sampling.dynamics import DynamicsMeter
 
 # What a dispatch mode costs per aten op; charged to the probe.
 MODE_COST_S: Final[float] = 3e-6
+# What it takes to look where the operands of one lie, where results are followed; charged likewise.
+_FOLLOW_COST_S: Final[float] = 2e-6
 # By identity: the packets live as long as torch does, and hashing one runs Python code at every op.
 _OF_INTEREST: Final[frozenset[int]] = frozenset(id(packet) for packet in (*PRODUCTS, *COPIES, *FUSED, *WHOLE))
 _PLAIN_TYPES: Final[frozenset[type]] = frozenset({Tensor, nn.Parameter})
@@ -103,6 +106,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         self._seen: dict[int, set[tuple[int, Factor]]] = {}  # by number: gradients of its products that were seen
         self._recomputed: dict[int, int] = {}  # by number of a checkpoint's node: products it has computed again
         self.dynamics: DynamicsMeter | None = None  # looks at modules too, where it is wanted
+        self.flows: Flows | None = None  # follows results of layers, likewise
 
     @contextmanager
     def building_graph(self, create_graph: bool) -> Iterator[None]:
@@ -120,11 +124,24 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
 
     def entered(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module's forward begins."""
+        flows = self.flows
+        if flows is not None and flows.minds(module):
+            self._note(lambda: flows.entered(module, args, self.sites.name_of(module)))
         self._watch(module, lambda meter: meter.entered(module, args))
 
     def left(self, module: nn.Module, output: Any) -> None:
         """A module's forward ended."""
+        flows = self.flows
+        if flows is not None and ((outermost := not self.sites.inside_module) or flows.minds(module)):
+            self._note(lambda: flows.left(module, output, self.sites.name_of(module), outermost=outermost))
         self._watch(module, lambda meter: meter.left(module, output))
+
+    def _note(self, at: Callable[[], None]) -> None:
+        """Take note of where results go: of no numbers, so that modes may stay."""
+        try:
+            at()
+        except Exception as error:  # noqa: BLE001 - a probe must never stop the training it watches; it is told and ends
+            self.observer.failed(error)
 
     def _watch(self, module: nn.Module, at: Callable[[DynamicsMeter], None]) -> None:
         """Show the meter a module that it watches, unless a checkpoint only runs it again."""
@@ -157,6 +174,8 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             return NotImplemented  # a tensor subclass: let it unpack; its local products come by again
         self.probe_s += MODE_COST_S
         packet = func._overloadpacket
+        if self.flows is not None:
+            self._follow(self.flows, func, args, kwargs)
         if id(packet) not in _OF_INTEREST and not torch.is_inference_mode_enabled():
             return func(*args, **kwargs)
         if packet in PRODUCTS:
@@ -176,12 +195,23 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         elif packet in FUSED:
             self._look(lambda: self._hidden(packet))
         elif (packet in WHOLE or torch.is_inference_mode_enabled()) and _is_composite(func):
-            # Under inference mode, and inside a tensor subclass, composite ops arrive whole; take them apart.
-            with self:
-                result = func.decompose(*args, **kwargs)
+            result = self._apart(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
+
+    def _apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a composite op, which arrives whole under inference mode, and inside a tensor subclass, in its parts."""
+        if func is torch.ops.aten.dropout.default and not args[2]:
+            return args[0]  # as by itself; taken apart it is a copy
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def _follow(self, flows: Flows, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show an operator to what follows results; of a composite op that is taken apart, its parts come by."""
+        if not (torch.is_inference_mode_enabled() and _is_composite(func)):
+            flows.ran(args, kwargs)
+            self.probe_s += _FOLLOW_COST_S
 
     def _look(self, at: Callable[[], None]) -> None:
         """Look at something that has just happened, out of sight of every mode; charge the time to the probe."""

@@ -88,3 +88,17 @@ def read_families(
 def read_epilogues(engine: Engine, run_id: str | None = None) -> tuple[str, ...]:
     """Return the sites whose norm and activation one kernel can compute with the forward product, by name."""
     return tuple(sorted(record.site for record in read_learned(engine, run_id, kind=EPILOGUE)))
+
+
+def read_flows(engine: Engine, run_id: str | None = None) -> dict[str, str]:
+    """Return such sites whose result has, in every sampled step, gone to one other layer alone, with that layer."""
+    found = {}
+    for record in read_learned(engine, run_id, kind=EPILOGUE):
+        try:
+            reader = restore(record).reader
+        except ArgumentError as error:
+            logger.warning("where the result of %s goes is not known: %s", record.site, error)
+            continue
+        if reader and reader != record.site:
+            found[record.site] = reader
+    return dict(sorted(found.items()))

@@ -153,6 +153,7 @@ class RunEvidence:
     experts: Mapping[tuple[str, Pass], ExpertStatistics] = field(default_factory=dict)  # by (site, pass)
     families: tuple[tuple[str, ...], ...] = ()  # sites whose forward products read one input
     epilogues: tuple[str, ...] = ()  # sites that are one module with their norm and activation
+    flows: Mapping[str, str] = field(default_factory=dict)  # such sites -> the one that alone reads their result
 
     @property
     def has_loss(self) -> bool:

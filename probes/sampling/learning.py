@@ -135,9 +135,9 @@ class Learner:
         """Learn that a forward product has read what another site's read before it."""
         self._add(site, "fprop", SHARED_INPUT, SharedInput({first: 1}), step)
 
-    def learn_epilogue(self, site: Any, step: int) -> None:
-        """Learn that a forward product is one module with the norm and the activation behind it."""
-        self._add(site, "fprop", EPILOGUE, Epilogue(), step)
+    def learn_epilogue(self, site: Any, step: int, reader: str = "") -> None:
+        """Learn that a forward product is one module with the norm and the activation behind it, and who reads it."""
+        self._add(site, "fprop", EPILOGUE, Epilogue(readers={reader: 1} if reader else {}), step)
 
     def learn_layer(self, site: Any, facts: LayerFacts, step: int) -> None:
         """Learn what kind of layer a forward product belongs to, where it is no linear layer like any other."""

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from loka.formats import Pass, Recipe
 from loka.last_products import last_products
 from loka.probes.capturing.capture import Capture, Sighting
+from loka.probes.capturing.flows import Flows
 from loka.probes.capturing.layer_facts import LayerNotes
 from loka.probes.capturing.products import Draw
 from loka.probes.capturing.shared_inputs import Inputs
@@ -113,6 +114,8 @@ class Sampler:
         self.meter = ImpactMeter(self.recipes, self.memory.turns)
         if self.watch is None and self.memory.dynamics_s <= SHARE * self.budget.spent_s:
             self.capture.dynamics = DynamicsMeter(watched_modules(self.sites.model), self.memory.reads_biases)
+        if self.watch is None and self.sites.fused:
+            self.capture.flows = Flows()
 
     def saw(self, sighting: Sighting) -> None:
         """Count one product; measure it when it is its turn. Of several calls, each sample takes another."""
@@ -157,8 +160,6 @@ class Sampler:
         self._note_input(sighting)
         if sighting.parameter:
             seen.outside = self.sites.stranger(sighting.parameter)
-        if sighting.key.owner in self.sites.fused:
-            self.memory.learner.learn_epilogue(sighting.key, self.step)
         return seen
 
     def _note_input(self, sighting: Sighting) -> None:
@@ -280,6 +281,8 @@ class Sampler:
                 self.memory.learner.count(*key, entry.by_rows, self.step)
             self._learn_experts(key, entry)
             self._learn_layer(key, entry)
+            if key[1] == "fprop" and self.capture.flows is not None and key[0].owner in self.sites.fused:
+                self.memory.learner.learn_epilogue(key[0], self.step, self.capture.flows.reader(key[0].owner))
         names = self.sites.finish_names(key for key, _ in seen)
         self.memory.names.update(names)
         self.memory.calls.update({key: entry.calls for key, entry in seen.items()})

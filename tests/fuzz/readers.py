@@ -71,7 +71,8 @@ def _plans(folder: Path) -> tuple[bytes, ...]:
         product("down", product="dgrad", recipes=(recipe("rowwise", 0.3),)),
         product("attention", op="bmm", batch=8),
     )
-    plans = (made_plan(*(decided(times, evidence=each) for each in sites)), made_plan(bound=Bound(loss=2e-4)))
+    decisions = (decided(times, evidence=each) for each in sites)
+    plans = (made_plan(*decisions, chains={"up": "attention"}), made_plan(bound=Bound(loss=2e-4)))
     for number, plan in enumerate(plans):
         plan.save(folder / f"plan{number}.json")
     return tuple((folder / f"plan{number}.json").read_bytes() for number in range(len(plans)))

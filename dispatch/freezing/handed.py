@@ -1,0 +1,187 @@
+"""The result of a frozen layer as FP8 codes on their way to the next one: a tensor to everybody else.
+
+    h = self.a(x)        y = self.b(h)
+
+Where nothing but `b` reads what `a` returns, `a` quantises it by the recipe of `b`, and `h` is codes and scales. It has
+the shape, the dtype and the device of what it stands for. A frozen layer of that recipe multiplies the codes as they
+are. Whatever else is done to `h` is done to the numbers that they stand for, in the model's dtype: a model that goes
+another way than it was seen to go computes with values rounded to FP8, once. It is told in the log, and from then on
+that layer returns high precision, as it does under autocast, while a hook watches it, and when its kernel has failed.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from loka.dispatch.freezing.handing import Passed, is_bare, is_usable, run, runs_apart, storage_of, takes_codes
+from loka.dispatch.running.convert import FROZEN
+from loka.errors import KernelError
+from loka.formats import RECIPES
+from loka.kernel_registry.operands import Operand
+from loka.quantize import dequantize
+from loka.torch_release import is_exporting
+
+log: Final = logging.getLogger("loka.dispatch")
+
+# By name, for Dynamo has functions of its own in their place: what tells of a tensor and reads none of its numbers.
+# Of attributes, `__get__`, those that are numbers are operators, and come by as such.
+_TELLING: Final[frozenset[str]] = frozenset(
+    ("__get__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size")
+    + ("is_floating_point", "is_complex", "is_inference", "is_contiguous", "get_device", "__len__", "__hash__")
+)
+# What returns a tensor as it is where there is nothing to do.
+_CONVERSIONS: Final[frozenset[str]] = frozenset(
+    ("contiguous", "to", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda")
+)
+# What writes to a tensor, beside all whose names end in one underscore.
+_WRITES: Final[frozenset[str]] = frozenset(
+    ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__")
+)
+
+
+class Handed(Tensor):
+    """Codes [rows, k] and scales that stand for a tensor [.., k]; see above."""
+
+    codes: Tensor
+    scale: Tensor
+    recipe: str
+    # Not of code that is traced: whose result it is; its numbers, once somebody has read them and may write to them.
+    writer: "weakref.ref[nn.Module] | None" = None
+    opened: Tensor | None = None
+
+    @staticmethod
+    def __new__(
+        cls: type[Self], codes: Tensor, scale: Tensor, leading: Sequence[int], dtype: torch.dtype, recipe: str
+    ) -> Self:
+        """Make a tensor without memory of its own."""
+        shape = (*leading, codes.shape[-1])
+        make: Any = Tensor._make_wrapper_subclass
+        made: Self = make(cls, shape, dtype=dtype, device=codes.device)
+        return made
+
+    def __init__(self, codes: Tensor, scale: Tensor, leading: Sequence[int], dtype: torch.dtype, recipe: str) -> None:
+        self.codes, self.scale, self.recipe = codes, scale, recipe
+
+    @classmethod
+    def of(cls, passed: Passed, writer: nn.Module) -> "Handed":
+        """Return what a layer hands on, as a tensor."""
+        codes, scale, _ = passed.operand
+        made = cls(codes, scale, passed.leading, passed.dtype, storage_of(writer).hands)
+        if not torch.compiler.is_compiling():
+            made.writer = weakref.ref(writer)
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, str]]:
+        return ["codes", "scale"], (self.dtype, self.recipe)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, Tensor], kept: tuple[torch.dtype, str], size: torch.Size, stride: Any
+    ) -> "Handed":
+        return Handed(inner["codes"], inner["scale"], tuple(size[:-1]), *kept)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's shows the numbers
+        return f"Handed({list(self.shape)}, {self.dtype}, {self.codes.dtype} {self.recipe})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, options = getattr(func, "__name__", ""), dict(kwargs or {})
+        if name in _TELLING:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **options)
+        if _changes_nothing(name, func, args, options):
+            return args[0]
+        if torch.compiler.is_compiling() and (name in _WRITES or (name[-1:] == "_" and name[-2:] != "__")):
+            raise KernelError(
+                f"Code that is traced writes into the result of a frozen layer ({name}), which is handed to the next "
+                "layer in FP8. Write into a clone, or freeze with a plan that has no `chains`."
+            )
+        if torch.compiler.is_compiling() and not is_exporting():
+            # AOT autograd looks at results by methods; what is an operator comes by below.
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **options)
+        return func(*tree_map(_opened, tuple(args)), **tree_map(_opened, options))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch annotates it otherwise
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*tree_map(_opened, tuple(args)), **tree_map(_opened, dict(kwargs or {})))
+
+
+def _changes_nothing(name: str, func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether a function returns its first argument as it is: a dropout that drops nothing, a cast to the same type."""
+    if name == "dropout":
+        return not options.get("training", args[2] if len(args) > 2 else True)
+    if name not in _CONVERSIONS or not args or not isinstance(args[0], Handed):
+        return False
+    like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
+    others = [torch.empty(0, dtype=each.dtype) if isinstance(each, Handed) else each for each in args[1:]]
+    return func(like, *others, **options) is like
+
+
+def passed_of(handed: Handed) -> Passed:
+    """Return codes and scales, for a layer that multiplies them. A function: Dynamo takes properties for constants."""
+    operand = Operand(handed.codes, handed.scale, RECIPES[handed.recipe].operand("input"))
+    return Passed(operand, tuple(handed.shape[:-1]), handed.dtype)
+
+
+def numbers_of(handed: Handed) -> Tensor:
+    """Return what codes and scales stand for, as a plain tensor."""
+    values = dequantize(handed.codes, handed.scale, RECIPES[handed.recipe].operand("input"))
+    return values.to(handed.dtype).reshape(handed.shape)
+
+
+def _opened(value: Any) -> Any:
+    """Return the numbers of what was handed to somebody who reads numbers; that layer hands nothing on any more."""
+    if not isinstance(value, Handed):
+        return value
+    if torch.compiler.is_compiling():
+        return numbers_of(value)
+    writer = None if value.writer is None else value.writer()
+    if writer is not None and storage_of(writer).hands:
+        storage = storage_of(writer)
+        stops_handing(writer)
+        log.warning(
+            "%r handed FP8 to something other than %r, which this model was not seen to do before: that computed with "
+            "numbers rounded to FP8, and from here on %r returns high precision.",
+            storage.site,
+            storage.reader,
+            storage.site,
+        )
+    if value.opened is None:
+        value.opened = numbers_of(value)
+    return value.opened
+
+
+def stops_handing(writer: nn.Module) -> None:
+    """Have a layer return high precision from here on."""
+    frozen = cast("dict[str, Any]", getattr(writer, FROZEN))
+    frozen["weight"] = replace(frozen["weight"], hands="", reader="")
+
+
+def in_flow(module: Any, input: Tensor, apart: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """Run a frozen layer that is handed codes, or hands codes on; where neither can be, run it `apart`."""
+    storage = storage_of(module)
+    alone = runs_apart(input) or not is_usable(module)
+    value: Tensor | Passed = input
+    if isinstance(input, Handed):
+        written = None if torch.compiler.is_compiling() else input.opened
+        if written is not None:
+            value = written
+        else:
+            reads = not alone and input.recipe == storage.reads and takes_codes(module)
+            value = passed_of(input) if reads else numbers_of(input)
+    writes = "" if alone or not is_bare(module) else storage.hands
+    if not writes and not isinstance(value, Passed):
+        return apart(module, value)
+    out = run(module, value, writes)
+    return Handed.of(out, module) if isinstance(out, Passed) else out
