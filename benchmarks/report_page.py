@@ -8,6 +8,7 @@ the start of the navigation.
 """
 
 import argparse
+import gc
 import os
 import resource
 import statistics
@@ -26,6 +27,7 @@ from benchmarks.chromium import chromium, wait_until
 from benchmarks.record import write_record
 from benchmarks.report_database import STEPS, write_database
 from loka.bounds import Bound
+from loka.collecting import uncollected
 from loka.formats import DEFAULT_RECIPES
 from loka.probes.judging.evidence import load_evidence
 from loka.reports.build import built_of, report_of
@@ -78,9 +80,14 @@ def cost_of(db: Path, page: Path) -> Cost:
 
 
 def timed(action: Callable[[], T]) -> tuple[T, float]:
-    """Return what an action returns and the processor time that it takes, on all cores together."""
-    begin = time.process_time()
-    return action(), time.process_time() - begin
+    """Return what an action returns and the processor time that it takes, on all cores together.
+
+    The garbage collector is held back as the command holds it back from its first step to its last.
+    """
+    gc.collect()
+    with uncollected():
+        begin = time.process_time()
+        return action(), time.process_time() - begin
 
 
 def process_s(command: Sequence[str]) -> tuple[float, float]:

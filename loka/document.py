@@ -14,7 +14,7 @@ import operator
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union, cast
 
@@ -106,7 +106,7 @@ def encode(value: object) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [encode(item) for item in value]
     raise TypeError(f"{type(value).__name__} has no place in a document")
 
@@ -166,8 +166,8 @@ def _decoder(hint: Any) -> _Decoder:
         return _literal(arguments)
     if origin in (Union, types.UnionType):
         return _optional(arguments)
-    if origin is tuple:
-        return _sequence(arguments)
+    if origin in (tuple, Sequence):
+        return _sequence(arguments, endless=origin is Sequence or arguments[-1] is Ellipsis)
     if origin is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
         return _mapping(arguments)
     raise TypeError(f"no decoder for {hint!r}")
@@ -214,8 +214,7 @@ def _optional(arguments: tuple[Any, ...]) -> _Decoder:
     return lambda value: None if value is None else inner(value)
 
 
-def _sequence(arguments: tuple[Any, ...]) -> _Decoder:
-    endless = len(arguments) == 2 and arguments[1] is Ellipsis
+def _sequence(arguments: tuple[Any, ...], *, endless: bool) -> _Decoder:
     inner = _decoder(arguments[0])  # all entries of a fixed tuple have one type here
 
     def decode_sequence(value: Any) -> tuple[Any, ...]:

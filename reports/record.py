@@ -16,9 +16,10 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loka.bounds import Bound, Limit
-from loka.dispatch.deciding.candidates import Candidate
+from loka.dispatch.deciding.candidates import Candidate, Code
 from loka.dispatch.deciding.decide import Decision
 from loka.dispatch.deciding.judged import no_loss
+from loka.dispatch.deciding.rejected import Entry, entries_of
 from loka.errors import ArgumentError
 from loka.probes.experts.layers import parts_of, unseen_experts
 from loka.probes.judging.drift import Drift
@@ -266,8 +267,8 @@ def _kernels(decision: Decision) -> list[dict[str, Any]]:
         "loss_cost": decision.loss.cost if decision.loss is not None else None,
         **({} if decision.ranges is None else {"ranges": [_range(each) for each in decision.ranges]}),
     }
-    others = (candidate for candidate in decision.rejected if candidate.kernel != decision.kernel)
-    return [chosen, *(_candidate(candidate, decision.baseline_time_us) for candidate in others)]
+    others = entries_of(decision.rejected, without=decision.kernel)
+    return [chosen, *(_loser(each, decision.baseline_time_us) for each in others)]
 
 
 def _range(decision: Decision) -> dict[str, Any]:
@@ -285,19 +286,28 @@ def _range(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _candidate(candidate: Candidate, baseline_time_us: float | None) -> dict[str, Any]:
-    speedup = baseline_time_us / candidate.time_us if baseline_time_us is not None and candidate.time_us else None
+def _loser(entry: Entry, baseline_time_us: float | None) -> dict[str, Any]:
+    """Return a kernel that lost. Most are no records yet, and need not become any."""
+    code: Code | None
+    if isinstance(entry, Candidate):
+        kernel, recipe, code, reason = entry.kernel, entry.recipe, entry.code, entry.reason
+        time_us, spread_us, error_upper, loss = entry.time_us, entry.spread_us, entry.error_upper, entry.loss
+    else:
+        (_, offer, judged), (code, reason) = entry
+        kernel, recipe, error_upper, loss = offer.spec.name, offer.spec.recipe, judged.upper, judged.loss
+        time_us, spread_us = (None, None) if offer.time is None else (offer.time.median_us, offer.time.spread_us)
+    speedup = _finite(baseline_time_us / time_us) if baseline_time_us is not None and time_us else None
     return {
-        "kernel": candidate.kernel,
-        "status": "admissible" if candidate.code in _ADMISSIBLE else "rejected",
-        "reason": candidate.reason,
-        "time_us": _finite(candidate.time_us),
-        "speedup": _finite(speedup),
-        "recipe": candidate.recipe,
-        "code": candidate.code,
-        "spread_us": _finite(candidate.spread_us),
-        "error_upper": _finite(candidate.error_upper),
-        "loss_cost": candidate.loss.cost if candidate.loss is not None else None,
+        "kernel": kernel,
+        "status": "admissible" if code in _ADMISSIBLE else "rejected",
+        "reason": reason,
+        "time_us": None if time_us is None else _finite(time_us),
+        "speedup": speedup,
+        "recipe": recipe,
+        "code": code,
+        "spread_us": None if spread_us is None else _finite(spread_us),
+        "error_upper": _finite(error_upper),
+        "loss_cost": None if loss is None else loss.cost,
     }
 
 

@@ -12,12 +12,12 @@ take together was timed together.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Final
 
 from loka.dispatch.deciding.candidates import MIN_SPEEDUP, Candidate, Case, Code, Considered, unable_at
 from loka.dispatch.deciding.decide import Decision, won
 from loka.dispatch.deciding.loss_budget import Ration
+from loka.dispatch.deciding.rejected import told
 from loka.dispatch.measuring.families import family_request
 from loka.dispatch.measuring.layers import LEAST_SHARE, passes_apart_us
 from loka.dispatch.measuring.profile import KernelTime, TimeTable
@@ -30,7 +30,6 @@ from loka.timing import faster
 
 # Objections that come after the question whether the error is within the limit.
 PAST_ERROR: Final[tuple[Code, ...]] = ("untimed", "no_gain")
-_NAME: Final = attrgetter("kernel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,8 +286,7 @@ def _refused(spec: KernelSpec, objection: _Objection, time: KernelTime | None) -
 def _with_refused(decisions: tuple[Decision, ...], refused: list[Candidate]) -> tuple[Decision, ...]:
     """Tell the kernels of all passes that lost with the forward product, once."""
     first, *others = decisions
-    told = tuple(sorted((*first.rejected, *refused), key=_NAME))
-    return (replace(first, rejected=told), *others)
+    return (replace(first, rejected=told(first.rejected, refused)), *others)
 
 
 def _taken(
@@ -317,10 +315,9 @@ def _taken(
         loss=chosen.loss,
         times=chosen.times,
     )
-    rejected = [each for each in chosen.rejected if each.kernel != chosen.kernel]
     return won(
         case.on(spec, own_time),
         considered.baseline,
-        tuple(sorted((*rejected, beaten), key=_NAME)),
+        told(chosen.rejected, [beaten], without=chosen.kernel),
         together=f"; {together}",
     )

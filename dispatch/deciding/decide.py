@@ -6,8 +6,8 @@ was given. The baseline (high precision) is always a candidate and always admiss
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Final
 
 from loka.bounds import Bound
@@ -25,6 +25,7 @@ from loka.dispatch.deciding.candidates import (
 )
 from loka.dispatch.deciding.judged import LossCost, error_words, finite, loss_words
 from loka.dispatch.deciding.loss_budget import Ration
+from loka.dispatch.deciding.rejected import Entry, Rejected, candidate_of, code_of
 from loka.dispatch.measuring.profile import KernelTime, TimeAt, TimeTable
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
@@ -50,7 +51,6 @@ _PROGRESS: Final[tuple[Code, ...]] = (
     *("unavailable", "cannot", "undecided", "over_bound", "untimed", "no_gain", "budget_spent"),
 )
 _RANK: Final[dict[str, int]] = {code: rank for rank, code in enumerate(_PROGRESS)}
-_NAME: Final = attrgetter("kernel")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class Decision:
     time_source: str  # "measured", "profile: <name>", "assumed 1.3x", "none"
     error_upper: float | None
     horizon: int | None
-    rejected: tuple[Candidate, ...]
+    rejected: Sequence[Candidate]
     loss: LossCost | None = None  # fprop in FP8, where a step has shown it
     gate: Gate | None = None  # which error is compared with the bound, here and of every candidate
     times: tuple[TimeAt, ...] | None = None  # None: of one shape, or never timed
@@ -118,7 +118,7 @@ def decide(  # noqa: PLR0913 - the six things a choice rests on, and whether the
 def conclude(considered: Considered, ration: Ration | None = None) -> Decision:
     """Choose among the candidates of one product; with a `ration`, among those of the recipe that it grants."""
     baseline = considered.baseline
-    rejected = [rejected_candidate(case, *found) for case, found in considered.rejected]
+    rejected: list[Entry] = list(considered.rejected)
     if not considered.selected:
         return _stays(considered, f"left out by the plan's filter, so it stays on {baseline.name}", rejected)
     granted = [case for case in considered.admissible if ration is None or case.spec.recipe == ration.recipe]
@@ -130,7 +130,7 @@ def conclude(considered: Considered, ration: Ration | None = None) -> Decision:
     rejected += [_loser(case, best, winner) for case in granted if case is not winner]
     rejected += [_outbid(case, winner, ration) for case in others if ration is not None]
     rejected.append(_beaten_baseline(baseline, winner))
-    return won(winner, baseline, _by_name(rejected))
+    return won(winner, baseline, Rejected(rejected))
 
 
 def _loser(case: Case, best: Case, winner: Case) -> Candidate:
@@ -186,7 +186,7 @@ def _beaten_baseline(baseline: KernelSpec, winner: Case) -> Candidate:
     )
 
 
-def won(winner: Case, baseline: KernelSpec, rejected: tuple[Candidate, ...], *, together: str = "") -> Decision:
+def won(winner: Case, baseline: KernelSpec, rejected: Sequence[Candidate], *, together: str = "") -> Decision:
     """Return the decision for an admissible case; `together` ends the sentence on why."""
     time, baseline_time, recipe = winner.known_time, winner.known_baseline_time, winner.known_recipe
     wanted, gated = winner.wanted, winner.known_error
@@ -231,7 +231,7 @@ def _within(winner: Case) -> str:
     )
 
 
-def _stays(considered: Considered, why: str, rejected: list[Candidate]) -> Decision:
+def _stays(considered: Considered, why: str, rejected: Sequence[Entry]) -> Decision:
     """Return the decision for the baseline."""
     time: KernelTime | None = considered.baseline_time
     time_us = None if time is None or time.assumed else time.median_us
@@ -249,7 +249,7 @@ def _stays(considered: Considered, why: str, rejected: list[Candidate]) -> Decis
         time_source="none" if time is None or time.assumed else time.source,
         error_upper=None,
         horizon=None,
-        rejected=_by_name(rejected),
+        rejected=Rejected(rejected),
         gate=_gate(considered),
         times=at or None,
         over=time.over.words if time is not None and at else None,
@@ -262,15 +262,16 @@ def _gate(considered: Considered) -> Gate | None:
     return recipes[0].gated(considered.limit).gate if recipes else None
 
 
-def _why_baseline(considered: Considered, rejected: list[Candidate]) -> str:
+def _why_baseline(considered: Considered, rejected: Sequence[Entry]) -> str:
     baseline, request, by_loss = considered.baseline.name, considered.request, considered.by_loss
     if request.dtype.startswith("float8"):
         return f"the model computes this product in FP8 already, so it stays as written ({baseline})"
     if not rejected:
         return f"no other kernel is known, so it stays on {baseline}"
-    furthest = max(_RANK.get(each.code or "", 0) for each in rejected)
+    ranks = [_RANK.get(code_of(each) or "", 0) for each in rejected]
+    furthest = max(ranks)
     nearest = min(
-        (each for each in rejected if _RANK.get(each.code or "", 0) == furthest),
+        (candidate_of(each) for each, rank in zip(rejected, ranks, strict=True) if rank == furthest),
         key=lambda each: _distance(each, by_loss=by_loss),
     )
     if nearest.code in ("unavailable", "cannot"):
@@ -289,7 +290,3 @@ def _distance(candidate: Candidate, *, by_loss: bool) -> tuple[float | str, ...]
     numbers = (candidate.time_us, cost if by_loss else candidate.error_upper)
     known = (math.inf if number is None else number for number in numbers)
     return *known, candidate.kernel
-
-
-def _by_name(rejected: list[Candidate]) -> tuple[Candidate, ...]:
-    return tuple(sorted(rejected, key=_NAME))

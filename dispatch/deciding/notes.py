@@ -7,6 +7,7 @@ from loka.dispatch.deciding.decide import Decision
 from loka.dispatch.deciding.epilogue_decisions import FUSED_OP
 from loka.dispatch.deciding.loss_budget import Spending
 from loka.dispatch.deciding.options import PlanOptions
+from loka.dispatch.deciding.rejected import code_of, entries_of
 from loka.formats import PASSES
 from loka.probes.judging.evidence import ProductEvidence, RunEvidence
 
@@ -97,7 +98,7 @@ def _is_safe(product: ProductEvidence, limit: Limit) -> bool:
 def _lost(decisions: tuple[Decision, ...], code: str) -> int:
     """Count the products that stay on their baseline and have a candidate rejected with this code."""
     kept = [decision.rejected for decision in decisions if decision.recipe is None]
-    return sum(code in [candidate.code for candidate in rejected] for rejected in kept)
+    return sum(any(code_of(each) == code for each in entries_of(rejected)) for rejected in kept)
 
 
 def _about_times(decisions: tuple[Decision, ...], options: PlanOptions) -> list[str]:

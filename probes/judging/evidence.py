@@ -156,7 +156,8 @@ def _judge(series: RunSeries, *, frozen: bool, confidence: float) -> Errors:
 
 def _entries(series: RunSeries, decides: Floats, values: Floats) -> Merged:
     """Make one entry of each step and series: the ranks as one, of several products that where `decides` is largest."""
-    sums = series.shape[series.error_sample, _K] > 1
+    reduces = series.shape[series.error_sample, _K] > 1
+    sums = slice(None) if reduces.all() else reduces  # all of them, as a rule, without a copy
     sample = series.error_sample[sums]
     number = series.row[sample] * len(series.recipes) + series.error_recipe[sums]
     return over_ranks(

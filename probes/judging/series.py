@@ -20,8 +20,8 @@ from loka.formats import PASSES, ROLES, Pass
 from loka.probes.judging.intervals import Floats, Ints
 from loka.probes.records import LearnedRecord
 from loka.probes.sampling.learning import ROWS, restore
-from loka.probes.storing.checked import DamagedError, Row, checked, looked_up, numbers, whole
-from loka.probes.storing.rows import number, recipe_names
+from loka.probes.storing.checked import DamagedError, Row, checked, checked_rows, looked_up, numbers, whole
+from loka.probes.storing.rows import recipe_names
 from loka.probes.storing.schema import (
     COUNTS,
     IMPACTS,
@@ -102,8 +102,8 @@ class Merged:
 
 def load_series(connection: Connection, run: int, run_recipes: tuple[str, ...]) -> RunSeries:
     """Read everything measured in the run of this key, apart from the shares of `operand_recipes`."""
-    found = connection.execute(select(products).where(products.c.run == run)).mappings()
-    static = {one["number"]: checked(products, one) for one in found}
+    found = connection.execute(select(products).where(products.c.run == run))
+    static: dict[int, Row] = {one["number"]: one for one in checked_rows(products, found)}
     places = [samples.c[name] for name in ("step", "position", "product", *SHAPE)]
     table = whole(_numbers(connection, _of_run(select(steps.c.step.label("at"), *places), samples, run)))
     table = table[np.lexsort((table[:, 1], table[:, 2], table[:, 0]))]  # by step, then as it saw them, then by rank
@@ -187,13 +187,21 @@ def load_shares(connection: Connection, place: Ints) -> Shares:
         found = found[np.isin(whole(found[:, 0]), wanted)]
         keys = whole(found[:, :3])
         named = {key: looked_up(names, key, "recipes") for key in np.unique(keys[:, 2]).tolist()}
-        columns = [list(map(number, column)) for column in found[:, 3:].T.tolist()]
+        columns = map(_one_nan, found[:, 3:].T)
         entries = list(zip(map(named.__getitem__, keys[:, 2].tolist()), *columns, strict=True))
         begin = np.flatnonzero(_changes(keys[:, :2]))  # of each operand
         ends = [*begin[1:].tolist(), len(entries)]
         for (at, of), first, last in zip(keys[begin, :2].tolist(), begin.tolist(), ends, strict=False):
             shares[step, at, of] = entries[first:last]
     return shares
+
+
+def _one_nan(values: Floats) -> list[float]:
+    """Return stored floats; there is one NaN, so that records read twice are equal."""
+    found: list[float] = values.tolist()
+    for at in np.flatnonzero(np.isnan(values)).tolist():
+        found[at] = math.nan
+    return found
 
 
 def over_ranks(key: Ints, rank: Ints, weight: Floats, decides: Ints | Floats, value: Floats) -> Merged:

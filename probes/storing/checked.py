@@ -5,14 +5,14 @@ end in a traceback somewhere far from here, or in a number that looks right; it 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import BigInteger, Boolean, Double, LargeBinary, Result, Table, Text
+from sqlalchemy import BigInteger, Boolean, CursorResult, Double, LargeBinary, Result, Table, Text
 
 from loka.formats import PASSES, ROLES
 from loka.probes.records import DynamicsKind, RunStatus
@@ -66,6 +66,17 @@ def checked(table: Table, row: Row) -> Row:
     return row
 
 
+def checked_rows(table: Table, result: Result[Any]) -> list[dict[str, Any]]:
+    """Return all rows of a query on a table in the same way."""
+    names, rows = tuple(result.keys()), result.all()
+    for name, column in zip(names, zip(*rows, strict=True), strict=False):
+        wanted, fits = _checks(table)[name]
+        if not all(map(fits, column)):
+            found = next(value for value in column if not fits(value))
+            raise DamagedError(f"`{name}` in its table `{table.name}` is {_shown(found)}, not {wanted}")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
 def looked_up(known: Mapping[K, V], key: K, what: str) -> V:
     """Return the row that another points at; raise DamagedError where there is none."""
     try:
@@ -95,10 +106,18 @@ def numbers(result: Result[Any]) -> NDArray[np.float64]:
     """Return all rows of a query of numbers as an array [rows, columns]; NULL is NaN."""
     columns = len(result.keys())
     try:
-        parts = [np.fromiter(chain.from_iterable(part), np.float64) for part in result.partitions(_AT_ONCE)]
+        parts = [np.fromiter(chain.from_iterable(part), np.float64, columns * len(part)) for part in _rows(result)]
     except (TypeError, ValueError, OverflowError) as error:
         raise DamagedError(f"it holds something else where it has numbers ({error})") from error
     return (np.concatenate(parts) if parts else np.empty(0)).reshape(-1, columns)
+
+
+def _rows(result: Result[Any]) -> Iterator[Sequence[Sequence[Any]]]:
+    """Yield the rows of a query as the driver has them: SQLAlchemy would make each into an object of its own."""
+    cursor = cast(CursorResult[Any], result).cursor
+    while part := cursor.fetchmany(_AT_ONCE):
+        yield part
+    result.close()
 
 
 def whole(values: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from loka.errors import DatabaseError, EvidenceError, nearest
 from loka.formats import Pass
 from loka.probes.records import Event, LearnedRecord, RunInfo, RunProgress, StepRecord, Timing
 from loka.probes.storing import rows, schema
-from loka.probes.storing.checked import DamagedError, Row, checked
+from loka.probes.storing.checked import DamagedError, Row, checked, checked_rows
 from loka.probes.storing.process import Process, is_gone
 from loka.probes.storing.server import server_engine, shown, shown_text
 from loka.probes.storing.sqlite_file import WRITE, explain, file_engine, is_ours
@@ -89,7 +89,7 @@ def transaction(engine: Engine, *, write: bool = False) -> Iterator[Connection]:
     try:
         with writable(engine, write).begin() as connection:
             yield connection
-    except (SQLAlchemyError, DamagedError, UnicodeDecodeError) as error:
+    except (SQLAlchemyError, DamagedError, UnicodeDecodeError, engine.dialect.loaded_dbapi.Error) as error:
         verb = "written" if write else "read"
         raise DatabaseError(f"The probe database {place(engine)} cannot be {verb}: {explain(error)}.") from error
 
@@ -352,10 +352,12 @@ def learned_parts(
     """Yield what a run has learned of one kind about some passes, at most `size` records at a time: it may be much."""
     table = schema.distributions
     with transaction(engine) as connection:
-        query = _learned(connection, run_id, _LEARNED)
-        query = query.where(table.c.kind == kind, table.c.product.in_(products))
-        for part in connection.execute(query).mappings().partitions(size):
-            yield tuple(LearnedRecord(**checked(table, row)) for row in part)
+        query = _learned(connection, run_id, ("number",))
+        keys = connection.scalars(query.where(table.c.kind == kind, table.c.product.in_(products))).all()
+        part = select(*(table.c[name] for name in _LEARNED)).order_by(table.c.number)
+        for at in range(0, len(keys), size):  # by their keys: a query for all of them would have to sort the data too
+            found = connection.execute(part.where(table.c.number.in_(keys[at : at + size])))
+            yield tuple(LearnedRecord(**row) for row in checked_rows(table, found))
 
 
 def learned_kinds(engine: Engine, run_id: str | None, product: Pass) -> frozenset[tuple[str, str]]:
