@@ -108,11 +108,12 @@ class PlanDiff:
     only_second: tuple[Key, ...]
     decisions: tuple[tuple[Decision, Decision], ...]
     compared: int
+    chains: tuple[Difference, ...] = ()  # sites that hand FP8 on to another one, or to none
 
     @property
     def changed(self) -> bool:
-        """Whether a decision or the set of products differs; the environment alone is no change."""
-        return bool(self.decisions or self.only_first or self.only_second)
+        """Whether a decision, a chain or the set of products differs; the environment alone is no change."""
+        return bool(self.decisions or self.chains or self.only_first or self.only_second)
 
 
 def diff(
@@ -199,6 +200,7 @@ def diff_plans(first: Plan, second: Plan, *, common: bool = False) -> PlanDiff:
         check_same_model(first.fingerprint, second.fingerprint, instead=_INSTEAD)
     mine, others = ({(d.request.site, d.request.product): d for d in plan.decisions} for plan in (first, second))
     shared = [key for key in mine if key in others]
+    sites = dict.fromkeys(site for site, _ in shared) if common else dict.fromkeys((*first.chains, *second.chains))
     names = dict.fromkeys((*first.environment, *second.environment))
     facts = [(name, first.environment.get(name, ""), second.environment.get(name, "")) for name in names]
     facts += [("model", first.model, second.model), ("bound", str(first.bound), str(second.bound))]
@@ -210,6 +212,7 @@ def diff_plans(first: Plan, second: Plan, *, common: bool = False) -> PlanDiff:
         only_second=() if common else tuple(key for key in others if key not in mine),
         decisions=tuple((mine[key], others[key]) for key in shared if _decided_otherwise(mine[key], others[key])),
         compared=len(shared),
+        chains=_differing([(site, first.chains.get(site, ""), second.chains.get(site, "")) for site in sites]),
     )
 
 

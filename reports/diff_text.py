@@ -31,6 +31,8 @@ def diff_text(found: RunDiff | PlanDiff) -> Group:
         rows = [row for pair in found.decisions for row in _rows(*pair)]
         header = ("product", "first kernel", "upper", "time us", "second kernel", "upper", "time us")
         parts += _table("Decisions", header, rows)
+        handed = [(one.name, one.first or "nobody", one.second or "nobody") for one in found.chains]
+        parts += _table("Frozen, FP8 goes", ("product", "first to", "second to"), handed)
     only = [(_name(key), "first") for key in found.only_first] + [(_name(key), "second") for key in found.only_second]
     return Group(*parts, *_table("Only on one side", ("product", "in"), only))
 
@@ -39,6 +41,7 @@ def headline(found: RunDiff | PlanDiff) -> str:
     """Return the comparison as one sentence."""
     if isinstance(found, PlanDiff):
         what = f"{len(found.decisions):,} of {plural(found.compared, 'decision')} changed"
+        what += f"; {plural(len(found.chains), 'chain')} changed" if found.chains else ""
     else:
         what = (
             f"{len(found.errors):,} of {plural(found.compared, 'error')} changed beyond noise at "
@@ -69,6 +72,9 @@ def diff_json(found: RunDiff | PlanDiff) -> str:
         document["decisions"] = [
             {"site": one.request.site, "pass": one.request.product, "first": _decided(one), "second": _decided(two)}
             for one, two in found.decisions
+        ]
+        document["chains"] = [
+            {"site": one.name, "first": one.first or None, "second": one.second or None} for one in found.chains
         ]
     return json.dumps(document, indent=2, allow_nan=False)
 

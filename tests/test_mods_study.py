@@ -15,7 +15,7 @@ from benchmarks import record
 from benchmarks.mods import tables, training
 from benchmarks.mods.arms import ARMS, Arm, modified, tensorwise_e4m3
 from benchmarks.mods.models import ByteLanguageModel, CrossNet
-from benchmarks.mods.show import shown
+from benchmarks.mods.show import merged, shown
 from benchmarks.mods.summary import summarised
 from benchmarks.mods.workloads import (
     WORKLOADS,
@@ -369,3 +369,12 @@ def test_a_smoke_run_prints_and_leaves_no_record(monkeypatch, tmp_path, capsys):
     assert "words, seed 0, fp32" in capsys.readouterr().out
     assert not (tmp_path / "rows").exists()
     assert not (tmp_path / "results").exists()
+
+
+def test_of_several_records_the_last_that_holds_a_workload_counts():
+    first, second = (
+        {"results": {name: {"made": name, "of": of} for name in names}} for names, of in (("ab", 1), ("bc", 2))
+    )
+    found = merged([first, second])["results"]
+    assert list(found) == ["a", "b", "c"]
+    assert [each["of"] for each in found.values()] == [1, 2, 2]

@@ -1,8 +1,11 @@
-"""Print the record of `benchmarks.mods.training` as the tables of the README: python -m benchmarks.mods.show RECORD."""
+"""Print records of `benchmarks.mods.training` as the tables of the README: python -m benchmarks.mods.show RECORD ...
+
+Of a workload that several records hold, the last counts.
+"""
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,14 @@ def shown(record: Mapping[str, Any]) -> str:
     seen = _table(results, lambda arm, place: _figure(arm, AGAINST[0], place, "smallest_seen"))
     tables.append(f"**The smallest change against fp32 that would have been seen, %**\n\n{seen}")
     return "\n\n".join(tables) + "\n"
+
+
+def merged(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one record with the workloads of all, in the order of the first that names them."""
+    results: dict[str, Any] = {}
+    for record in records:
+        results.update(record["results"])
+    return {"results": results}
 
 
 def place_of(figures: Mapping[str, Any]) -> str:
@@ -73,4 +84,4 @@ def _figure(arm: Mapping[str, Any], yardstick: str, place: str, name: str) -> st
 
 
 if __name__ == "__main__":
-    print(shown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    print(shown(merged(json.loads(Path(each).read_text(encoding="utf-8")) for each in sys.argv[1:])))

@@ -188,7 +188,7 @@ read_movielens = cache(movielens_by_time)
 
 _MODEL: Final = ByteTransformerConfig(dim=384, num_layers=6, num_heads=6, mlp_hidden=1536, context=64)
 _SMALL: Final = ByteTransformerConfig(dim=64, num_layers=1, num_heads=2, mlp_hidden=128, context=32)
-_STEPS: Final[int] = 100
+_STEPS: Final[int] = 300
 _SEQUENCES: Final[int] = 1  # of each domain in a batch
 _JUDGED: Final[int] = 4  # of each domain
 

@@ -157,6 +157,21 @@ def test_decisions_that_changed_are_told_with_both_kernels_errors_and_times(tmp_
     assert not diff_plans(first, dataclasses.replace(first, created="2027")).changed
 
 
+def test_a_layer_that_hands_fp8_to_another_one_is_a_change_of_a_plan():
+    up, down = product(), product(site="down")
+    apart = plan(decision(up), decision(down))
+    chained = dataclasses.replace(apart, chains={"up": "down"})
+    found = diff_plans(apart, chained)
+    assert found.changed
+    assert found.decisions == ()
+    assert [(one.name, one.first, one.second) for one in found.chains] == [("up", "", "down")]
+    assert not diff_plans(chained, chained).changed
+    assert json.loads(diff_json(found))["chains"] == [{"site": "up", "first": None, "second": "down"}]
+    shown = text(found)
+    assert "0 of 2 decisions changed; 1 chain changed." in shown
+    assert "nobody" in shown
+
+
 def test_plans_of_different_models_are_refused_in_the_same_words():
     with pytest.raises(EvidenceError, match=r"two different models: up\.weight is only in the first"):
         diff_plans(plan(decision(product())), plan(fingerprint={"w": (1,)}))
