@@ -17,8 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -194,14 +192,15 @@ def _cost(choice: _Choice) -> float:
     return choice.cost
 
 
-def columns_to_keep(terms: npt.NDArray[np.float64], times: float) -> tuple[int, float]:
+def columns_to_keep(terms: Tensor, times: float) -> tuple[int, float]:
     """Return how many columns have to be kept for an error so many times lower, and what share of `terms` is left.
 
     terms: [k], E[x_k^2] |w_k|^2. By their sum alone, without a trial; columns that FP8 keeps are a multiple of 16.
     """
-    falling = np.sort(np.nan_to_num(terms))[::-1]
-    left = np.append(1.0, 1.0 - np.cumsum(falling) / max(float(falling.sum()), np.finfo(np.float64).tiny))
-    enough = int(np.argmax(left <= 1.0 / (times * _MARGIN) ** 2))
+    falling = terms.double().nan_to_num().sort(descending=True).values
+    total = falling.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    left = torch.cat([torch.ones(1, dtype=torch.float64), 1.0 - falling.cumsum(0) / total])
+    enough = min(int((left > 1.0 / (times * _MARGIN) ** 2).sum()), len(terms))  # it falls
     rest = (len(terms) - enough) // _MULTIPLE * _MULTIPLE if len(terms) > _MULTIPLE else len(terms) - enough
     return len(terms) - rest, max(float(left[len(terms) - rest]), 0.0)
 

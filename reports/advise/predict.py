@@ -254,7 +254,7 @@ def of_share(case: Case, hit: Hit, times: float) -> Predictions:
         return Predictions(row_error=nothing, underflow=underflow, time_us=nothing)
     limit = case.bound.limit("fprop", product.site)
     best = min(over, key=lambda recipe: recipe.gated(limit).error.upper_tolerance)
-    terms = (x.raw.mean.square() + x.raw.variance).numpy() * extremes.weight_energy
+    terms = (x.raw.mean.square() + x.raw.variance) * torch.from_numpy(extremes.weight_energy.copy())
     columns, left = columns_to_keep(terms, times)
     high = columns / x.features
     work = f"{high:.0%} of its work in high precision and {1 - high:.0%} in FP8"

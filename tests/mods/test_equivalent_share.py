@@ -16,7 +16,7 @@ from loka.dispatch.running.convert import unreached
 from loka.errors import ArgumentError
 from loka.formats import RECIPES
 from loka.mods import Hadamard, KeepShareHigh, PadToAlignment
-from loka.mods.keep_share import PartedLinear
+from loka.mods.keep_share import PartedLinear, columns_to_keep
 from loka.numerics import product_error
 from loka.quantize import fake_quantize
 from tests.dispatch.made_conversion import plan_for
@@ -267,3 +267,21 @@ def test_what_says_nothing_is_refused_in_words():
 def test_options_that_cannot_be_meant_are_refused(options):
     with pytest.raises(ArgumentError):
         KeepShareHigh(**options)
+
+
+@given(st.lists(st.floats(0, 1e30), min_size=1, max_size=70), st.floats(1.01, 20))
+def test_what_is_told_without_a_trial_is_the_least_that_leaves_little_enough(terms, times):
+    columns, left = columns_to_keep(torch.tensor(terms, dtype=torch.float64), times)
+    falling = sorted(terms, reverse=True)
+    total, rest = math.fsum(falling), len(terms) - columns
+    assert 0 <= columns <= len(terms)
+    assert rest % 16 == 0 or len(terms) <= 16
+    wanted = 1 / (1.1 * times) ** 2
+    if total == 0:
+        assert columns == len(terms)
+        return
+    assert left == pytest.approx(math.fsum(falling[columns:]) / total, abs=1e-12)
+    assert left <= wanted or columns == len(terms)
+    fewer = columns - (16 if len(terms) > 16 else 1)  # one width of FP8 less would not do
+    if fewer >= 0:
+        assert math.fsum(falling[fewer:]) / total > wanted - 1e-12
