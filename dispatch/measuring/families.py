@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loka.dispatch.measuring.draws import draw_operands, sources
 from loka.dispatch.measuring.layers import LayerShape, layers_of, passes_of, shape_of
-from loka.dispatch.measuring.measure import timing_of, tried
+from loka.dispatch.measuring.measure import timed, timing_of, tried
 from loka.dispatch.measuring.profile import NO_ROWS, TimeTable, at_rows, time_key, varies
 from loka.hardware import DeviceInfo, device_info
 from loka.kernel_registry.layers import Made, Needs
@@ -74,13 +74,8 @@ def measure_families(
     """
     device = torch.device(device)
     contests = _to_time(families, registry, device_info(device), TimeTable(known))
-    timings: list[Timing] = []
-    for turn in in_turns(
-        contests, budget_s, "families left untimed", lambda each: f"family {each[0].request}", on_progress
-    ):
-        with torch.no_grad():
-            timings += _time(*turn.item, registry, device, turn.share_s)
-    return timings
+    turns = in_turns(contests, budget_s, "families left untimed", lambda each: f"family {each[0].request}", on_progress)
+    return timed(turns, lambda each, share_s: _time(*each, registry, device, share_s))
 
 
 def _to_time(

@@ -7,7 +7,6 @@ kernels of a layer are timed side by side, at each of its row counts, their weig
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,7 +16,7 @@ from loka.dispatch.deciding.candidates import request_of
 from loka.dispatch.measuring.draws import draw_operands
 from loka.dispatch.measuring.forms import Form, call_of, forms_of, takes_codes
 from loka.dispatch.measuring.layers import LEAST_SHARE
-from loka.dispatch.measuring.measure import timing_of
+from loka.dispatch.measuring.measure import as_defined, timed, timing_of
 from loka.dispatch.measuring.profile import TimeTable, at_rows, time_key
 from loka.dispatch.measuring.shapes import Shape, shapes_of
 from loka.hardware import DeviceInfo, device_info
@@ -102,18 +101,15 @@ def measure_flows(
     """
     device = torch.device(device)
     contests = _to_time(shapes, registry, device_info(device), TimeTable(known))
-    timings: list[Timing] = []
-    for turn in in_turns(
+    turns = in_turns(
         contests,
         budget_s,
         "layers that hand on FP8 left untimed",
         lambda each: f"forms of {each[0].request}",
         on_progress,
         weight=lambda each: each[0].share,
-    ):
-        with torch.no_grad():
-            timings += _time(*turn.item, registry, device, turn.share_s)
-    return timings
+    )
+    return timed(turns, lambda each, share_s: _time(*each, registry, device, share_s))
 
 
 _Forms = list[tuple[KernelSpec, tuple[Form, ...]]]
@@ -179,12 +175,7 @@ def _made(
     spec: KernelSpec, form: Form, pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype
 ) -> Candidate:
     """Load a kernel in one of its forms; an emulated one in the fp32 that defines it, as it is timed by itself."""
-    idle = left_idle if spec.library == "emulated" else nullcontext
-    with idle():
-        call = call_of(spec, form, pairs, dtype)
-
-    def run(copy: int) -> object:
-        with idle():
-            return call(copy)
-
-    return run
+    if spec.library != "emulated":
+        return call_of(spec, form, pairs, dtype)
+    with left_idle():
+        return as_defined(call_of(spec, form, pairs, dtype))

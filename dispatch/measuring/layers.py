@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loka.dispatch.deciding.candidates import request_of
 from loka.dispatch.measuring.draws import Source, draw_operands, sources
-from loka.dispatch.measuring.measure import timing_of, tried
+from loka.dispatch.measuring.measure import timed, timing_of, tried
 from loka.dispatch.measuring.profile import NO_ROWS, TimeTable, at_rows, time_key, varies
 from loka.formats import PASSES, Pass
 from loka.hardware import DeviceInfo, device_info
@@ -109,18 +109,15 @@ def measure_layers(
     """
     device = torch.device(device)
     contests = _to_time(shapes, registry, device_info(device), TimeTable(known))
-    timings: list[Timing] = []
-    for turn in in_turns(
+    turns = in_turns(
         contests,
         budget_s,
         "layers left untimed",
         lambda each: f"layer {each[0].request}",
         on_progress,
         weight=lambda each: each[0].share,
-    ):
-        with torch.no_grad():
-            timings += _time(*turn.item, registry, device, turn.share_s)
-    return timings
+    )
+    return timed(turns, lambda each, share_s: _time(*each, registry, device, share_s))
 
 
 def _to_time(

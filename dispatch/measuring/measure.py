@@ -28,7 +28,7 @@ from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.judging.evidence import ProductEvidence, RunEvidence
 from loka.probes.records import LearnedRecord, Timing
-from loka.timing import MIN_REPETITIONS, Candidate, Measurement, Progress, in_turns, measure
+from loka.timing import MIN_REPETITIONS, Candidate, Measurement, Progress, T, Turn, in_turns, measure
 
 logger = logging.getLogger("loka.dispatch")
 
@@ -208,7 +208,7 @@ def tried(
     found: dict[str, Candidate] = {}
     for name, load in loaders.items():
         try:
-            call = load() if registry.get(name).library != "emulated" else _as_defined(load())
+            call = load() if registry.get(name).library != "emulated" else as_defined(load())
             call(0)
             if info.type == "cuda":
                 torch.cuda.synchronize()
@@ -220,7 +220,7 @@ def tried(
     return found
 
 
-def _as_defined(call: Candidate) -> Candidate:
+def as_defined(call: Candidate) -> Candidate:
     """Return an emulated product in the fp32 that defines it: what units for bf16 win there, bf16 itself wins more."""
 
     def defined(i: int) -> object:
@@ -228,6 +228,15 @@ def _as_defined(call: Candidate) -> Candidate:
             return call(i)
 
     return defined
+
+
+def timed(turns: Iterable[Turn[T]], work: Callable[[T, float], list[Timing]]) -> list[Timing]:
+    """Return the times of everything that gets its turn, each within its share of the seconds."""
+    timings: list[Timing] = []
+    for turn in turns:
+        with torch.no_grad():
+            timings += work(turn.item, turn.share_s)
+    return timings
 
 
 def _label(request: GemmRequest) -> str:

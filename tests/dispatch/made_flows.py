@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import loka.mods
+from loka.dispatch.freezing.freeze import freeze
+from loka.dispatch.running.convert import FROZEN
 from loka.mods import BlockNorm, FuseEpilogue, HardSwish
 from loka.mods.fused_linear import FusedLinearNormAct
 from tests.dispatch.made_conversion import decision, plan_for
@@ -75,3 +77,16 @@ def flow_plan(model, recipe="blockwise", library="emulated", chains=None, **chan
             made = replace(made, kernel=f"{library}.{product}.{recipe}")
         decisions.append(made)
     return replace(plan_for(model, [], decisions=tuple(decisions)), chains=CHAINS if chains is None else chains)
+
+
+def pair(recipe="blockwise", dtype=torch.float32, **changed):
+    """A frozen model whose layers hand on FP8, and the same without."""
+    chained, apart = flow(dtype), flow(dtype)
+    plan = flow_plan(chained, recipe, **changed)
+    record = freeze(chained, plan)
+    assert freeze(apart, replace(plan, chains={})).chains == {}
+    return chained, apart, record
+
+
+def hands(model):
+    return [getattr(model.get_submodule(site), FROZEN)["weight"].hands for site in CHAINS]
