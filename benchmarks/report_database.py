@@ -1,12 +1,12 @@
 """A probe database of a large model, written by the probe's own writer: what `benchmarks.report_page` reads.
 
-Every site is a linear layer of a model in training, in three passes: ten sampled steps past the first hundred, each
-with the operands and the errors of four recipes; what was learned of every product; times of the kernels that run here.
-The numbers are made up, with the spread that real ones have; no two sites are alike.
+Every site is a linear layer, of a model in training in three passes, of one that serves in one: ten sampled steps past
+the first hundred, each with the operands and the errors of four recipes; what was learned of every product; times of
+the kernels that run here. The numbers are made up, with the spread that real ones have; no two sites are alike.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,20 +44,21 @@ _OF_SITES, _OF_STEPS = 0.15, 0.01
 _WAIT_S: Final[float] = 600.0
 
 
-def write_database(path: Path, sites: int) -> None:
-    """Write the run of a model with so many sites."""
+def write_database(path: Path, sites: int, passes: Sequence[Pass] = PASSES) -> None:
+    """Write the run of a model with so many sites, in training where there is a backward pass."""
     generator = random.Random(0)
-    products = list(_products(sites, generator))
+    products = list(_products(sites, passes, generator))
+    trained = len(passes) > 1
     writer = RunWriter(path, _info(products), capacity=STEPS * len(products))
     for count in range(1, STEPS + 1):
         step = 100 + 100 * count
         writer.write(
             StepRecord(step=step, products=tuple(_sampled(*each, generator) for each in products)),
-            _progress(count, "running"),
+            _progress(count, "running", trained),
         )
-    for product in PASSES:
+    for product in passes:
         writer.learned(_learned(product, [each for each, _ in products if each["product"] == product]), final=True)
-    writer.finish(_progress(STEPS, "complete"), timeout=_WAIT_S)
+    writer.finish(_progress(STEPS, "complete", trained), timeout=_WAIT_S)
     if writer.failure is not None or writer.dropped:
         raise RuntimeError(writer.failure or "the writer left steps out")
     engine = open_database(path, create=True)
@@ -69,13 +70,15 @@ def _device() -> DeviceInfo:
     return device_info(current_device())
 
 
-def _products(sites: int, generator: random.Random) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
+def _products(
+    sites: int, passes: Sequence[Pass], generator: random.Random
+) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
     """Yield what is the same of a product in every step, and the mean error of each recipe there."""
     for at in range(sites):
         site = f"layers.{at // 8}.block.{at % 8}.linear"
         n, k = generator.choice(_WIDTHS), generator.choice(_WIDTHS)
         shapes = {"fprop": (_ROWS, n, k), "dgrad": (_ROWS, k, n), "wgrad": (n, k, _ROWS)}
-        for product in PASSES:
+        for product in passes:
             m, columns, reduction = shapes[product]
             shape = {"batch": 1, "m": m, "n": columns, "k": reduction, "calls": 1}
             names = {"site": site, "product": product, "op": "addmm", "parameter": f"{site}.weight"}
@@ -97,10 +100,10 @@ def _info(products: list[tuple[dict[str, Any], dict[str, float]]]) -> RunInfo:
     )
 
 
-def _progress(sampled: int, status: Any) -> RunProgress:
+def _progress(sampled: int, status: Any, trained: bool) -> RunProgress:
     return RunProgress(
         **{"steps": 100 * (sampled + 1), "sampled_steps": sampled, "skipped_samples": 0, "wall_s": 100.0},
-        **{"probe_s": 0.5, "unattributed": 0, "weights_changed": True, "status": status},
+        **{"probe_s": 0.5, "unattributed": 0, "weights_changed": trained, "status": status},
     )
 
 

@@ -1,10 +1,10 @@
 """The HTML report of a large model: from its database to the file, how large that is, and when a browser is ready.
 
-2,000 sites in three passes, four recipes each, every built-in kernel a candidate and those that run here timed; what
-was learned of every product; a run in training of ten sampled steps (`report_database`, written by the probe's own
-writer). What is timed is what a user types, `loka report DB --format html -o FILE`, in a process of its own; and, in
-this process, the steps of it. The browser is a headless Chromium of the system; its times are those of the page, from
-the start of the navigation.
+2,000 sites, of a model that serves, in one pass, and of one in training, in three; four recipes each, every built-in
+kernel a candidate and those that run here timed; what was learned of every product; a run of ten sampled steps
+(`report_database`, written by the probe's own writer). What is timed is what a user types, `loka report DB --format
+html -o FILE`, in a process of its own; and, in this process, the steps of it. The browser is a headless Chromium of the
+system; its times are those of the page, from the start of the navigation.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.record import write_record
 from benchmarks.report_database import STEPS, write_database
 from loka.bounds import Bound
 from loka.collecting import uncollected
-from loka.formats import DEFAULT_RECIPES
+from loka.formats import DEFAULT_RECIPES, PASSES, Pass
 from loka.probes.judging.evidence import load_evidence
 from loka.reports.build import built_of, report_of
 from loka.reports.html_report import render
@@ -37,6 +37,7 @@ from loka.reports.page.plotly_script import plotly_script
 T = TypeVar("T")
 
 LIMITS: Final[dict[str, float]] = {"build s": 2.0, "MB": 8.0, "interactive s": 2.0}
+RUNS: Final[dict[str, tuple[Pass, ...]]] = {"serving": ("fprop",), "training": PASSES}
 _BOUND: Final[Bound] = Bound(row_error=0.05)
 
 
@@ -128,8 +129,22 @@ def browsed(browser: Any, path: Path) -> dict[str, float]:
     }
 
 
+def study(browser: Any, db: Path, page: Path, repetitions: int) -> dict[str, Any]:
+    """Make the page of a database and open it, several times each; return the medians."""
+    busy = os.getloadavg()[0]
+    built_of(db, _BOUND)  # what is imported only where it is needed
+    costs = [asdict(cost_of(db, page)) for _ in range(repetitions)]
+    seen = [browsed(browser, page) for _ in range(repetitions)]
+    return {
+        "build": {name: statistics.median(cost[name] for cost in costs) for name in costs[0]},
+        "browser": {name: statistics.median(each[name] for each in seen) for name in seen[0]},
+        "database MB": db.stat().st_size / 1e6,
+        "other processes at work": busy,  # on a busy machine wall-clock times say nothing, and others too much
+    }
+
+
 def main() -> None:
-    """Write the database, make its page and open it, several times each."""
+    """Write the databases, make their pages and open them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, default=2000)
     parser.add_argument("--repetitions", type=int, default=5)
@@ -138,23 +153,16 @@ def main() -> None:
     arguments = parser.parse_args()
     sites, repetitions = (100, 1) if arguments.quick else (arguments.sites, arguments.repetitions)
     torch.set_num_threads(1)
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        db, page = Path(folder) / "run.db", (arguments.keep or Path(folder) / "report.html").resolve()
-        write_database(db, sites)
-        busy = os.getloadavg()[0]
-        built_of(db, _BOUND)  # what is imported only where it is needed
-        costs = [asdict(cost_of(db, page)) for _ in range(repetitions)]
-        seen = [browsed(browser, page) for _ in range(repetitions)]
-        results: dict[str, Any] = {
-            "build": {name: statistics.median(cost[name] for cost in costs) for name in costs[0]},
-            "browser": {name: statistics.median(each[name] for each in seen) for name in seen[0]},
-            "browser version": browser.version,
-            "database MB": db.stat().st_size / 1e6,
-            "other processes at work": busy,  # on a busy machine wall-clock times say nothing, and others too much
-        }
+        for name, passes in RUNS.items():
+            db, page = Path(folder) / f"{name}.db", (arguments.keep or Path(folder) / "report.html").resolve()
+            write_database(db, sites, passes)
+            results[name] = study(browser, db, page, repetitions)
+        results["browser version"] = browser.version
     settings = {
         "sites": sites,
-        "passes": 3,
+        "passes": RUNS,
         "recipes": len(DEFAULT_RECIPES),
         "sampled steps": STEPS,
         "repetitions": repetitions,

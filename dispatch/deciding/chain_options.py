@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from loka.dispatch.deciding.candidates import Candidate, Case, Considered
 from loka.dispatch.deciding.composition import PAST_ERROR
-from loka.dispatch.deciding.decide import Decision, won
+from loka.dispatch.deciding.decide import Decision, beaten, won
 from loka.dispatch.deciding.epilogue import Basis, FusedOffers, offers_of
 from loka.dispatch.deciding.epilogue_decisions import FUSED_OP, Offer, taken
 from loka.dispatch.measuring.forms import PLAIN, Form
@@ -86,16 +86,8 @@ class Site:
 
 def _beaten(decision: Decision, time: KernelTime, words: str) -> Candidate:
     """Return what was decided of a layer by itself, as a candidate that lost to a chain."""
-    return Candidate(
-        kernel=decision.kernel,
-        recipe=decision.recipe,
-        code="slower",
-        reason=f"the best of this layer by itself, {time.median_us:.4g} us; {words}",
-        time_us=time.median_us,
-        error_upper=decision.error_upper,
-        loss=decision.loss,
-        times=decision.times,
-    )
+    reason = f"the best of this layer by itself, {time.median_us:.4g} us; {words}"
+    return replace(beaten(decision, reason), time_us=time.median_us)
 
 
 def site_of(at: int, alone: Decision, last: Decision, basis: Basis, *, is_fused: bool) -> Site | None:

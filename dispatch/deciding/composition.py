@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loka.dispatch.deciding.candidates import MIN_SPEEDUP, Candidate, Case, Code, Considered, unable_at
-from loka.dispatch.deciding.decide import Decision, won
+from loka.dispatch.deciding.decide import Decision, beaten, won
 from loka.dispatch.deciding.loss_budget import Ration
 from loka.dispatch.deciding.rejected import told
 from loka.dispatch.measuring.families import family_request
@@ -305,19 +305,10 @@ def _taken(
         at=tuple(replace(each, time_us=each.time_us * share, spread_us=each.spread_us * share) for each in time.at),
         over=time.over,
     )
-    beaten = Candidate(
-        kernel=chosen.kernel,
-        recipe=chosen.recipe,
-        code="slower",
-        reason=f"the best kernel of this pass by itself, {chosen.time_us:.4g} us; {together}",
-        time_us=chosen.time_us,
-        error_upper=chosen.error_upper,
-        loss=chosen.loss,
-        times=chosen.times,
-    )
+    lost = beaten(chosen, f"the best kernel of this pass by itself, {chosen.time_us:.4g} us; {together}")
     return won(
         case.on(spec, own_time),
         considered.baseline,
-        told(chosen.rejected, [beaten], without=chosen.kernel),
+        told(chosen.rejected, [lost], without=chosen.kernel),
         together=f"; {together}",
     )

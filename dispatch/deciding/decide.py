@@ -186,6 +186,20 @@ def _beaten_baseline(baseline: KernelSpec, winner: Case) -> Candidate:
     )
 
 
+def beaten(chosen: Decision, reason: str) -> Candidate:
+    """Return what was decided as a candidate that lost to something that is decided for more than this product."""
+    return Candidate(
+        kernel=chosen.kernel,
+        recipe=chosen.recipe,
+        code="slower",
+        reason=reason,
+        time_us=chosen.time_us,
+        error_upper=chosen.error_upper,
+        loss=chosen.loss,
+        times=chosen.times,
+    )
+
+
 def won(winner: Case, baseline: KernelSpec, rejected: Sequence[Candidate], *, together: str = "") -> Decision:
     """Return the decision for an admissible case; `together` ends the sentence on why."""
     time, baseline_time, recipe = winner.known_time, winner.known_baseline_time, winner.known_recipe

@@ -6,7 +6,7 @@ from typing import Final
 
 from loka.dispatch.deciding.candidates import Candidate, Code, Considered
 from loka.dispatch.deciding.composition import case_of
-from loka.dispatch.deciding.decide import Decision, won
+from loka.dispatch.deciding.decide import Decision, beaten, won
 from loka.dispatch.measuring.profile import KernelTime
 from loka.kernel_registry.spec import GemmRequest, KernelSpec, Op
 from loka.timing import faster
@@ -102,15 +102,7 @@ def _rejected(offer: Offer, unfused: Decision) -> dict[str, Candidate]:
 
 def _beaten(unfused: Decision, offer: Offer) -> Candidate:
     """Return what the product would run on without the fused kernel, as a candidate that lost."""
-    own = Candidate(
-        kernel=unfused.kernel,
-        recipe=unfused.recipe,
-        code="slower",
-        reason=f"the best kernel of the product alone, {unfused.time_us or 0.0:.4g} us",
-        time_us=unfused.time_us,
-        error_upper=unfused.error_upper,
-        loss=unfused.loss,
-    )
+    own = beaten(unfused, f"the best kernel of the product alone, {unfused.time_us or 0.0:.4g} us")
     return _behind_it(own, offer.behind.median_us)
 
 
