@@ -15,7 +15,10 @@ from loka.dispatch.freezing.freeze import freeze
 from loka.dispatch.running.convert import convert, planned_sites
 from loka.formats import RECIPES
 from loka.quantize import dequantize
+from loka.torch_release import ROW_SCALES_ON_CPU, release
 from tests.dispatch.made_frozen import HERE, Mlp, frozen_mlp, plan_of
+
+ROWS = pytest.mark.skipif(release() < ROW_SCALES_ON_CPU, reason="this torch has no scales of rows on a CPU")
 
 # --- the numbers ---
 
@@ -40,7 +43,7 @@ def test_results_are_those_of_the_converted_model_bit_for_bit(kernel: str, dtype
 
 
 @pytest.mark.third_party("torchao")
-@pytest.mark.parametrize("kernel", ["torchao.linear.tensorwise", "torchao.linear.rowwise"])
+@pytest.mark.parametrize("kernel", ["torchao.linear.tensorwise", pytest.param("torchao.linear.rowwise", marks=ROWS)])
 def test_products_of_another_library_read_stored_codes_too(kernel: str) -> None:
     torch.manual_seed(0)
     model = Mlp(width=24)
