@@ -66,14 +66,19 @@ def multiply_operands(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """Multiply codes [m, k] and [n, k], and then by their scales, [m or 1, 1] and [n or 1, 1].
+    """Multiply codes [m, k] and [n, k], and then by their scales, [m or 1, 1] and [n or 1, 1]."""
+    sums = matmul(a, b).float() if a.dtype == torch.bfloat16 else exact_matmul(a, b)
+    return scaled(sums, scale_a, scale_b.mT).to(out_dtype)
+
+
+def scaled(sums: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """Multiply the sums of a product of codes [m, n], in place, by scales [m or 1, 1] and [1, n or 1].
 
     One scale after the other, for their product may leave the range of fp32 where the result does not; and the smaller
     one first, so that no number on the way is larger than the last.
     """
-    sums = matmul(a, b).float() if a.dtype == torch.bfloat16 else exact_matmul(a, b)
-    smaller, larger = _ordered(scale_a, scale_b.mT)
-    return sums.mul_(smaller).mul_(larger).to(out_dtype)
+    smaller, larger = _ordered(scale_a, scale_b)
+    return sums.mul_(smaller).mul_(larger)
 
 
 def _ordered(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

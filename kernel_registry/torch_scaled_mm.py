@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loka.formats import BLOCK, PASS_OPERANDS, RECIPES, Pass, Recipe
+from loka.kernel_registry.emulated import scaled
 from loka.kernel_registry.halves import Arrange, Arranged, LibraryHalves
 from loka.kernel_registry.opaque import opaque
 from loka.kernel_registry.operands import (
@@ -169,7 +170,7 @@ def _on_cpu(codes_a: Tensor, codes_b: Tensor, scale_a: Tensor, scale_b: Tensor, 
         return torch._scaled_mm(codes_a, codes_b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype)
     one = scale_a.new_ones(())
     unscaled = torch._scaled_mm(codes_a, codes_b, scale_a=one, scale_b=one, out_dtype=torch.float32)
-    return (unscaled * scale_a * scale_b).to(out_dtype)
+    return scaled(unscaled, scale_a, scale_b).to(out_dtype)
 
 
 def _k_in_front(scale: Tensor) -> Tensor:
