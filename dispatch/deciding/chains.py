@@ -6,7 +6,7 @@ that is no question of one layer: of a path of such neighbours the kernels with 
 exactly, by dynamic programming along it. Every kernel has to keep its product within its limit, as always; the FP8 are
 those of the second layer's own cast, bit for bit, so its evidence holds. Layers that hand on FP8 one after the other
 have to beat what was decided for each of them by more than the spread of the times, and the baselines by as much as any
-kernel has to.
+kernel has to. Where they do not, some of them may: of the parts of such a row those are taken that save most together.
 
 Times count it where a run has seen both layers forward alone: a model that trains hands on numbers. Other neighbours,
 and those whose kernels were never timed so, are named in the plan all the same: `loka.freeze` has them hand on FP8
@@ -158,8 +158,9 @@ def _decide(result: list[Decision], path: Sequence[Site | None], basis: Basis) -
         return _Links(chained, judged)
     steps = _fastest(sites, options, basis)
     for start, stop in _segments(steps):
-        segment = _Segment(sites[start:stop], steps[start:stop])
-        if _pays(segment, basis):
+        whole = _Segment(sites[start:stop], steps[start:stop])
+        pays = _pays(whole, basis)
+        for segment in (whole,) if pays else _paying_parts(whole.sites, options[start:stop], basis):
             for site, decision in zip(segment.sites, _decisions(segment, basis), strict=True):
                 result[site.at] = decision
             chained |= {site.name for site in segment.sites[:-1]}
@@ -176,26 +177,58 @@ def _is_judged(first: Sequence[Option], then: Sequence[Option], basis: Basis) ->
     )
 
 
+_Known = dict[tuple[str, bool], _Best]  # by the last kernel, and whether it reads FP8
+
+
 def _fastest(sites: Sequence[Site], options: Sequence[Sequence[Option]], basis: Basis) -> tuple[_Step, ...]:
     """Return the kernels of a path, and who reads FP8, with the least time together."""
-    best = {(option.kernel, False): _Best(0.0, (_Step(option, False),)) for option in options[0]}
+    best = _begun(options[0])
     for site, following in zip(sites[:-1], options[1:], strict=True):
         steps = [_Step(option, reads) for option in following for reads in (False, True) if option.recipe or not reads]
-        further: dict[tuple[str, bool], _Best] = {}
-        for before in best.values():
-            own_us = {writes: _own_time(site, before.steps[-1], writes, basis) for writes in _written(steps)}
-            for step in steps:
-                own = own_us[step.option.recipe if step.reads else ""]
-                if own is not None:
-                    key = step.option.kernel, step.reads
-                    further[key] = before.then(own, step, further.get(key))
-        best = further
+        best = _further(best, site, steps, basis)
+    fastest = _ended(best, sites[-1], basis)
+    assert fastest  # at the least, what was decided
+    return fastest
+
+
+def _all_chained(
+    sites: Sequence[Site], options: Sequence[Sequence[Option]], basis: Basis
+) -> Iterator[tuple[_Step, ...]]:
+    """Yield kernels each of which hands FP8 to the next one, with the least time: of the first two layers, three, ...
+
+    None of as many as it was not measured of.
+    """
+    best = _begun(options[0])
+    for site, then, following in zip(sites[:-1], sites[1:], options[1:], strict=True):
+        best = _further(best, site, [_Step(option, True) for option in following if option.recipe], basis)
+        yield _ended(best, then, basis)
+
+
+def _begun(options: Sequence[Option]) -> _Known:
+    return {(option.kernel, False): _Best(0.0, (_Step(option, False),)) for option in options}
+
+
+def _further(best: _Known, site: Site, steps: Sequence[_Step], basis: Basis) -> _Known:
+    """Go on from what ends with a site to the steps of the next one."""
+    further: _Known = {}
+    for before in best.values():
+        own_us = {writes: _own_time(site, before.steps[-1], writes, basis) for writes in _written(steps)}
+        for step in steps:
+            own = own_us[step.option.recipe if step.reads else ""]
+            if own is not None:
+                key = step.option.kernel, step.reads
+                further[key] = before.then(own, step, further.get(key))
+    return further
+
+
+def _ended(best: _Known, site: Site, basis: Basis) -> tuple[_Step, ...]:
+    """Return the best that ends with a site, nothing where there is none."""
     ended = [
         replace(each, total_us=each.total_us + own)
         for each in best.values()
-        if (own := _own_time(sites[-1], each.steps[-1], "", basis)) is not None
+        if (own := _own_time(site, each.steps[-1], "", basis)) is not None
     ]
-    return min(ended, key=lambda each: (each.total_us, each.names)).steps
+    return min(ended, key=lambda each: (each.total_us, each.names)).steps if ended else ()
 
 
 def _written(steps: Sequence[_Step]) -> set[str]:
@@ -233,6 +266,31 @@ class _Segment(NamedTuple):
         """The form of each of their kernels."""
         recipes = [step.option.recipe or "" for step in self.steps[1:]]
         return tuple(Form(step.reads, recipe) for step, recipe in zip(self.steps, (*recipes, ""), strict=True))
+
+
+def _paying_parts(sites: Sequence[Site], options: Sequence[Sequence[Option]], basis: Basis) -> tuple[_Segment, ...]:
+    """Return parts of a segment each of which pays by itself: of all choices that do not overlap, what saves most."""
+    found: dict[int, list[tuple[int, _Segment]]] = {}  # by where they end, with where they begin
+    for start in range(len(sites) - 1):
+        for stop, steps in enumerate(_all_chained(sites[start:], options[start:], basis), start + 2):
+            segment = _Segment(sites[start:stop], steps)
+            if steps and _pays(segment, basis):
+                found.setdefault(stop, []).append((start, segment))
+    best: list[tuple[float, tuple[_Segment, ...]]] = [(0.0, ())]  # of the first so many layers
+    for stop in range(1, len(sites) + 1):
+        best.append(best[-1])
+        for start, segment in found.get(stop, ()):
+            saved_us = best[start][0] + _saved(segment, basis)
+            if saved_us > best[-1][0]:
+                best[-1] = saved_us, (*best[start][1], segment)
+    return best[-1][1]
+
+
+def _saved(segment: _Segment, basis: Basis) -> float:
+    """Return how much less time a segment takes than what was decided for its layers."""
+    times = [step.option.in_form(form, basis) for step, form in zip(segment.steps, segment.forms, strict=True)]
+    taken_us = sum(time.median_us for time in times if time is not None)
+    return sum(site.decided.time.median_us for site in segment.sites) - taken_us
 
 
 def _pays(segment: _Segment, basis: Basis) -> bool:

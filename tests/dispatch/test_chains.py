@@ -239,6 +239,69 @@ def test_what_is_not_faster_by_more_than_the_spread_stays_as_it_was():
     assert noisy.decisions == planned(flows={}, spread=1.0).decisions
 
 
+# Seeds whose times all three layers together gain by, within the spread, and two of them beyond it.
+PARTS = (110, 119, 170, 207, 230, 266, 272)
+
+
+def least_of_chain(sites, own, forms):
+    """Try all kernels of layers that all hand on FP8: the least time, and the time of each of them."""
+    best = None
+    for chosen in itertools.product(*(sorted(own[site]) for site in sites)):
+        taken = []
+        for at, (site, kernel) in enumerate(zip(sites, chosen, strict=True)):
+            last = at + 1 == len(sites)
+            form = Form(at > 0, "" if last else chosen[at + 1].rpartition(".")[2])
+            plain, found = forms[site].get(Form().of(kernel)), forms[site].get(form.of(kernel))
+            if plain is None or found is None:
+                break
+            taken.append((kernel, found, plain, max(found, own[site][kernel] + found - plain)))
+        else:
+            total = sum(each[-1] for each in taken)
+            best = min(best or (total, taken), (total, taken), key=lambda each: each[0])
+    return best
+
+
+def pays(sites, taken, own, decided, spread):
+    """Whether a chain beats what was decided by more than all spreads: of a kernel that stays, its two forms'."""
+    gain = spreads = 0.0
+    for site, (kernel, found, plain, time) in zip(sites, taken, strict=True):
+        stays = kernel == decided[site]
+        gain += plain - found if stays else own[site][decided[site]] - time
+        spreads += 2 * spread if stays else 4 * spread
+    return gain > spreads
+
+
+@pytest.mark.parametrize("seed", [*range(40), *PARTS])
+def test_of_a_chain_that_does_not_pay_as_a_whole_the_part_is_taken_that_brute_force_finds(seed):
+    choose = random.Random(seed)
+    a, b, c = random_times(choose)
+    forms = {"a": a, "b": b, "c": c}
+    spread = choose.choice((0.2, 0.5, 0.9, 1.4))
+    absent = {
+        site: {name: None for name in (PLAIN_TIMES if site == "c" else FUSED_TIMES) if kernel_of(name) != name}
+        for site in "abc"
+    }
+    changed = {site: absent[site] | forms[site] for site in "abc"}
+    plan, apart = planned(**changed, spread=spread), planned(**changed, spread=spread, flows={})
+    own = {"a": {FUSED_ROW: 18.0, FUSED_BLOCK: 19.0}, "c": {ROW: 12.0, BLOCK: 13.0}}
+    own["b"] = own["a"]
+    decided = dict(zip("abc", kernels(apart), strict=True))
+    rows = {sites: least_of_chain(sites, own, forms) for sites in ("abc", "ab", "bc")}
+    saved = {
+        sites: sum(own[site][decided[site]] for site in sites) - least[0]
+        for sites, least in rows.items()
+        if least is not None
+    }
+    first = max(saved, key=saved.__getitem__)
+    good = {sites for sites in saved if saved[sites] > 0 and pays(sites, rows[sites][1], own, decided, spread)}
+    tried = ("ab", "bc") if first == "abc" and first not in good else (first,)
+    best = max((saved[sites] for sites in tried if sites in good), default=0.0)
+    assert sum(times(plan)) == pytest.approx(sum(times(apart)) - best)
+    assert planned(**changed, spread=spread, order=random.Random(seed)).text() == plan.text()
+    if seed in PARTS:
+        assert (first, len(plan.chains)) == ("abc", 1)
+
+
 def test_the_error_of_a_product_keeps_its_kernels_out_of_a_chain():
     bad = (recipe("rowwise", 0.03), recipe("blockwise", 0.2, low=0.18))
     products = [*layer("a"), *layer("b"), *layer("c", recipes=bad)]
