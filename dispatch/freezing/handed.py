@@ -7,6 +7,9 @@ the shape, the dtype and the device of what it stands for. A frozen layer of tha
 are. Whatever else is done to `h` is done to the numbers that they stand for, in the model's dtype: a model that goes
 another way than it was seen to go computes with values rounded to FP8, once. It is told in the log, and from then on
 that layer returns high precision, as it does under autocast, while a hook watches it, and when its kernel has failed.
+
+Who may write to the numbers, itself or by a view of them, makes them what `h` is from then on: `h` is open, and the
+next layer multiplies what was written. In code that is traced, too: they are one of the tensors of `h` there.
 """
 
 import logging
@@ -17,15 +20,17 @@ from typing import Any, Final, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
+from torch.utils._pytree import tree_leaves, tree_map
 
+from loka.dispatch.freezing.exported import leaves_as, recorder
 from loka.dispatch.freezing.handing import Passed, is_bare, is_usable, run, runs_apart, storage_of, takes_codes
 from loka.dispatch.running.convert import FROZEN
-from loka.errors import KernelError
 from loka.formats import RECIPES
 from loka.kernel_registry.operands import Operand
 from loka.quantize import dequantize
-from loka.torch_release import is_exporting
+from loka.torch_release import being_compiled
 
 log: Final = logging.getLogger("loka.dispatch")
 
@@ -39,10 +44,6 @@ _TELLING: Final[frozenset[str]] = frozenset(
 _CONVERSIONS: Final[frozenset[str]] = frozenset(
     ("contiguous", "to", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda")
 )
-# What writes to a tensor, beside all whose names end in one underscore.
-_WRITES: Final[frozenset[str]] = frozenset(
-    ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__")
-)
 
 
 class Handed(Tensor):
@@ -51,9 +52,12 @@ class Handed(Tensor):
     codes: Tensor
     scale: Tensor
     recipe: str
-    # Not of code that is traced: whose result it is; its numbers, once somebody has read them and may write to them.
-    writer: "weakref.ref[nn.Module] | None" = None
+    # Its numbers, once somebody may write to them.
     opened: Tensor | None = None
+    # Not of code that is traced: whose result it is.
+    writer: "weakref.ref[nn.Module] | None" = None
+    # Whether it came to code that is traced from outside.
+    given: bool = False
 
     @staticmethod
     def __new__(
@@ -67,6 +71,7 @@ class Handed(Tensor):
 
     def __init__(self, codes: Tensor, scale: Tensor, leading: Sequence[int], dtype: torch.dtype, recipe: str) -> None:
         self.codes, self.scale, self.recipe = codes, scale, recipe
+        leaves_as(self, _opened)
 
     @classmethod
     def of(cls, passed: Passed, writer: nn.Module) -> "Handed":
@@ -77,14 +82,17 @@ class Handed(Tensor):
             made.writer = weakref.ref(writer)
         return made
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, str]]:
-        return ["codes", "scale"], (self.dtype, self.recipe)
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, str, bool]]:
+        is_open = self.opened is not None
+        return ["codes", "scale", *(["opened"] if is_open else [])], (self.dtype, self.recipe, is_open)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: Mapping[str, Tensor], kept: tuple[torch.dtype, str], size: torch.Size, stride: Any
+        inner: Mapping[str, Tensor], kept: tuple[torch.dtype, str, bool], size: torch.Size, stride: Any
     ) -> "Handed":
-        return Handed(inner["codes"], inner["scale"], tuple(size[:-1]), *kept)
+        made = Handed(inner["codes"], inner["scale"], tuple(size[:-1]), *kept[:2])
+        made.opened, made.given = inner.get("opened"), True
+        return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's shows the numbers
         return f"Handed({list(self.shape)}, {self.dtype}, {self.codes.dtype} {self.recipe})"
@@ -99,22 +107,56 @@ class Handed(Tensor):
                 return func(*args, **options)
         if _changes_nothing(name, func, args, options):
             return args[0]
-        if torch.compiler.is_compiling() and (name in _WRITES or (name[-1:] == "_" and name[-2:] != "__")):
-            raise KernelError(
-                f"Code that is traced writes into the result of a frozen layer ({name}), which is handed to the next "
-                "layer in FP8. Write into a clone, or freeze with a plan that has no `chains`."
-            )
-        if torch.compiler.is_compiling() and not is_exporting():
-            # AOT autograd looks at results by methods; what is an operator comes by below.
+        if _is_traced(args, options) and recorder() is None:
+            # What a function comes to are operators, which say what they write to: they come by below.
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **options)
-        return func(*tree_map(_opened, tuple(args)), **tree_map(_opened, options))
+        return _applied(func, args, options)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch annotates it otherwise
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return func(*tree_map(_opened, tuple(args)), **tree_map(_opened, dict(kwargs or {})))
+        options = dict(kwargs or {})
+        if _is_traced(args, options):
+            _open_shared(func, args, options)
+        return _applied(func, args, options)
+
+
+def _is_traced(args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether a graph is made of code that calls this, and not of this: Dynamo traces what runs between two graphs."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return any(being_compiled(each.codes) for each in tree_leaves((args, options)) if isinstance(each, Handed))
+
+
+def _applied(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Apply a function to numbers; what it wrote to and returns is as it was handed over."""
+    if torch.compiler.is_dynamo_compiling():
+        return _untraced(func, args, options)
+    out = func(*tree_map(_opened, tuple(args)), **tree_map(_opened, dict(options)))
+    given = (each for each in (*args, *options.values()) if isinstance(each, Handed))
+    return next((each for each in given if each.opened is out), out)
+
+
+_untraced: Final[Any] = _disable_dynamo(_applied)
+
+
+def _open_shared(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+    """Open what an operator of code that is traced writes to, or returns a view of.
+
+    Not what comes from outside, where it would stay as it was: the graph ends before such an operator.
+    """
+    schema = getattr(func, "_schema", None)
+    for at, argument in enumerate(schema.arguments if schema is not None else ()):
+        value = args[at] if at < len(args) else options.get(argument.name)
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if argument.alias_info is None or not isinstance(each, Handed):
+                continue
+            if each.given:
+                raise UnsupportedOperatorException(func)
+            if each.opened is None:
+                each.opened = numbers_of(each)
 
 
 def _changes_nothing(name: str, func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -141,11 +183,13 @@ def numbers_of(handed: Handed) -> Tensor:
 
 
 def _opened(value: Any) -> Any:
-    """Return the numbers of what was handed to somebody who reads numbers; that layer hands nothing on any more."""
+    """Return the numbers of what was handed to somebody who asks for them; that layer hands nothing on any more."""
     if not isinstance(value, Handed):
         return value
-    if torch.compiler.is_compiling():
-        return numbers_of(value)
+    if being_compiled(value.codes):
+        if value.opened is None and recorder() is not None:
+            value.opened = numbers_of(value)  # what is recorded are functions, that do not say what they write to
+        return numbers_of(value) if value.opened is None else value.opened
     writer = None if value.writer is None else value.writer()
     if writer is not None and storage_of(writer).hands:
         storage = storage_of(writer)
@@ -174,9 +218,8 @@ def in_flow(module: Any, input: Tensor, apart: Callable[[Any, Tensor], Tensor]) 
     alone = runs_apart(input) or not is_usable(module)
     value: Tensor | Passed = input
     if isinstance(input, Handed):
-        written = None if torch.compiler.is_compiling() else input.opened
-        if written is not None:
-            value = written
+        if input.opened is not None:
+            value = input.opened
         else:
             reads = not alone and input.recipe == storage.reads and takes_codes(module)
             value = passed_of(input) if reads else numbers_of(input)

@@ -89,7 +89,7 @@ def test_inductor_compiles_it():
             torch.testing.assert_close(compiled(x), apart(x))
 
 
-def test_a_graph_of_another_way_reads_numbers_and_one_that_writes_into_them_is_refused():
+def test_a_graph_of_another_way_reads_numbers():
     chained, apart, _ = pair()
     x = torch.randn(5, 13)
     chained.goes = apart.goes = "residual"
@@ -99,14 +99,6 @@ def test_a_graph_of_another_way_reads_numbers_and_one_that_writes_into_them_is_r
         found += [torch.export.export(chained, (x,), strict=strict).module()(x) for strict in (False, True)]
         for each in found:
             assert 0 < (each - wanted).norm() / wanted.norm() < 0.04
-
-        def writes(x):
-            h = chained.blocks[0](x)
-            h.add_(1)
-            return chained.blocks[1](h)
-
-        with pytest.raises(Exception, match="writes into the result of a frozen layer"):
-            torch.compile(writes, backend="eager", fullgraph=True)(x)
 
 
 # --- the whole path ---
