@@ -14,6 +14,7 @@ from typing import Final
 
 from torch import nn
 
+from loka.calls import is_compiled
 from loka.errors import ModError
 from loka.mods.claims import CARRIED_HOOKS, Claim, FilterFn, Mod, listing, walk
 from loka.naming import clean_fqn
@@ -45,7 +46,7 @@ def refuse_unready(model: nn.Module) -> None:
 
 
 def _taken(module: nn.Module) -> str:
-    if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+    if "_orig_mod" in module._modules or is_compiled(module):
         return "compiled (torch.compile), and the compiled code would go on running the old modules"
     for kind in type(module).__mro__:
         if kind.__name__ in _WRAPPERS:

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Final
 import torch.distributed as dist
 from torch import nn
 
+from loka.calls import is_compiled
 from loka.dispatch.deciding.job import all_or_none, check_plans
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.monitoring.guard import Patience
@@ -229,10 +230,7 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
         told = f"This plan leaves every product of {name} in high precision: there is nothing to monitor."
         warnings.warn(told, LokaWarning, stacklevel=3)
         return
-    compiled = any(
-        hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None
-        for module in model.modules()
-    )
+    compiled = any(hasattr(module, "_orig_mod") or is_compiled(module) for module in model.modules())
     if not planned_sites(model) and not compiled:
         raise ArgumentError(
             f"{name} does not run this plan: it is neither converted nor compiled. Write loka.convert(model, plan), or "

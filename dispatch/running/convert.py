@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from loka.calls import is_compiled
 from loka.dispatch.deciding.by_rows import kernels_of
 from loka.dispatch.deciding.job import all_or_none, check_plans
 from loka.dispatch.deciding.plan import Plan
@@ -200,7 +201,7 @@ def _check_convertible(model: nn.Module) -> None:
 def check_eager(model: nn.Module, what: str) -> None:
     """Raise PlanError when the model or a part of it is compiled; `what` its compiled code would do."""
     for name, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+        if is_compiled(module) or hasattr(module, "_orig_mod"):
             raise PlanError(f"{name or 'The model'!r} is compiled, and its compiled code would {what}")
 
 

@@ -28,6 +28,7 @@ class Batch(NamedTuple):  # one is made for every step, and that takes a third o
     cache: Any
     cached: int  # tokens in the cache
     encoded: bool  # goes on from what an encoder gave
+    given: tuple[Any, Any]  # tokens and mask, where they came by name
 
 
 def takes_batches(module: nn.Module) -> bool:
@@ -58,7 +59,7 @@ def batch_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mappin
     integers = not tokens.is_floating_point()
     rows, length = _shape(tokens.shape, integers)
     mask = given.get("attention_mask")
-    valid, hidden = (None, False) if mask is None else _valid(mask, rows, length, cached)
+    valid, hidden = (None, False) if mask is None else valid_tokens(mask, rows, length, cached=cached)
     return Batch(
         rows=rows,
         length=length,
@@ -68,6 +69,7 @@ def batch_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mappin
         cache=cache,
         cached=cached,
         encoded=given.get("encoder_outputs") is not None,
+        given=(kwargs.get("input_ids"), kwargs.get("attention_mask")),
     )
 
 
@@ -105,9 +107,9 @@ def _shape(shape: torch.Size, integers: bool) -> tuple[int, int | None]:
     return shape[0], None
 
 
-def _valid(mask: Any, rows: int, length: int | None, cached: int) -> tuple[Tensor | None, bool]:
+def valid_tokens(mask: Any, rows: int, length: int | None, *, cached: int) -> tuple[Tensor | None, bool]:
     """Return which of the new tokens are no padding, and whether that stays hidden."""
-    if isinstance(mask, Mapping):
+    if not isinstance(mask, Tensor) and isinstance(mask, Mapping):
         mask = mask.get("full_attention")
     if length is None:
         return None, True
@@ -136,8 +138,9 @@ def cache_length(cache: Any) -> int:
 
 def cache_in(output: Any) -> Any:
     """Return the cache that a forward gives back, None where there is none."""
+    is_mapping = isinstance(output, dict | Mapping)
     for name in _CACHES:
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        found = output.get(name) if is_mapping else getattr(output, name, None)
         if found is not None:
             return found
     values = output if isinstance(output, tuple | list) else ()

@@ -6,27 +6,27 @@ holds several together.
 """
 
 import logging
-import sys
 import threading
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from loka.errors import ArgumentError, LokaWarning
-from loka.probes.routing.batches import Batch, cache_in, reference
-from loka.probes.routing.requests import Forward, Frame, OpenRequests
-from loka.probes.routing.sites import RoutingSite
+from loka.probes.routing.batches import Batch, cache_in, cache_length, reference, valid_tokens
+from loka.probes.routing.counting import Counter, Rows
+from loka.probes.routing.requests import Forward, OpenRequests
 from loka.probes.routing.spill import Spill, TraceFacts
 from loka.probes.routing.trace import DECODE, PREFILL
 
 log: Final = logging.getLogger("loka.probes")
 
 _MOST_OPEN: Final[int] = 64  # batches; the oldest closes first
-_FEW: Final[int] = 3  # stop tokens that are compared one by one
+_FEW_ROWS: Final[int] = 64
+_MOST_STEPS: Final[int] = 1024  # of a decode in a row that nobody has looked at
 
 
 @dataclass(slots=True)
@@ -37,92 +37,133 @@ class Scope:
     requests: OpenRequests | None = None
 
 
-class Situation(threading.local):
-    """What each thread has open."""
+class Frame(NamedTuple):
+    """A module with hooks whose forward runs, the forward of a batch that it is, and the one around it."""
 
-    def __init__(self) -> None:
-        self.frames: list[Frame] = []
-        self.forward: Forward | None = None  # of the innermost frame
-        self.scope: Scope | None = None
-        self.domains: list[str] = []
-        self.phases: list[int] = []
+    module: nn.Module
+    forward: Forward
+    outer: Forward | None
+    error: BaseException | None  # that was being handled when it began
+
+
+@dataclass(slots=True, eq=False)
+class Situation:
+    """What a thread has open."""
+
+    forward: Forward | None = None  # the innermost
+    frames: list[Frame] = field(default_factory=list)  # of modules with hooks
+    scope: Scope | None = None
+    domains: list[str] = field(default_factory=list)
+    phases: list[int] = field(default_factory=list)
 
 
 class Flow:
     """Follows requests through the forwards of a model, and hands those that have ended to the spill."""
 
-    def __init__(
-        self, sites: Sequence[RoutingSite], spill: Spill, facts: TraceFacts, domain: str, stop_tokens: Sequence[int]
-    ) -> None:
+    def __init__(self, counter: Counter, spill: Spill, facts: TraceFacts, domain: str) -> None:
         self.spill = spill
         self.seen: set[int] = set()  # positions of the sites that ran
-        self._sites = sites
+        self._counter = counter
         self._facts = facts
         self._domain = domain
-        self._stop_tokens = tuple(stop_tokens)
-        self._stop_on: dict[torch.device, Tensor] = {}
         self._lock = threading.RLock()
-        self._open: list[OpenRequests] = []  # oldest first
+        self._open: tuple[OpenRequests, ...] = ()  # oldest first; another tuple with every change, for other threads
         self._warned = False
 
     # --- forwards
 
-    def enter(self, module: nn.Module, batch: Batch, given: tuple[Any, Any], here: Situation, *, whole: bool) -> None:
+    def enter(self, batch: Batch, here: Situation, *, whole: bool) -> Forward:
         """Begin a forward of the `whole` model or of a part of it."""
         outer = here.forward
-        if outer is None:
-            with self._lock:
-                requests, phase = self._place(batch, here, whole=whole)
+        if outer is not None:
+            requests, phase = outer.requests, outer.phase
+            self._catch_up(requests)
+        else:
+            requests, phase = self._place(batch, here, whole=whole)
+            self._catch_up(requests)
             if phase == DECODE:
                 self._step(requests, batch)
-        else:
-            requests, phase = outer.requests, outer.phase
-        valid = self._valid(batch, requests, phase, outer)
-        facts = (batch.rows, batch.length, valid, given, requests.hidden_size, torch.is_inference_mode_enabled())
-        here.forward = Forward(requests, phase, *facts)
-        here.frames.append(Frame(module, here.forward, sys.exception()))
+        valid = self._valid_around(batch, outer) if batch.hidden and batch.rows > 1 else batch.valid
+        step = requests.step if phase == DECODE and batch.length == 1 and batch.rows == requests.rows else None
+        facts = (batch.given, requests.hidden_size, torch.is_inference_mode_enabled())
+        here.forward = Forward(requests, phase, batch.rows, batch.length, valid, step, *facts)
+        if outer is None:
+            plain = whole and phase == DECODE and batch.length == 1 and batch.cached > 0
+            requests.again = here.forward if plain and batch.given[0] is batch.tokens is not None else None
+        return here.forward
 
-    def pass_on(self, module: nn.Module, given: tuple[Any, Any], here: Situation) -> bool:
-        """Begin a forward of a part that is given the very tokens and mask of the model around it, if this is one."""
-        outer = here.forward
-        if outer is None or given[0] is None or given[0] is not outer.given[0] or given[1] is not outer.given[1]:
-            return False
-        here.frames.append(Frame(module, outer, sys.exception()))
-        return True
+    def again(self, here: Situation, kwargs: Mapping[str, Any]) -> Forward | None:
+        """Begin a decode step of the whole model that is just like the one before; None where it may be another thing.
 
-    def leave(self, here: Situation, output: Any) -> None:
-        """End the innermost forward."""
-        frame = here.frames.pop()
-        forward, outermost = frame.forward, not here.frames
-        here.forward = None if outermost else here.frames[-1].forward
-        if output is None and sys.exception() is not frame.error:  # it failed
-            self._drop(forward)
-            return
-        if here.forward is not forward:
+        What `batch_of` and `enter` would do, in a small part of their time: this runs at every token.
+        """
+        if here.scope is not None or here.phases or len(among := self._open) != 1:
+            return None
+        requests = among[0]
+        forward, cache, tokens = requests.again, kwargs.get("past_key_values"), kwargs.get("input_ids")
+        if forward is None or cache is None or requests.cache is None or requests.cache() is not cache:
+            return None
+        if type(tokens) is not Tensor or tokens.shape != forward.given[0].shape or "decoder_input_ids" in kwargs:
+            return None
+        mask = kwargs.get("attention_mask")
+        valid, hidden = (None, False) if mask is None else valid_tokens(mask, requests.rows, 1, cached=1)
+        if hidden or not cache_length(cache):
+            return None
+        if len(forward.steps) >= _MOST_STEPS:
             self.take(forward)
-        if not outermost:
+        fed: Tensor | Rows | None = None
+        if self._counter.stop_tokens:  # what they say now: the loop may use their memory again
+            fed = tokens.tolist() if tokens.is_cpu and requests.rows <= _FEW_ROWS else tokens.clone()
+        forward.steps.append((len(forward.chosen), valid, fed))
+        forward.given = tokens, mask
+        here.forward = forward
+        return forward
+
+    def leave(self, forward: Forward, here: Situation, output: Any) -> None:
+        """End a forward that has gone well; `here.forward` is the one around it."""
+        self.take(forward)
+        if here.forward is not None:
             return
         requests = forward.requests
         if requests.cache is None:
             cache = cache_in(output)
-            requests.cache = None if cache is None else reference(cache)
-            requests.waits = requests.waits or (cache is not None and requests.cache is None)
-        if requests.cache is None and not requests.waits and here.scope is None:
-            self.close(requests)
+            if cache is not None:
+                requests.cache = reference(cache)
+                requests.waits = requests.waits or requests.cache is None
+            elif not requests.waits and here.scope is None:
+                self.close(requests)
 
     def take(self, forward: Forward) -> None:
         """Bring to its requests what a forward has chosen so far."""
-        self._note(forward)
+        if len(self.seen) < len(self._counter.sites):
+            self._note(forward)
         try:
             forward.requests.take(forward)
         except ArgumentError:
-            self._drop(forward)
+            self.drop(forward)
             raise
 
+    def _catch_up(self, requests: OpenRequests) -> None:
+        """Take what plain decode steps have chosen since somebody looked."""
+        if requests.again is not None and requests.again.steps:
+            self.take(requests.again)
+
+    def drop(self, forward: Forward) -> None:
+        """Forget the requests of a forward that failed."""
+        requests = forward.requests
+        requests.again = None
+        self._note(forward)
+        with self._lock:
+            if requests in self._open:
+                log.info("%d requests were cut off by an exception, and are not in the trace", requests.rows)
+                self._remove(requests)
+
     def cut_off(self, here: Situation) -> None:
-        """Forget the forwards that were left without an end, and their requests."""
+        """Forget the forward that was left without an end, and its requests."""
+        if here.forward is not None:
+            self.drop(here.forward)
         for frame in here.frames:
-            self._drop(frame.forward)
+            self.drop(frame.forward)
         here.frames.clear()
         here.forward = None
 
@@ -130,16 +171,17 @@ class Flow:
 
     def _place(self, batch: Batch, here: Situation, *, whole: bool) -> tuple[OpenRequests, int]:
         """Return the requests that a forward goes on with, or begins, and its phase."""
-        self._close_ended(batch, here.scope)
-        requests = self._going_on(batch, here.scope)
-        first = requests is None or (batch.encoded and not batch.cached)
-        if requests is None:
-            requests = self._begin(batch, here)
-        if here.scope is not None:
-            here.scope.requests = requests
-        if batch.cache is not None and requests.cache is None:
-            requests.cache = reference(batch.cache)
-        requests.waits = not whole or (batch.cache is not None and requests.cache is None)
+        with self._lock:
+            self._close_ended(batch, here.scope)
+            requests = self._going_on(batch, here.scope)
+            first = requests is None or (batch.encoded and not batch.cached)
+            if requests is None:
+                requests = self._begin(batch, here)
+            if here.scope is not None:
+                here.scope.requests = requests
+            if batch.cache is not None and requests.cache is None:
+                requests.cache = reference(batch.cache)
+            requests.waits = not whole or (batch.cache is not None and requests.cache is None)
         if here.phases:
             return requests, here.phases[-1]
         if first:
@@ -148,7 +190,7 @@ class Flow:
 
     def _close_ended(self, batch: Batch, scope: Scope | None) -> None:
         """Close requests that cannot go on: their cache is gone or begins anew, or others came while they waited."""
-        for requests in tuple(self._open):
+        for requests in self._open:
             if scope is not None and scope.requests is requests:
                 continue
             cache = None if requests.cache is None else requests.cache()
@@ -187,43 +229,26 @@ class Flow:
                 f"The request scope names {len(domains)} domains, and the batch has {batch.rows} rows. Give one for "
                 "all rows, or one for each."
             )
-        requests = OpenRequests(rows=batch.rows, domain=domains, sites=self._sites)
-        self._open.append(requests)
+        requests = OpenRequests(rows=batch.rows, domain=domains, counter=self._counter)
+        self._open = (*self._open, requests)
         if len(self._open) > _MOST_OPEN:
             self.close(self._open[0])
         return requests
 
     def _step(self, requests: OpenRequests, batch: Batch) -> None:
         """Count a decode step of the rows that have not ended; a row ends when it is fed a stop token."""
-        if not self._stop_tokens or batch.tokens is None or batch.length != 1:
-            requests.running = None
-            requests.stepped(None)
-            return
-        tokens, running = batch.tokens.select(1, 0), requests.running
-        if len(self._stop_tokens) <= _FEW:
-            for token in self._stop_tokens:
-                goes_on = tokens != token
-                running = goes_on if running is None else running & goes_on
+        if self._counter.stop_tokens and batch.tokens is not None and batch.length == 1:
+            requests.feed(batch.tokens.clone())  # the loop that gives them may use their memory again
         else:
-            if tokens.device not in self._stop_on:
-                self._stop_on[tokens.device] = torch.tensor(self._stop_tokens, device=tokens.device)
-            goes_on = torch.isin(tokens, self._stop_on[tokens.device], invert=True)
-            running = goes_on if running is None else running & goes_on
-        assert running is not None
-        requests.running = running
-        requests.stepped(running)
+            requests.step_all()
 
-    def _valid(self, batch: Batch, requests: OpenRequests, phase: int, outer: Forward | None) -> Tensor | None:
-        """Return which tokens count: no padding, and no row that has ended."""
-        valid = batch.valid
-        if batch.hidden and batch.rows > 1:
-            same = outer is not None and (outer.rows, outer.length) == (batch.rows, batch.length)
-            valid = outer.valid if outer is not None and same else None
-            if valid is None:
-                self._warn_of_padding()
-        running = requests.running
-        if running is not None and phase == DECODE and (batch.rows, batch.length) == (requests.rows, 1):
-            valid = running if valid is None else valid.to(running.device) & running
+    def _valid_around(self, batch: Batch, outer: Forward | None) -> Tensor | None:
+        """Return which tokens are no padding as far as the forward around knows, where the mask does not show it."""
+        valid = None
+        if outer is not None and outer.rows == batch.rows and outer.length == batch.length:
+            valid = outer.valid
+        if valid is None:
+            self._warn_of_padding()
         return valid
 
     def close(self, requests: OpenRequests) -> None:
@@ -231,10 +256,14 @@ class Flow:
         with self._lock:
             if requests not in self._open:
                 return
-            self._open.remove(requests)
+            self._remove(requests)
+            self._catch_up(requests)
+            requests.again = None
             closed = requests.close()
             top_k = self._facts.top_k or requests.top_k
-            self._facts = replace(self._facts, top_k=top_k, hidden_size=requests.hidden_size or self._facts.hidden_size)
+            hidden_size = requests.hidden_size or self._facts.hidden_size
+            if (top_k, hidden_size) != (self._facts.top_k, self._facts.hidden_size):
+                self._facts = replace(self._facts, top_k=top_k, hidden_size=hidden_size)
             self.spill.append(closed, self._facts)
 
     def close_all(self) -> None:
@@ -242,16 +271,11 @@ class Flow:
         while self._open:
             self.close(self._open[0])
 
-    def _drop(self, forward: Forward) -> None:
-        requests = forward.requests
-        self._note(forward)
-        with self._lock:
-            if requests in self._open:
-                log.info("%d requests were cut off by an exception, and are not in the trace", requests.rows)
-                self._open.remove(requests)
+    def _remove(self, requests: OpenRequests) -> None:
+        self._open = tuple([other for other in self._open if other is not requests])
 
     def _note(self, forward: Forward) -> None:
-        for position, index, _ in forward.chosen if len(self.seen) < len(self._sites) else ():
+        for position, index, _ in forward.chosen:
             if position not in self.seen and not index.is_meta:
                 self.seen.add(position)
 

@@ -6,8 +6,9 @@
         with trace.request(domain="chat"):               # or a scope says where a request begins and ends
             model(**prompt); model(**answer)
 
-Hooks on the modules that choose or receive experts remember each choice; hooks on the model, and on the parts of it
-that take tokens, say which request a token belongs to. Nothing of the model is changed, and all hooks go at the end.
+What stands in front of the modules that choose or receive experts remembers each choice; what stands in front of the
+model, and of the parts of it that take tokens, says which request a token belongs to. Nothing of the model is changed,
+and all of that goes at the end.
 
 What a request is: a row of a batch, first dimension first. It goes on in every forward that is given its key-value
 cache, or in all forwards of a `request` scope. Flat tokens, [tokens] or [tokens, features], are one request. The first
@@ -16,27 +17,24 @@ Padding that the attention mask shows is not counted, nor is a row after it was 
 or of several sequences for a prompt, are requests of their own.
 """
 
-import inspect
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from loka.errors import ArgumentError, EvidenceError, LokaWarning
 from loka.naming import unwrap
-from loka.probes.routing.batches import batch_of, takes_batches
-from loka.probes.routing.flow import Flow, Scope, Situation
+from loka.probes.routing.counting import Counter
+from loka.probes.routing.flow import Flow, Scope
 from loka.probes.routing.sites import RoutingSite, routing_sites
 from loka.probes.routing.spill import Spill, TraceFacts, check_domains
 from loka.probes.routing.trace import PHASES
+from loka.probes.routing.watching import Here, Watch
 
 _UNKNOWN: Final[str] = "unknown"
 
@@ -80,9 +78,10 @@ class RoutingRecorder:
         self._root = unwrap(model)
         self._domain = check_domains([domain])[0]
         self._stop = _stop_tokens(self._root) if stop_tokens is None else tuple(stop_tokens)
-        self._here = Situation()
+        self._copied = isinstance(model, nn.DataParallel) and len(model.device_ids) > 1
+        self._here = Here()
         self._flow: Flow | None = None
-        self._exit = ExitStack()
+        self._watch: Watch | None = None
 
     @property
     def requests(self) -> int:
@@ -94,7 +93,7 @@ class RoutingRecorder:
     @contextmanager
     def request(self, domain: str | Sequence[str] | None = None) -> Iterator[None]:
         """Take all forwards inside as one batch of requests; `domain` for all of its rows, or one for each."""
-        here = self._here
+        here = self._here.now
         if here.scope is not None:
             raise ArgumentError("A request scope is open already, and they do not nest. Use trace.domain inside it.")
         if domain is not None:
@@ -110,7 +109,7 @@ class RoutingRecorder:
     @contextmanager
     def domain(self, name: str) -> Iterator[None]:
         """Give this domain to the requests that begin inside; the innermost one counts."""
-        domains = self._here.domains
+        domains = self._here.now.domains
         domains.append(check_domains([name])[0])
         try:
             yield
@@ -122,7 +121,7 @@ class RoutingRecorder:
         """Count the forwards inside as "prefill" or "decode", whatever they look like."""
         if name not in PHASES:
             raise ArgumentError(f"There is no phase {name!r}. Say 'prefill' or 'decode'.")
-        phases = self._here.phases
+        phases = self._here.now.phases
         phases.append(PHASES.index(name))
         try:
             yield
@@ -132,7 +131,7 @@ class RoutingRecorder:
     # --- entering and leaving the block
 
     def __enter__(self) -> Self:
-        """Install the hooks; raise ArgumentError where the trace cannot be written."""
+        """Begin to watch; raise ArgumentError where the trace cannot be written."""
         if self._flow is not None:
             raise ArgumentError("This trace has been recorded. Call loka.trace_routing(...) again for another one.")
         facts = TraceFacts(
@@ -141,32 +140,32 @@ class RoutingRecorder:
             model=type(self._root).__name__,
             top_k=_config_number(self._root, ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")),
         )
-        self._flow = Flow(self.sites, Spill(self.path, facts), facts, self._domain, self._stop)
-        parts = [module for module in self._root.modules() if module is self._root or takes_batches(module)]
-        hooks = [hook for module in parts for hook in self._watch_batches(module, self._flow)]
-        hooks += [self._watch_site(position, site, self._flow) for position, site in enumerate(self.sites)]
-        for hook in hooks:
-            self._exit.callback(hook.remove)
-        # On CUDA `generate` may compile by itself.
-        if "torch._dynamo" in sys.modules or any(parameter.is_cuda for parameter in self._root.parameters()):
-            self._exit.enter_context(torch.compiler.set_stance("force_eager"))
+        counter = Counter(self.sites, self._stop)
+        self._flow = Flow(counter, Spill(self.path, facts), facts, self._domain)
+        self._watch = Watch(self._root, self.sites, self._flow, self._here, copied=self._copied)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Remove the hooks, close what is open, write the trace; raise EvidenceError where nothing was seen."""
-        self._exit.close()
+        """Leave the model as it was, close what is open, write the trace; raise EvidenceError where there is none."""
         assert self._flow is not None
+        assert self._watch is not None
         spill = self._flow.spill
-        self._flow.cut_off(self._here)
+        displaced = self._watch.end()
+        self._flow.cut_off(self._here.now)
         try:
             self._flow.close_all()
         finally:
-            if self._flow.seen and spill.requests:
+            if self._flow.seen and spill.requests and not displaced:
                 spill.finish()
             else:
                 spill.discard()
+        if displaced and error is None:
+            raise EvidenceError(
+                f"{displaced} of the watched modules were compiled in place while their routing was traced, and what "
+                "they routed afterwards was not seen, so there is no trace. Call compile() before the block."
+            )
         if not self._flow.seen and error is None:
             raise EvidenceError(
                 f"No token was routed inside the block, so there is no trace. {len(self.sites)} sites were watched, "
@@ -180,56 +179,6 @@ class RoutingRecorder:
                 LokaWarning,
                 stacklevel=2,
             )
-
-    # --- hooks
-
-    def _watch_batches(self, module: nn.Module, flow: Flow) -> tuple[RemovableHandle, RemovableHandle]:
-        signature = inspect.signature(module.forward)
-        whole, here = module is self._root, self._here
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for frame in here.frames:
-                if frame.module is module:  # left by an exception that no hook sees
-                    flow.cut_off(here)
-                    break
-            given = (kwargs.get("input_ids"), kwargs.get("attention_mask"))
-            if flow.pass_on(module, given, here):
-                return
-            batch = batch_of(signature, args, kwargs)
-            if batch is not None:
-                flow.enter(module, batch, given, here, whole=whole)
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if here.frames and here.frames[-1].module is module:
-                flow.leave(here, output)
-
-        return (
-            module.register_forward_pre_hook(enter, with_kwargs=True),
-            module.register_forward_hook(leave, always_call=True),
-        )
-
-    def _watch_site(self, position: int, site: RoutingSite, flow: Flow) -> RemovableHandle:
-        here, read = self._here, site.read
-
-        def saw(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-            forward = here.forward
-            if forward is None:
-                return  # outside of a forward: a recomputation in backward, or a layer that is tried alone
-            index = read(module, args, kwargs, output)
-            if forward.width is None:
-                forward.width = _width(args, kwargs)
-            if forward.saw(position, index):
-                flow.take(forward)
-
-        if site.when == "before":
-            return site.module.register_forward_pre_hook(saw, with_kwargs=True)
-        return site.module.register_forward_hook(saw, with_kwargs=True)
-
-
-def _width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Return the width of the tokens that a module is handed."""
-    hidden = args[0] if args else next(iter(kwargs.values()), None)
-    return hidden.shape[-1] if isinstance(hidden, Tensor) and hidden.is_floating_point() else None
 
 
 def _stop_tokens(model: nn.Module) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ _NUM_EXPERTS: Final[tuple[str, ...]] = (
     "moe_num_experts",
 )
 _TOP_K: Final[tuple[str, ...]] = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "topk", "k")
-_INTEGERS: Final[tuple[torch.dtype, ...]] = (torch.int64, torch.int32, torch.int16)
+INTEGERS: Final[tuple[torch.dtype, ...]] = (torch.int64, torch.int32, torch.int16)
 _INDEX: Final[tuple[str, ...]] = ("index", "indices", "selected", "expert_ids", "topk", "top_k")
 
 Arguments = tuple[Any, ...]
@@ -73,7 +73,7 @@ def routing_sites(model: nn.Module, experts: str | Sequence[str] | None = None) 
             module=modules[name],
             layer=layer,
             experts=_num_experts(name, modules, model),
-            when="before" if read is _received else "after",
+            when="before" if read is received else "after",
             read=read,
         )
         for (name, read), layer in zip(found, layers, strict=True)
@@ -87,7 +87,7 @@ def _discovered(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Reader]
         if kind in _ROUTERS:
             yield name, _ROUTERS[kind]
         elif kind.endswith("Experts") and name.rpartition(".")[0] not in told and _takes_index(module):
-            yield name, _received
+            yield name, received
 
 
 def _takes_index(module: nn.Module) -> bool:
@@ -135,7 +135,7 @@ def _attribute(place: Any, names: Sequence[str]) -> int | None:
 # ---- readers: each returns the chosen experts as [tokens, k] (or [rows, tokens, k]); -1 is a token that got none
 
 
-def _received(module: nn.Module, args: Arguments, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+def received(module: nn.Module, args: Arguments, kwargs: Mapping[str, Any], output: Any) -> Tensor:
     """What an experts module is handed."""
     if len(args) > 1 and _is_index(args[1]):  # as a rule; this runs in every layer of every step
         second: Tensor = args[1]
@@ -204,7 +204,7 @@ _ROUTERS: Final[dict[str, Reader]] = {
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in _INTEGERS and value.ndim >= 2
+    return isinstance(value, Tensor) and value.dtype in INTEGERS and value.ndim >= 2
 
 
 def _kinds(values: Sequence[Any]) -> str:

@@ -25,8 +25,11 @@ MAGIC: Final[bytes] = b"LOKA-ROUTING-1\n"
 SUFFIX: Final[str] = ".partial"
 
 _LENGTHS: Final = struct.Struct("<II")
+_BLOCK: Final = struct.Struct("<HH")  # of a zlib stream (RFC 1950, 1951): bytes that are stored, and their complement
+_CHECKSUM: Final = struct.Struct(">I")
 _META_BYTES: Final[int] = 2**24
-_FAST: Final[int] = 1  # of zlib; the finished trace is compressed again
+_NARROW: Final[int] = 2**16 - 1  # the largest count that a finished trace keeps in two bytes
+_SMALL: Final[int] = 2**14  # bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,7 @@ class ClosedRequests:
     counts: np.ndarray
     domain: tuple[str, ...]
     decode_steps: tuple[int, ...]
+    most: int | None = None  # no count is above it; None where nobody has looked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +64,8 @@ class Spill:
         self._steps: list[int] = []
         self._most = 0
         self._facts = facts
+        self._meta: dict[str, Any] = {}
+        self._text = b""
         try:
             self._file = self.partial.open("xb")
         except FileExistsError as error:
@@ -85,23 +91,25 @@ class Spill:
             "hidden_size": facts.hidden_size,
             "top_k": facts.top_k,
         }
-        self._write(meta, zlib.compress(counts.data, _FAST))
+        self._write(meta, _deflated(counts))
         self._facts = facts
         self._domains += closed.domain
         self._steps += closed.decode_steps
-        self._most = max(self._most, int(counts.max(initial=0)))
+        if closed.most is None or closed.most > _NARROW:
+            self._most = max(self._most, int(counts.max(initial=0)))
         self.requests = len(self._domains)
 
     def _write(self, meta: dict[str, Any], payload: bytes) -> None:
-        text = json.dumps(meta).encode()
-        self._file.write(_LENGTHS.pack(len(text), len(payload)) + text + payload)
+        if meta != self._meta:  # as a rule they are those of the requests before
+            self._meta, self._text = meta, json.dumps(meta).encode()
+        self._file.write(_LENGTHS.pack(len(self._text), len(payload)) + self._text + payload)
         self._file.flush()
 
     def finish(self) -> None:
         """Write the trace, a batch at a time, and remove the file of closed requests."""
         self._file.close()
         facts = self._facts
-        dtype = np.dtype("<u2" if self._most < 2**16 else "<u4")
+        dtype = np.dtype("<u2" if self._most <= _NARROW else "<u4")
         shape = (self.requests, len(PHASES), len(facts.layers), facts.experts)
         arrays: dict[str, Any] = {
             "domain": np.array(self._domains, dtype=np.str_),
@@ -133,6 +141,18 @@ class Spill:
         """Remove the file of closed requests."""
         self._file.close()
         self.partial.unlink(missing_ok=True)
+
+
+def _deflated(counts: np.ndarray) -> bytes:
+    """Return counts as a zlib stream, of low compression, for the finished trace is compressed again.
+
+    A few bytes are only stored, in one block: for them, a compressor's tables are more work than all the rest.
+    """
+    if counts.nbytes > _SMALL:
+        return zlib.compress(counts.data, 1)
+    data = counts.tobytes()
+    size = len(data)
+    return b"\x78\x01\x01" + _BLOCK.pack(size, size ^ 0xFFFF) + data + _CHECKSUM.pack(zlib.adler32(data))
 
 
 def is_partial(path: str | os.PathLike[str]) -> bool:

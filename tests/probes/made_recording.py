@@ -34,8 +34,10 @@ def check(trace, model, *requests):
             assert np.array_equal(trace.counts[at, phase], model.expected(expected)), (at, phase)
 
 
-def hooks(model):
-    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+def attached(model):
+    """What stands around the calls of a model's modules: hooks, and what `nn.Module.__call__` runs instead of them."""
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return hooks + [m for m in model.modules() if m.__dict__.keys() & {"_compiled_call_impl", "_call_impl", "forward"}]
 
 
 NONE = torch.tensor([], dtype=torch.long)

@@ -38,7 +38,8 @@ def test_the_evidence_of_a_converted_model_is_that_of_the_unconverted_one(tmp_pa
     plain, planned = _samples(model, tmp_path / "plain"), _samples(converted, tmp_path / "converted")
     assert len(plain) == 6
     assert repr(_without_dynamics(planned)) == repr(_without_dynamics(plain))  # NaN is not equal to itself
-    assert plain[0].dynamics and planned[0].dynamics
+    assert plain[0].dynamics
+    assert planned[0].dynamics
     # A later step leaves them out where they have taken more than their share of the time.
     taken = [(one.dynamics, other.dynamics) for one, other in zip(planned, plain, strict=True)]
     assert all(repr(one) == repr(other) for one, other in taken if one and other)

@@ -15,7 +15,7 @@ import loka
 from loka.errors import ArgumentError
 from loka.probes.routing.spill import recover
 from loka.probes.routing.trace import RoutingTrace
-from tests.probes.made_recording import NONE, check, generate, hooks, seeded_model, tokens
+from tests.probes.made_recording import NONE, attached, check, generate, seeded_model, tokens
 from tests.probes.made_routing import TOP_K, Cache, MadeModel
 
 
@@ -94,7 +94,7 @@ def test_an_exception_keeps_the_requests_that_were_whole(model, path):
             model(rows[1:])
     model.head._forward_pre_hooks.clear()
     check(RoutingTrace.load(path), model, (rows[0], NONE))
-    assert not hooks(model)
+    assert not attached(model)
 
 
 def test_after_an_interrupt_that_was_caught_it_goes_on_in_order(model, path):
@@ -143,7 +143,7 @@ def test_a_killed_process_loses_its_open_requests_only(tmp_path):
     assert found.top_k == TOP_K
     with pytest.raises(ArgumentError, match="there already"):
         loka.trace_routing(model, path).__enter__()
-    assert not hooks(model)
+    assert not attached(model)
     # Cut off in the middle of its last record, it gives those before it.
     partial.write_bytes(partial.read_bytes()[:-3])
     assert recover(partial).domain == ("d0", "d0", "d1", "d1")

@@ -6,7 +6,7 @@ import torch
 
 import loka
 from loka.probes.routing.trace import RoutingTrace
-from tests.probes.made_recording import NONE, check, generate, hooks, seeded_model, tokens
+from tests.probes.made_recording import NONE, attached, check, generate, seeded_model, tokens
 from tests.probes.made_routing import EXPERTS, TOP_K, WIDTH, Cache, MadeModel
 
 
@@ -50,15 +50,15 @@ def test_nothing_of_it_is_left_on_the_model(model, path):
     names = [name for name, _ in model.named_modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with loka.trace_routing(model, path):
-        assert hooks(model)
+        assert attached(model)
         model(tokens(1, 3))
-    assert not hooks(model)
+    assert not attached(model)
     assert [name for name, _ in model.named_modules()] == names
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(KeyError):
         with loka.trace_routing(model, path.with_name("other.npz")):
             raise KeyError
-    assert not hooks(model)
+    assert not attached(model)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
