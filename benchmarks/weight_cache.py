@@ -1,12 +1,14 @@
-"""What it saves to quantise a weight once per optimiser step: a step of four micro-batches, with the cache and without.
+"""What it saves to quantise a weight once per optimiser step: steps of four micro-batches, with weights kept or not.
 
-A step is forward and backward of every micro-batch and one SGD update. Both run in turns on one thread, in process CPU
-time. What is saved is the share of quantising weights, so it is large where micro-batches are small; what it costs is
-stated as bytes beside those of the parameters.
+Kept where micro-batches repeat, as is the default, or always. A step is forward and backward of every micro-batch and
+one SGD update. Both run in turns on one thread, in process CPU time. What is saved is the share of quantising weights,
+so it is large where micro-batches are small; what it costs is stated as bytes beside those of the parameters, and for
+steps of one micro-batch, in which nothing can be saved.
 """
 
 import argparse
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from time import process_time
@@ -30,6 +32,9 @@ KERNELS: Final[tuple[str, ...]] = (
     "torch.scaled_mm.tensorwise",
     "torch.scaled_mm.rowwise",
 )
+WAYS: Final[dict[str, bool | None]] = {"by default": None, "always": True}
+# Steps in which the default learns whether micro-batches repeat.
+WARMUP: Final[int] = 4
 
 
 def plan_on(model: nn.Module, kernel: str, rows: int) -> Plan:
@@ -52,27 +57,32 @@ def step_of(model: nn.Module, width: int, rows: int, micro_batches: int) -> Call
     return step
 
 
+def converted(model: nn.Module, plan: Plan, cache_weights: bool | None) -> nn.Module:
+    """Return a copy of a model that runs as planned."""
+    return loka.convert(copy.deepcopy(model), plan, cache_weights=cache_weights)
+
+
 def study(stack: str, kernel: str, rows: int, rounds: int) -> dict[str, Any]:
-    """Return the ratio of step times of one stack on one kernel, and what is kept."""
+    """Return the ratios of step times of one stack on one kernel, and what is kept."""
     torch.manual_seed(0)
     model, width = STACKS[stack]()
     plan = plan_on(model, kernel, rows)
-    plain, cached = copy.deepcopy(model), model
-    loka.convert(plain, plan)
-    loka.convert(cached, plan, cache_weights=True)
-    steps = [step_of(each, width, rows, MICRO_BATCHES) for each in (cached, plain)]
-    where = f"{stack}, {kernel}, {MICRO_BATCHES} x {rows} rows"
-    results: dict[str, Any] = {
-        f"{where}: cached / not": interleaved_ratio(*steps, rounds=rounds, warmup=1, clock=process_time)
-    }
-    if rows == ROWS[0]:
-        one = [step_of(each, width, rows, 1) for each in (cached, plain)]
-        results[f"{where[: where.index(',')]}, {kernel}, 1 x {rows} rows: cached / not"] = interleaved_ratio(
-            *one, rounds=rounds, warmup=1, clock=process_time
-        )
-        cached(torch.randn(rows, width)).sum().backward()
-        parameters = sum(parameter.nbytes for parameter in cached.parameters())
-        results[f"{stack}, {kernel}: bytes kept / bytes of parameters"] = kept_bytes() / parameters
+    results: dict[str, Any] = {}
+    for micro_batches in (MICRO_BATCHES, 1) if rows == ROWS[0] else (MICRO_BATCHES,):
+        where = f"{stack}, {kernel}, {micro_batches} x {rows} rows"
+        for name, cache_weights in WAYS.items():
+            plain, cached = converted(model, plan, False), converted(model, plan, cache_weights)
+            steps = [step_of(each, width, rows, micro_batches) for each in (cached, plain)]
+            results[f"{where}: kept {name} / not"] = interleaved_ratio(
+                *steps, rounds=rounds, warmup=WARMUP, clock=process_time
+            )
+            if rows == ROWS[0]:
+                for _ in range(micro_batches):
+                    cached(torch.randn(rows, width)).square().mean().backward()
+                parameters = sum(parameter.nbytes for parameter in cached.parameters())
+                results[f"{where}: bytes kept {name} / bytes of parameters"] = kept_bytes() / parameters
+            del plain, cached, steps
+            gc.collect()
     return results
 
 
@@ -89,7 +99,7 @@ def main() -> None:
                 found = study(stack, kernel, rows, rounds)
                 results |= found
                 for name, value in found.items():
-                    print(f"{name:<80} {value}", flush=True)
+                    print(f"{name:<95} {value}", flush=True)
     write_record("weight_cache", {"micro-batches": MICRO_BATCHES, "rows": list(ROWS), "rounds": rounds}, results)
 
 

@@ -37,12 +37,14 @@ def blockwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype
     return _multiply(quantize_operand(a, specs[0]), quantize_experts(b, specs[1]), offsets, out_dtype)
 
 
-def blockwise_stored(a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """Do it in the forward pass with weights that are stored (`spec.StoredGroupedKernel`)."""
-    shape = result_shape(a, codes, offsets, "fprop")
+def blockwise_stored(
+    a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype, product: Pass = "fprop"
+) -> Tensor:
+    """Do it with weights that are stored (`spec.StoredGroupedKernel`)."""
+    shape = result_shape(a, codes, offsets, product)
     if 0 in (*a.shape, *codes.shape):
         return a.new_zeros(shape, dtype=out_dtype)
-    spec = RECIPES["blockwise"].operand("input")
+    spec = RECIPES["blockwise"].operand(PASS_OPERANDS[product][0])
     return _multiply(quantize_operand(a, spec), (codes, scale), offsets, out_dtype)
 
 

@@ -20,6 +20,7 @@ from loka.errors import KernelError
 from loka.formats import RECIPES, Pass
 from loka.kernel_registry.emulated import Halves, emulate
 from loka.kernel_registry.opaque import opaque_grouped
+from loka.kernel_registry.spec import Prepared
 from loka.kernel_registry.torch_mm import matmul
 
 # out[m, n] of one expert's a [m, k] and b [n, k].
@@ -76,6 +77,21 @@ class Stored:
                 continue
             b = self._halves.lay_out(codes[expert], scale[expert], product="fprop", out_dtype=out_dtype)
             out[start:end] = self._halves.multiply(a[start:end], b, product="fprop", out_dtype=out_dtype)
+        return out
+
+    def prepare(self, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
+        """Quantise weights b [experts, n, k] as the kernel does, for its fprop or dgrad: the same sums, bit for bit."""
+        parts = [self._halves.prepare(each, product=product, out_dtype=out_dtype) for each in b]
+        return Prepared(tuple(tensor for part in parts for tensor in part.tensors), b.shape[1])
+
+    def multiply(self, a: Tensor, b: Prepared, offsets: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
+        """Multiply each expert's rows by what is there of its weight."""
+        out = a.new_zeros((a.shape[0], b.n), dtype=out_dtype)
+        each = len(b.tensors) // offsets.shape[0]
+        for expert, (start, end) in enumerate(spans(offsets, a.shape[0])):
+            if start < end:
+                part = Prepared(b.tensors[expert * each : (expert + 1) * each], b.n)
+                out[start:end] = self._halves.multiply(a[start:end], part, product=product, out_dtype=out_dtype)
         return out
 
 

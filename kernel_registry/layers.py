@@ -76,13 +76,14 @@ class Layer:
         return self._sides(weight, "weight", out_dtype, first=True, second=needs.x)
 
     def forward(self, x: Tensor, weight: Tensor, needs: Needs, made: Made = NOTHING_MADE) -> tuple[Tensor, Kept]:
-        """Return y [m, n] of x [m, k] and weight [n, k] in the dtype of x, and what backward needs of both.
+        """Return y [m, n] of x [m, k] and weight [n, k] in the dtype of both, and what backward needs of them.
 
-        `made`: the sides of either that are there already.
+        `made`: the sides of either that are there already. Of x nothing else is read then, and its dtype may differ.
         """
+        dtype = weight.dtype
         along_k, kept_x = self.input_sides(x, needs) if made.x is None else made.x
-        of_weight, kept_weight = self.weight_sides(weight, needs, x.dtype) if made.weight is None else made.weight
-        return self.casts.multiply(_made(along_k), _made(of_weight), "fprop", x.dtype), (kept_x, kept_weight)
+        of_weight, kept_weight = self.weight_sides(weight, needs, dtype) if made.weight is None else made.weight
+        return self.casts.multiply(_made(along_k), _made(of_weight), "fprop", dtype), (kept_x, kept_weight)
 
     def backward(self, grad: Tensor, kept: Kept) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of x and of the weight in the dtype of `grad`, each where its counterpart was kept."""

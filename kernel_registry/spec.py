@@ -92,13 +92,18 @@ class PreparedKernel(Protocol):
 
 
 class StoredGroupedKernel(Protocol):
-    """The forward product of a grouped kernel with weights that are there as codes and scales, each expert's its own.
+    """The products of a grouped kernel with weights that are there as codes and scales, each expert's its own.
 
     The numbers are those of the kernel itself on what `loka.quantize.quantize` made them of, bit for bit.
     """
 
-    def __call__(self, a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-        """Compute it; codes [experts, n, k], fp32 scale [experts, groups of n, groups of k]."""
+    def __call__(
+        self, a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype, product: Pass = ...
+    ) -> Tensor:
+        """Compute fprop or dgrad; codes [experts, n, k], fp32 scale [experts, groups of n, groups of k].
+
+        One that takes no `product` computes fprop.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -65,12 +65,14 @@ def rowwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype: 
     return zero_unrouted(out[:, : shape[1]].to(out_dtype), offsets)
 
 
-def rowwise_stored(a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
-    """Do it in the forward pass with weights that are stored (`spec.StoredGroupedKernel`)."""
-    shape = result_shape(a, codes, offsets, "fprop")
+def rowwise_stored(
+    a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype, product: Pass = "fprop"
+) -> Tensor:
+    """Do it with weights that are stored (`spec.StoredGroupedKernel`)."""
+    shape = result_shape(a, codes, offsets, product)
     if 0 in (*a.shape, *codes.shape):
         return a.new_zeros(shape, dtype=out_dtype)
-    spec = RECIPES["rowwise"].operand("input")
+    spec = RECIPES["rowwise"].operand(PASS_OPERANDS[product][0])
     out = _scaled(_of_tokens(quantize_operand(a, spec), (codes, scale), offsets))
     return zero_unrouted(out[:, : shape[1]].to(out_dtype), offsets)
 

@@ -25,7 +25,7 @@ from loka.dispatch.running.linear import HIGH_PRECISION, linear, load
 from loka.dispatch.running.norm_act import linear_norm_act
 from loka.dispatch.running.reroute import Reroute, Route
 from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
-from loka.dispatch.running.weights import forget, halves_of, keep
+from loka.dispatch.running.weights import forget, grouped_halves_of, halves_of, keep
 from loka.errors import ArgumentError, KernelError, PlanError
 from loka.kernel_registry.norm_act import is_norm_act, runs_fused
 from loka.made_classes import make_class
@@ -56,7 +56,7 @@ def convert(
     *,
     emulate: bool = False,
     process_group: dist.ProcessGroup | None = None,
-    cache_weights: bool = False,
+    cache_weights: bool | None = None,
 ) -> nn.Module:
     """Run a model's products as planned: in place, eager; returns the model. `revert` is the way back.
 
@@ -68,11 +68,12 @@ def convert(
     `unreached` names such sites. The same holds for a checkpoint that begins inside of the forward that uses a bare
     Parameter: what it recomputes stays in high precision.
 
-    `cache_weights=True` quantises a weight once per optimiser step and pass, and not in every micro-batch of gradient
-    accumulation; no number changes. It is off by default: it gains little where micro-batches are large and nothing
-    without accumulation (benchmarks/weight_cache.py), costs a copy of the weight per pass, in FP8 (in fp32 where
-    kernels are emulated), and asks that weights are not edited through `.data` between two steps of an optimiser.
-    `dispatch.running.weights` says what else it leaves alone.
+    A weight is quantised once per optimiser step and pass, and not in every micro-batch, where gradient accumulation
+    repeats; no number changes. By default that begins after a first whole window, needs the weights to be held by an
+    optimiser of `torch.optim`, and ends with any doubt that a weight is what it was (`dispatch.running.windows`); a
+    training without accumulation keeps nothing. `cache_weights=True` keeps weights always and trusts that none is
+    edited through `.data` between two steps; `False` keeps none. What is kept is a copy of the weight per pass, in FP8
+    (in fp32 where kernels are emulated). `dispatch.running.weights` says what is left alone.
     """
     load = partial(plan_of, plan)
     loaded = load() if process_group is None else all_or_none(load, process_group)
@@ -85,12 +86,12 @@ def convert(
     for _, routes in assigned if cache_weights else ():
         for name in {name for route in routes.values() for name in route.kernels.as_tuple()}:
             for kernel in kernels_of(name):
-                halves_of(kernel)  # now, where it can be refused
+                halves_of(kernel), grouped_halves_of(kernel)  # now, where it can be refused
     for module, parameters in assigned:
         module.__class__ = _converted_class(_kind_of(module, parameters), cast(Any, type(module)))
         setattr(module, _MARK, parameters)
-        for parameter in _parameters_of(module) if cache_weights else ():
-            keep(parameter)
+        for parameter in _parameters_of(module) if cache_weights is not False else ():
+            keep(parameter, None if cache_weights else module)
     return model
 
 

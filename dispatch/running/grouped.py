@@ -18,7 +18,7 @@ Dynamo shows `torch._grouped_mm` to no mode: a converted model keeps it in high 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from loka.dispatch.deciding.by_rows import kernel_for
 from loka.dispatch.running.linear import HIGH_PRECISION, TRACED, execute
+from loka.dispatch.running.weights import Weight, weight_of
 from loka.formats import Pass
 from loka.kernel_registry import grouped as definition
 from loka.kernel_registry import torch_grouped
@@ -43,6 +44,7 @@ Kernels = tuple[str, str, str]  # fprop, dgrad, wgrad
 Kept = tuple[int, ...]  # experts whose products are computed in high precision
 KeptByPass = tuple[Kept, Kept, Kept]
 NONE_KEPT: Final[KeptByPass] = ((), (), ())
+_Operands = tuple[Tensor, Tensor, Tensor]  # of a product, and the offsets
 
 
 def product(name: str, a: Tensor, b: Tensor, offsets: Tensor, which: Pass, kept: Kept = ()) -> Tensor:
@@ -50,7 +52,13 @@ def product(name: str, a: Tensor, b: Tensor, offsets: Tensor, which: Pass, kept:
 
     Those of the experts in `kept` are computed in that dtype.
     """
-    out = execute(name, (a, b, offsets), which, _high_precision)
+    return _product(name, (a, b, offsets), which, kept, None)
+
+
+def _product(name: str, operands: _Operands, which: Pass, kept: Kept, held: Weight | None) -> Tensor:
+    """Do that; `held`: that the second operand is this weight, whose quantised form may be there already."""
+    a, b, offsets = operands
+    out = execute(name, operands, which, _high_precision, held)
     if not kept or name == HIGH_PRECISION:
         return out
     if torch.compiler.is_compiling() or isinstance(a, TRACED):
@@ -70,7 +78,7 @@ def _(out: Tensor, a: Tensor, b: Tensor, offsets: Tensor, product: str, kept: li
     return torch.empty_like(out)
 
 
-def _with_kept(out: Tensor, operands: tuple[Tensor, Tensor, Tensor], which: str, kept: Sequence[int]) -> Tensor:
+def _with_kept(out: Tensor, operands: _Operands, which: str, kept: Sequence[int]) -> Tensor:
     """Write the products of some experts over those of a kernel."""
     a, b, offsets = operands
     ends = offsets.tolist()
@@ -88,29 +96,38 @@ def _high_precision(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out
     return baseline(a, b, offsets, product=product, out_dtype=out_dtype)
 
 
+class _Options(NamedTuple):
+    """What a layer is computed with; `held`: its weight, whose quantised form may be there."""
+
+    kernels: Kernels
+    kept: KeptByPass
+    held: Weight | None
+
+
 class _Grouped(torch.autograd.Function):
     """Y[tokens, N] = X[tokens, K] . W[expert of the token, N, K]^T with one kernel per pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, kernels: Kernels, kept: KeptByPass) -> Tensor:
-        fprop, ctx.dgrad, ctx.wgrad = kernels
-        ctx.kept = kept
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor, options: _Options) -> Tensor:
+        ctx.options = options
         # Each operand is kept for the other one's gradient, and only where that is wanted.
         needs_x_grad, needs_weight_grad, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight_grad else None, weight if needs_x_grad else None, offsets)
-        return of_its_own(product(fprop, x, weight, offsets, "fprop", kept[0]))
+        operands = (x, weight, offsets)
+        return of_its_own(_product(options.kernels[0], operands, "fprop", options.kept[0], options.held))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets = ctx.saved_tensors
+        (_, dgrad, wgrad), kept, held = ctx.options
         grad_x = grad_weight = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_x = product(ctx.dgrad, grad, weight.mT, offsets, "dgrad", ctx.kept[1])
+                grad_x = _product(dgrad, (grad, weight.mT, offsets), "dgrad", kept[1], held)
             if ctx.needs_input_grad[1]:
-                grad_weight = product(ctx.wgrad, grad, x, offsets, "wgrad", ctx.kept[2])
-        return grad_x, grad_weight, None, None, None
+                grad_weight = product(wgrad, grad, x, offsets, "wgrad", kept[2])
+        return grad_x, grad_weight, None, None
 
 
 def grouped(  # noqa: PLR0913 - the product, a kernel per pass, and what they do not compute
@@ -143,7 +160,8 @@ def grouped(  # noqa: PLR0913 - the product, a kernel per pass, and what they do
 def _grouped(x: Tensor, weight: Tensor, offsets: Tensor, kernels: Kernels, kept: KeptByPass) -> Tensor:
     ends = offsets.to(torch.int32)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        out: Tensor = _Grouped.apply(x, weight, ends, kernels, kept)  # type: ignore[no-untyped-call]  # torch lacks types
+        options = _Options(kernels, kept, weight_of(weight))
+        out: Tensor = _Grouped.apply(x, weight, ends, options)  # type: ignore[no-untyped-call]  # torch lacks types
         return out
     return product(kernels[0], x, weight, ends, "fprop", kept[0])
 

@@ -169,7 +169,10 @@ class _Product(torch.autograd.Function):
 
 
 class _Layer(torch.autograd.Function):
-    """The same with the three passes on one kernel that shares their casts."""
+    """The same with the three passes on one kernel that shares their casts.
+
+    x may wait for its cast to the type of the weight: autograd casts its gradient back, as it does behind a cast.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, name: str, held: Weight | None) -> Tensor:
@@ -178,8 +181,8 @@ class _Layer(torch.autograd.Function):
         if is_traced(x):
             out, kept = layer.forward(x, weight, needs)
         else:
-            of_weight = None if held is None else held.sides(name, layer, weight, needs, x.dtype)
-            out, kept = layer.forward(x, weight, needs, Made(input_sides(layer, x, needs), of_weight))
+            of_weight = None if held is None else held.sides(name, layer, weight, needs, weight.dtype)
+            out, kept = layer.forward(x, weight, needs, Made(input_sides(layer, x, needs, weight.dtype), of_weight))
         ctx.save_for_backward(*(tensor for each in kept if each is not None for tensor in (each.data, each.scale)))
         ctx.specs = tuple(None if each is None else each.spec for each in kept)
         ctx.name = name
@@ -245,7 +248,7 @@ def is_traced(x: Tensor) -> bool:
 
 
 def _with_shared_casts(x: Tensor, weight: Tensor, name: str, held: Weight | None) -> Tensor:
-    """Compute a layer; where its kernel raises, in high precision, and from then on."""
+    """Compute a layer; where its kernel raises, in high precision, and from then on. x may wait for its cast."""
     if is_traced(x):
         traced: Tensor = _Layer.apply(x, weight, name, None)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return traced
@@ -254,6 +257,7 @@ def _with_shared_casts(x: Tensor, weight: Tensor, name: str, held: Weight | None
     except (torch.OutOfMemoryError, _StopRecomputationError):
         raise  # no fault of the kernel's: the latter is how a checkpoint ends what it computes again
     except Exception as error:  # noqa: BLE001 - a kernel of any library may fail in any way; its row says how
+        x = x.to(weight.dtype)
         without(name, (x.detach(), weight.detach()), error, "fprop", _high_precision)
         _layers[name] = None
         out = _Product.apply(x, weight, (HIGH_PRECISION,) * 3, None)  # type: ignore[no-untyped-call]  # likewise
@@ -293,10 +297,10 @@ def _followed(input: Tensor, weight: Tensor, bias: Tensor | None, kernels: tuple
     device, source = input.device.type, weight
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+        weight = _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
         with torch.autocast(device, enabled=False):
-            return _linear(input, weight, bias, kernels, source)
+            return _linear(input, weight, bias, kernels, source, dtype)
     return _linear(input, weight, bias, kernels, source)
 
 
@@ -339,23 +343,42 @@ def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernels: tuple[str, str, str], source: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernels: tuple[str, str, str],
+    source: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute a layer; `source` is what the weight was before autocast."""
-    if x.dtype != weight.dtype:
+    """Compute a layer. `source` is what the weight was before autocast, `dtype` what that has yet to cast x to."""
+    records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    shares = records and _shares_casts(kernels, x, weight)
+    waits = shares and dtype == weight.dtype and _may_wait(x)
+    if dtype is not None and not waits:
+        x = _autocast(x, dtype)
+    if x.dtype != weight.dtype and not waits:
         return _unplanned(x, weight, bias)  # torch's error: kernels would take integers, and give integers
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
-        kept = None if source is None else weight_of(source)
-        if _shares_casts(kernels, rows, weight):
-            out = _with_shared_casts(rows, weight, kernels[0], kept)
-        else:
-            # Dynamo knows functions by their `apply`.
-            apply: Any = _Product.apply if torch.compiler.is_dynamo_compiling() else _record_product
-            out = apply(rows, weight, kernels, kept)
+    if shares:
+        out = _with_shared_casts(rows, weight, kernels[0], weight_of(source))
+    elif records:
+        # Dynamo knows functions by their `apply`.
+        apply: Any = _Product.apply if torch.compiler.is_dynamo_compiling() else _record_product
+        out = apply(rows, weight, kernels, weight_of(source))
     else:  # where nothing can ask for a gradient: an autograd.Function costs more than all the rest of the dispatch
         out = product(kernels[0], rows, weight, "fprop")
     if bias is not None:
         out = out + bias
     shaped: Tensor = out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
     return shaped
+
+
+def _may_wait(x: Tensor) -> bool:
+    """Whether autocast's cast of x may be left to the first layer that reads it: by what it is before, layers know it.
+
+    Not where its rows are no view of it, but a copy that no other layer has: a cast one is smaller. A compiler merges
+    casts that are the same.
+    """
+    if is_traced(x) or x.dtype == torch.float64:
+        return False
+    return x.dim() == 2 or x.is_contiguous()

@@ -66,7 +66,7 @@ class _Options(NamedTuple):
 
 def _followed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float | None, kernels: Kernels) -> Tensor:
     """Follow autocast, and compute the layer on these kernels."""
-    device, kept = x.device.type, weight_of(weight)
+    device, kept = x.device.type, weight_of(weight) if torch.is_grad_enabled() else None
     if not torch.is_autocast_enabled(device):
         return _layer(x, weight, bias, _Options(eps, x.dtype, kernels, kept))
     x, weight = cast_for_autocast(x), cast_for_autocast(weight)

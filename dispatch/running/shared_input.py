@@ -21,6 +21,7 @@ from loka.kernel_registry.layers import Layer, Needs, Sides
 @dataclass(frozen=True, slots=True)
 class _Remembered:
     values: tuple[Any, ...]
+    dtype: torch.dtype
     layer: Layer
     sides: Sides
 
@@ -35,15 +36,18 @@ class _Slot(threading.local):
 _slot = _Slot()
 
 
-def input_sides(layer: Layer, x: Tensor, needs: Needs) -> Sides:
-    """Return the casts of an input x [m, k] that a layer needs: those of the layer before, where it read the same."""
-    values = _values(x)
-    last = _slot.last
-    if last is not None and values == last.values and layer is last.layer and (last.sides[1] or not needs.weight):
+def input_sides(layer: Layer, x: Tensor, needs: Needs, dtype: torch.dtype) -> Sides:
+    """Return the casts of an input x [m, k] that a layer needs: those of the layer before, where it read the same.
+
+    They are of its values in `dtype`, to which x is cast first where it has another one.
+    """
+    values, last = _values(x), _slot.last
+    same = last is not None and values == last.values and layer is last.layer and dtype == last.dtype
+    if last is not None and same and (last.sides[1] or not needs.weight):
         _slot.reused += 1
         return last.sides[0], last.sides[1] if needs.weight else None
-    sides = layer.input_sides(x, needs)
-    _slot.last = None if values is None else _Remembered(values, layer, sides)
+    sides = layer.input_sides(x if x.dtype == dtype else x.to(dtype), needs)
+    _slot.last = None if values is None else _Remembered(values, dtype, layer, sides)
     return sides
 
 

@@ -32,17 +32,26 @@ def blockwise(a: Tensor, b: Tensor, offsets: Tensor, *, product: Pass, out_dtype
 
 
 class Stored:
-    """The forward products of one recipe with weights that are stored (`spec.StoredGroupedKernel`)."""
+    """The products of one recipe with weights that are stored (`spec.StoredGroupedKernel`)."""
 
     def __init__(self, recipe: str) -> None:
-        self._spec = RECIPES[recipe].operand("input")
+        self._recipe = RECIPES[recipe]
 
-    def __call__(self, a: Tensor, codes: Tensor, scale: Tensor, offsets: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    def __call__(
+        self,
+        a: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        offsets: Tensor,
+        *,
+        out_dtype: torch.dtype,
+        product: Pass = "fprop",
+    ) -> Tensor:
         """Multiply each expert's rows by its codes and scales."""
-        shape = result_shape(a, codes, offsets, "fprop")
+        shape = result_shape(a, codes, offsets, product)
         if 0 in (*a.shape, *codes.shape):
             return a.new_zeros(shape, dtype=out_dtype)
-        codes_a, scale_a, _ = quantize_operand(a, self._spec)
+        codes_a, scale_a, _ = quantize_operand(a, self._recipe.operand(PASS_OPERANDS[product][0]))
         return _product(codes_a, codes, offsets, (scale_a, scale), out_dtype)
 
 

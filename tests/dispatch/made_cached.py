@@ -1,12 +1,15 @@
 """Models whose weights are kept, and counts of what was quantised."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from loka.dispatch.running.convert import convert
+from loka.hardware import multiplies_bf16
+from loka.kernel_registry import emulated, halves
 from loka.kernel_registry.registry import default_registry
 from tests.dispatch.made_conversion import decision, plan_for
 
@@ -34,7 +37,7 @@ def plan_of(model: nn.Module, sites: list[str], kernel: str):
     return plan_for(model, [], decisions=tuple(made))
 
 
-def converted(kernel: str = "emulated.linear.rowwise", *, cache_weights: bool = True) -> nn.Sequential:
+def converted(kernel: str = "emulated.linear.rowwise", *, cache_weights: bool | None = True) -> nn.Sequential:
     model = mlp()
     return convert(model, plan_of(model, SITES, kernel), cache_weights=cache_weights)
 
@@ -68,3 +71,35 @@ def accumulate_gradients(model: nn.Module) -> None:
 
 def bf16_autocast() -> AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16)
+
+
+class Counted:
+    """Counts how often weights of a model are quantised, wherever it happens."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        monkeypatch: pytest.MonkeyPatch,
+        of: Callable[[nn.Module], Iterable[Tensor]] = nn.Module.parameters,
+    ) -> None:
+        self.model, self.count, self.of = model, 0, of
+        found = [(emulated, "fake_quantize"), (emulated, "held_codes"), (halves, "quantize_operand")]
+        for module, name in found:
+            monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
+
+    def _counting(self, quantize: Callable[..., object]) -> Callable[..., object]:
+        def counting(x: Tensor, *args: object, **kwargs: object) -> object:
+            self.count += any(x.data_ptr() == weight.data_ptr() for weight in self.of(self.model))
+            return quantize(x, *args, **kwargs)
+
+        return counting
+
+    def taken(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+def kept_of(weight: Tensor) -> int:
+    """Bytes of a weight for fprop and for dgrad, emulated rowwise: fp32 values or, to be multiplied in bf16, codes."""
+    scales = sum(weight.shape) if multiplies_bf16("cpu") else 0
+    return 4 * (2 * weight.numel() + scales)

@@ -253,7 +253,7 @@ def test_weights_are_quantised_once_per_step_of_the_optimiser(monkeypatch):
     model, twin = fused_model(), fused_model()
     plan = fused_plan(model)
     convert(model, plan, cache_weights=True)
-    convert(twin, plan)
+    convert(twin, plan, cache_weights=False)
     made = []
     prepare = norm_act.Defined.prepare
     monkeypatch.setattr(norm_act.Defined, "prepare", lambda self, weight: made.append(1) or prepare(self, weight))

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -14,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from loka.dispatch.running import weights
 from loka.dispatch.running.convert import convert
 from loka.dispatch.running.linear import linear
-from loka.kernel_registry import emulated, halves
+from loka.kernel_registry import emulated
 from loka.kernel_registry.layers import Layer, Needs, Sides
 from loka.kernel_registry.spec import Prepared
 from tests.dispatch.made_cached import (
     BATCHES,
     HERE,
     SITES,
+    Counted,
     accumulate,
     accumulate_gradients,
     assert_equal,
@@ -37,27 +37,6 @@ from tests.kernel_registry.made_devices import interprets_triton
 def nothing_kept() -> None:
     gc.collect()
     assert weights.kept_bytes() == 0
-
-
-class Counted:
-    """Counts how often weights of a model are quantised, wherever it happens."""
-
-    def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.model, self.count = model, 0
-        found = [(emulated, "fake_quantize"), (emulated, "held_codes"), (halves, "quantize_operand")]
-        for module, name in found:
-            monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
-
-    def _counting(self, quantize: Callable[..., object]) -> Callable[..., object]:
-        def counting(x: Tensor, *args: object, **kwargs: object) -> object:
-            self.count += any(x.data_ptr() == parameter.data_ptr() for parameter in self.model.parameters())
-            return quantize(x, *args, **kwargs)
-
-        return counting
-
-    def taken(self) -> int:
-        count, self.count = self.count, 0
-        return count
 
 
 # --- how often, and that nothing changes ---
@@ -102,7 +81,7 @@ def test_every_form_of_a_product_gives_the_same_numbers(form: Form) -> None:
     plain = copy.deepcopy(model)
     plan = plan_for(model, ["w"])
     convert(model, plan, cache_weights=True)
-    convert(plain, plan)
+    convert(plain, plan, cache_weights=False)
     for x in torch.randn(3, 2, 5, 16):
         found = []
         for each in (model, plain):

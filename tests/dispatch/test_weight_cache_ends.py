@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loka.dispatch.running import weights
 from loka.dispatch.running.convert import convert, revert
 from loka.formats import PASS_OPERANDS, RECIPES
-from loka.hardware import multiplies_bf16
 from loka.kernel_registry.operands import quantize_operand
 from loka.kernel_registry.registry import default_registry
 from tests.dispatch.made_cached import (
@@ -27,6 +26,7 @@ from tests.dispatch.made_cached import (
     batches,
     bf16_autocast,
     converted,
+    kept_of,
     mlp,
     plan_of,
 )
@@ -199,12 +199,6 @@ def test_a_backward_after_a_step_reads_the_weight_of_its_forward(change: Callabl
 
 
 # --- what it costs, and where it stays away ---
-
-
-def kept_of(weight: Tensor) -> int:
-    """Bytes of a weight for fprop and for dgrad, emulated rowwise: fp32 values or, to be multiplied in bf16, codes."""
-    scales = sum(weight.shape) if multiplies_bf16("cpu") else 0
-    return 4 * (2 * weight.numel() + scales)
 
 
 def test_one_copy_per_pass_is_kept_and_goes_with_a_step_or_the_model() -> None:
