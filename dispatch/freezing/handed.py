@@ -21,6 +21,7 @@ from typing import Any, Final, Self, cast
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -39,6 +40,7 @@ log: Final = logging.getLogger("loka.dispatch")
 _TELLING: Final[frozenset[str]] = frozenset(
     ("__get__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size")
     + ("is_floating_point", "is_complex", "is_inference", "is_contiguous", "get_device", "__len__", "__hash__")
+    + ("is_conj", "is_neg", "_is_view")
 )
 # What returns a tensor as it is where there is nothing to do.
 _CONVERSIONS: Final[frozenset[str]] = frozenset(
@@ -102,7 +104,8 @@ class Handed(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name, options = getattr(func, "__name__", ""), dict(kwargs or {})
-        if name in _TELLING:
+        if name in _TELLING or (name == "untyped_storage" and TracingContext.try_get() is not None):
+            # Before torch 2.12 Dynamo asks for the storage of what it describes this way, and writes nothing to it.
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **options)
         if _changes_nothing(name, func, args, options):

@@ -10,8 +10,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from threading import get_ident, local
-from typing import Any, ClassVar
+from threading import Lock, get_ident, local
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,13 @@ class Watch:
         self._flow = flow
         self._here = here
         self._copied = copied
-        for detach in self._attach(root, sites):
-            self._exit.callback(detach)
         self._exit.callback(self.eager.end)
+        try:
+            for detach in self._attach(root, sites):
+                self._exit.callback(detach)
+        except BaseException:  # whatever it is goes on
+            self._exit.close()
+            raise
 
     def end(self) -> int:
         """Leave the model as it was; return for how many of its modules that had been lost."""
@@ -91,12 +95,38 @@ def _needs_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or nn_module._global_forward_pre_hooks) or not copies_leave_it(module)
 
 
+class _Stance:
+    """The stance of compiled code, which belongs to the process: whoever ends last gives back what the first one found.
+
+    Each by itself would give back what it has found, and traces may end in any order.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._users = 0
+        self._before = ExitStack()
+
+    def take(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._before.enter_context(torch.compiler.set_stance("force_eager"))
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._before.close()
+
+
+_stance: Final = _Stance()
+
+
 class Eager:
     """Has compiled code run eagerly, from the time on that there can be any. What it would do could not be seen."""
 
     def __init__(self, root: nn.Module) -> None:
         self.waits = True  # for Dynamo, which takes a second to import
-        self._exit = ExitStack()
         # On CUDA `generate` may compile by itself.
         if "torch._dynamo" in sys.modules or any(parameter.is_cuda for parameter in root.parameters()):
             self._begin()
@@ -117,13 +147,14 @@ class Eager:
 
     def _begin(self) -> None:
         self.waits = False
-        self._exit.enter_context(torch.compiler.set_stance("force_eager"))
+        _stance.take()
 
     def end(self) -> None:
         """Let compiled code run again."""
         if self.waits:
             self.look()
-        self._exit.close()
+        if not self.waits:
+            _stance.release()
 
 
 # --- modules that take tokens
