@@ -8,7 +8,7 @@ holds several together.
 import logging
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
@@ -63,6 +63,7 @@ class Flow:
     def __init__(self, counter: Counter, spill: Spill, facts: TraceFacts, domain: str) -> None:
         self.spill = spill
         self.seen: set[int] = set()  # positions of the sites that ran
+        self.displaced: Callable[[], int] = int  # how many modules are watched no more: requests are incomplete then
         self._counter = counter
         self._facts = facts
         self._domain = domain
@@ -259,6 +260,9 @@ class Flow:
             self._remove(requests)
             self._catch_up(requests)
             requests.again = None
+            if self.displaced():
+                log.info("%d requests are not in the trace: a module was compiled in place", requests.rows)
+                return
             closed = requests.close()
             top_k = self._facts.top_k or requests.top_k
             hidden_size = requests.hidden_size or self._facts.hidden_size

@@ -157,14 +157,19 @@ class RoutingRecorder:
         try:
             self._flow.close_all()
         finally:
-            if self._flow.seen and spill.requests and not displaced:
+            if self._flow.seen and spill.requests:
                 spill.finish()
             else:
                 spill.discard()
         if displaced and error is None:
-            raise EvidenceError(
+            told = (
                 f"{displaced} of the watched modules were compiled in place while their routing was traced, and what "
-                "they routed afterwards was not seen, so there is no trace. Call compile() before the block."
+                "they routed afterwards was not seen. Call compile() before the block."
+            )
+            if not spill.requests:
+                raise EvidenceError(f"{told} No request had ended before, so there is no trace.")
+            warnings.warn(
+                f"{told} Requests that had ended before are in the trace: {spill.requests}.", LokaWarning, stacklevel=2
             )
         if not self._flow.seen and error is None:
             raise EvidenceError(

@@ -56,6 +56,7 @@ class Watch:
         self._flow = flow
         self._here = here
         self._copied = copied
+        flow.displaced = self.displaced
         self._exit.callback(self.eager.end)
         try:
             for detach in self._attach(root, sites):
@@ -64,9 +65,14 @@ class Watch:
             self._exit.close()
             raise
 
+    def displaced(self) -> int:
+        """Return how many modules are watched no more, for something else took the place of their calls."""
+        return sum(not call.is_in_place for call in self._calls)
+
     def end(self) -> int:
-        """Leave the model as it was; return for how many of its modules that had been lost."""
-        displaced = sum(not call.is_in_place for call in self._calls)
+        """Leave the model as it was; return how many of its modules were watched no more by then."""
+        displaced = self.displaced()
+        self._flow.displaced = lambda: displaced
         self._exit.close()
         return displaced
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import loka
-from loka.errors import ArgumentError, EvidenceError
+from loka.errors import ArgumentError, EvidenceError, LokaWarning
 from loka.probes.routing.trace import RoutingTrace
 from tests.dispatch.made_conversion import plan_for
 from tests.probes.made_recording import NONE, attached, check, generate, seeded_model, tokens
@@ -212,12 +212,26 @@ def test_replicas_of_a_model_run_themselves(model, path):
 # --- compiled inside the block
 
 
-def test_a_module_that_is_compiled_in_place_inside_the_block_is_told(model, path):
-    with pytest.raises(EvidenceError, match=r"1 of the watched modules were compiled in place.*before the block"):
-        with loka.trace_routing(model, path), torch.no_grad():
+def test_what_had_ended_before_a_module_is_compiled_in_place_stays_in_the_trace(model, path):
+    before = tokens(1, 3)
+    with pytest.warns(LokaWarning, match=r"1 of the watched modules were compiled in place.*are in the trace: 1"):
+        with loka.trace_routing(model, path) as trace, torch.no_grad():
+            with trace.request():
+                model(before)
+            with trace.request():
+                model(tokens(1, 5))
+                model.layers[0].experts.compile(backend="eager")
+                model(tokens(1, 1))
+            model(tokens(1, 4))
+    model.layers[0].experts._compiled_call_impl = None
+    check(RoutingTrace.load(path), model, (before[0], NONE))
+
+
+def test_a_module_that_is_compiled_in_place_before_any_request_has_ended_is_told(model, path):
+    with pytest.raises(EvidenceError, match=r"1 of the watched modules were compiled in place.*there is no trace"):
+        with loka.trace_routing(model, path) as trace, torch.no_grad(), trace.request():
             model(tokens(1, 3))
             model.layers[0].experts.compile(backend="eager")
-            model(tokens(1, 3))
     assert not list(path.parent.iterdir())
     model.layers[0].experts._compiled_call_impl = None
 
