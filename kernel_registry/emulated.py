@@ -18,10 +18,10 @@ from torch import Tensor
 from loka.accumulation import reduced_product
 from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Pass, Recipe
 from loka.kernel_registry.bf16_units import available, exact_matmul
-from loka.kernel_registry.operands import Operand
+from loka.kernel_registry.operands import Operand, scaled
 from loka.kernel_registry.spec import Prepared
 from loka.kernel_registry.torch_mm import matmul
-from loka.quantize import dequantize, fake_quantize, held_codes, readable
+from loka.quantize import dequantize, fake_quantize, held_codes
 
 
 def emulate(recipe: Recipe, a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
@@ -69,26 +69,6 @@ def _scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, out_
     """Multiply codes [m, k] and [n, k], and then by their scales, [m or 1, 1] and [n or 1, 1]."""
     sums = matmul(a, b).float() if a.dtype == torch.bfloat16 else exact_matmul(a, b)
     return scaled(sums, scale_a, scale_b.mT).to(out_dtype)
-
-
-def scaled(sums: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
-    """Multiply the sums of a product of codes [m, n], in place, by scales [m or 1, 1] and [1, n or 1].
-
-    One scale after the other, for their product may leave the range of fp32 where the result does not; and the smaller
-    one first, so that no number on the way is larger than the last.
-    """
-    smaller, larger = _ordered(scale_a, scale_b)
-    return sums.mul_(smaller).mul_(larger)
-
-
-def _ordered(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smaller and the larger one of two factors for each element, as they are where one is throughout."""
-    if readable(a) and a.numel() and b.numel():
-        if bool(a.amax() <= b.amin()):
-            return a, b
-        if bool(b.amax() <= a.amin()):
-            return b, a
-    return torch.minimum(a, b), torch.maximum(a, b)
 
 
 def _code_dtype(recipe: Recipe, x: Tensor, out_dtype: torch.dtype) -> torch.dtype | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from loka.errors import KernelError
 from loka.formats import PASS_OPERANDS, OperandSpec, Pass, Recipe
 from loka.kernel_registry.spec import Prepared
-from loka.quantize import quantize
+from loka.quantize import quantize, readable
 
 DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -143,6 +143,26 @@ def swizzled(scale: Tensor) -> Tensor:
     down, across = padded.shape[0] // _TILE_ROWS, padded.shape[1] // _TILE_GROUPS
     tiles = padded.reshape(down, _QUARTERS, _TILE_ROWS // _QUARTERS, across, _TILE_GROUPS)
     return tiles.permute(0, 3, 2, 1, 4).contiguous().flatten()
+
+
+def scaled(sums: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
+    """Multiply the sums of a product of codes [m, n], in place, by scales [m or 1, 1] and [1, n or 1].
+
+    One scale after the other, for their product may leave the range of fp32 where the result does not; and the smaller
+    one first, so that no number on the way is larger than the last.
+    """
+    smaller, larger = _ordered(scale_a, scale_b)
+    return sums.mul_(smaller).mul_(larger)
+
+
+def _ordered(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smaller and the larger one of two factors for each element, as they are where one is throughout."""
+    if readable(a) and a.numel() and b.numel():
+        if bool(a.amax() <= b.amin()):
+            return a, b
+        if bool(b.amax() <= a.amin()):
+            return b, a
+    return torch.minimum(a, b), torch.maximum(a, b)
 
 
 def _append(x: Tensor, rows: int, columns: int, value: float) -> Tensor:

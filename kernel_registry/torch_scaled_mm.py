@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from loka.formats import BLOCK, PASS_OPERANDS, RECIPES, Pass, Recipe
-from loka.kernel_registry.emulated import scaled
 from loka.kernel_registry.halves import Arrange, Arranged, LibraryHalves
 from loka.kernel_registry.opaque import opaque
 from loka.kernel_registry.operands import (
@@ -35,6 +34,7 @@ from loka.kernel_registry.operands import (
     column_major,
     exponents,
     pad,
+    scaled,
     swizzled,
 )
 from loka.torch_release import ROW_SCALES_ON_CPU, release
