@@ -198,7 +198,8 @@ def columns_to_keep(terms: Tensor, times: float) -> tuple[int, float]:
     terms: [k], E[x_k^2] |w_k|^2. By their sum alone, without a trial; columns that FP8 keeps are a multiple of 16.
     """
     falling = terms.double().nan_to_num().sort(descending=True).values
-    total = falling.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    total = falling.sum()
+    total = torch.where(total > 0, total, 1.0)
     left = torch.cat([torch.ones(1, dtype=torch.float64), 1.0 - falling.cumsum(0) / total])
     enough = min(int((left > 1.0 / (times * _MARGIN) ** 2).sum()), len(terms))  # it falls
     rest = (len(terms) - enough) // _MULTIPLE * _MULTIPLE if len(terms) > _MULTIPLE else len(terms) - enough

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -270,6 +270,8 @@ def test_options_that_cannot_be_meant_are_refused(options):
 
 
 @given(st.lists(st.floats(0, 1e30), min_size=1, max_size=70), st.floats(1.01, 20))
+@example([2.225073858507e-311], 2.0)  # subnormal
+@example([5e-324] * 40, 2.0)
 def test_what_is_told_without_a_trial_is_the_least_that_leaves_little_enough(terms, times):
     columns, left = columns_to_keep(torch.tensor(terms, dtype=torch.float64), times)
     falling = sorted(terms, reverse=True)
