@@ -13,6 +13,7 @@ for one (FSDP), in a copy of a converted model, or where something traces or cap
 computes all passes together (`*.linear_layer.*`) both sides of the weight are kept, as that kernel makes them.
 """
 
+import logging
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ from loka.kernel_registry.layers import Layer, Needs, Sides
 from loka.kernel_registry.norm_act import FusedLayer
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import Kernel, Prepared, PreparedKernel
+
+log: Final = logging.getLogger("loka.dispatch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,8 @@ class Weight:
         """Return a kernel that takes its operand b, made of this weight, from what is kept."""
         try:
             halves, grouped = halves_of(name), grouped_halves_of(name)
-        except KernelError:  # refused by the conversion that was to keep weights always
+        except KernelError as error:  # that a conversion which is to keep weights always raises
+            log.warning("Weights on %s are quantised in every micro-batch: %s", name, error)
             halves = grouped = _halves[name] = _grouped_halves[name] = None
         if grouped is not None:
             return self._of_experts(name, grouped, kernel)

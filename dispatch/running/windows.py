@@ -7,7 +7,7 @@ weight is never one step behind without a word, it serves again only where all o
   (any step of any optimiser ends it). A loop that updates by hand never gets here.
 - Nothing but backward passes has touched its gradient since. A hook notes what every accumulation leaves, and the next
   forward must find that very tensor in that very version; where a gradient was zeroed, scaled, clipped or replaced, the
-  window is over. Zeroed once between the first forward and its backward, as some trainers do it, is no doubt.
+  window is over. That includes those who zero behind the first forward of a window: an update by hand looks the same.
 - At least one gradient has been accumulated since the weight served last: several forwards in a row are an evaluation,
   or one Parameter in several places, and no micro-batches. What a checkpoint recomputes in a backward pass is no other.
 - The window is no longer than one that has been seen to end with a step.
@@ -62,7 +62,7 @@ class _Left:
     def __init__(self, grad: Tensor | None) -> None:
         # As long as something refers to a storage, if only weakly, no other one takes its place in memory. A reference
         # to a tensor would be in the way: `torch.utils.swap_tensors`, by which `.to()` may work, refuses what has one.
-        self._storage = None if grad is None else StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]
+        self._storage = None if grad is None else StorageWeakRef(grad.untyped_storage())  # type: ignore[no-untyped-call]  # untyped in torch
         self._version = 0 if grad is None else grad._version
 
     def is_still(self, grad: Tensor | None) -> bool:
@@ -133,7 +133,7 @@ class Window:
             return True
         if not self._chances or not parameter.requires_grad or not parameter.is_leaf:
             return True
-        self._handle = parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+        self._handle = parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]  # untyped in torch
         self._misses = 0
         return False
 
@@ -198,7 +198,7 @@ class Window:
         self.frees = not parameter.is_cpu
         self._left = _Left(parameter.grad)
         # Memory that processes share is written by others.
-        self._open = stepped and (parameter.is_cuda or not parameter.is_shared())  # type: ignore[no-untyped-call]
+        self._open = stepped and (parameter.is_cuda or not parameter.is_shared())  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _give_up(self) -> None:
         self._chances -= 1
@@ -215,8 +215,7 @@ class Window:
         # In a compiled backward pass, which takes in its hooks, nothing is noted: the next forward is in doubt.
         if torch.compiler.is_compiling() or self._values is None:
             return
-        zeroed = self._open and not self._accumulated
-        if not self._left.became(parameter.grad) and not zeroed:
+        if not self._left.became(parameter.grad):
             self._over()
             return
         self._left = _Left(parameter.grad)

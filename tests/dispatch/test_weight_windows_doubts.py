@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -207,6 +207,11 @@ HAPPENS = st.one_of(st.none(), st.none(), st.none(), st.sampled_from(EVENTS))
     kernel=st.sampled_from(KERNELS),
 )
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+@example(
+    windows=[[None], [partial(by_hand, clear=replace_gradients), partial(by_hand_behind_forward, clear=zero), None]],
+    optimizer="foreach",
+    kernel="emulated.linear.rowwise",
+)
 def test_any_training_computes_what_it_computes_with_nothing_kept(
     windows: list[list[Callable[[Trainer], None] | None]], optimizer: str, kernel: str
 ) -> None:

@@ -76,7 +76,7 @@ def test_a_forward_of_the_instance_is_kept_and_run(model, path):
     row = tokens(1, 4)
     with loka.trace_routing(model, path), torch.no_grad():
         model(row)
-        other = lambda *args, **kwargs: own(*args, **kwargs)  # noqa: E731
+        other = lambda *args, **kwargs: own(*args, **kwargs)  # noqa: E731  # likewise
         experts.forward = other  # and inside of the block
         model(row)
         assert len(ran) == 2
