@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loka.amax import finite_amax
 from loka.formats import BLOCK, OperandSpec
 from loka.kernel_registry.operands import quantize_operand
-from loka.quantize import cast, finite_amax, quantize, scale_from_amax
+from loka.quantize import cast, quantize, scale_from_amax
 
 
 def token_groups(tokens: int, experts: int, *, blockwise: bool) -> int:

@@ -134,7 +134,7 @@ class Emulated:
 
     def multiply(self, a: Operand, b: Operand, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Multiply a [m, k] and b [n, k]."""
-        return emulated.multiply_operands(a, b, out_dtype)
+        return emulated.multiply_operands(self.recipe, a, b, out_dtype)
 
 
 class _Codes:

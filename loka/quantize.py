@@ -12,16 +12,21 @@ other: scales are taken over finite elements only.
 tested equal to `cast` on every input, up to the sign of zero, which it drops.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from loka.amax import finite_amax, readable
 from loka.formats import Format, OperandSpec
 
 # Smallest scale: the smallest normal fp32, so that its reciprocal stays finite.
 _MIN_SCALE: Final[float] = 2.0**-126
+# Scales that leave room on both sides: none of theirs, and no number that they are multiplied with, leaves fp32.
+_MODERATE: Final[float] = 2.0**80
 # Elements of a piece, whose values and exponents, half a MB each, stay in the second cache of a server's core.
 _PIECE: Final[int] = 2**17
 # Whose largest element is found without a copy in fp32.
@@ -97,8 +102,13 @@ def _round_in_place(x: Tensor, fmt: Format) -> Tensor:
         exponent.clamp_(_held_exponent(fmt), _top_exponent(fmt))
     else:
         exponent.clamp_min_(_held_exponent(fmt))
+    return _round_at(x, exponent, fmt, x)
+
+
+def _round_at(x: Tensor, exponent: Tensor, fmt: Format, out: Tensor) -> Tensor:
+    """Round fp32 x to the bits that `fmt` keeps of a number with this exponent, which is given as fp32 has it."""
     power, factor = exponent.view(torch.float32), _magic(fmt)  # their product is exact
-    return x.add_(power, alpha=factor).sub_(power, alpha=factor)
+    return torch.add(x, power, alpha=factor, out=out).sub_(power, alpha=factor)
 
 
 def _held_exponent(fmt: Format) -> int:
@@ -115,35 +125,6 @@ def _top_exponent(fmt: Format) -> int | None:
 
 def _magic(fmt: Format) -> float:
     return float(1.5 * 2.0 ** (_FP32_MANTISSA_BITS - fmt.mantissa_bits))
-
-
-def finite_amax(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
-    """Return the largest finite |x| over `dim`, 0 for an empty or wholly non-finite group."""
-    if x.numel() == 0:
-        shape = [1 if d in {i % x.dim() for i in dim} else n for d, n in enumerate(x.shape)]
-        amax = x.new_zeros(shape)
-        return amax if keepdim else amax.squeeze(dim)
-    if readable(x):
-        # Two reductions that write nothing are faster than one over a copy of magnitudes.
-        amax = torch.maximum(x.amax(dim, keepdim=keepdim).abs(), x.amin(dim, keepdim=keepdim).abs())
-        if bool(torch.isfinite(amax).all()):
-            return amax
-    magnitude = x.abs()
-    return torch.where(magnitude < float("inf"), magnitude, 0.0).amax(dim, keepdim=keepdim)
-
-
-def readable(x: Tensor) -> bool:
-    """Whether Python may branch on the values of `x`: an eager CPU tensor that nothing is tracing.
-
-    AOT autograd and make_fx retrace Python functions with fake, functional or proxied tensors outside of
-    `is_compiling()`; all of them do it under a dispatch mode. Under a transform of torch.func, a tensor may stand for
-    many. The order matters: Dynamo folds the first test.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return type(x) is Tensor and x.device.type == "cpu"
 
 
 def scale_from_amax(amax: Tensor, spec: OperandSpec) -> Tensor:
@@ -237,7 +218,7 @@ def quantize(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) -> tuple[
     value = data * scale. `amax` overrides the measured one (a scalar, for per-tensor specs of which `x` is a part).
     """
     grouped, scale = _measured(x, spec, amax)
-    scales = scale.squeeze((-1, -3))
+    scales = scale.squeeze((-1, -3)).contiguous()
     if _is_padded(x, grouped) and not _is_plain(grouped):
         return cast(x.float() * _per_element(scales, x.shape, spec).reciprocal(), spec.format).contiguous(), scales
     codes = cast(grouped.float() * scale.reciprocal(), spec.format)
@@ -255,14 +236,21 @@ def fake_quantize(
     if stochastic is not None:
         grouped, scale = _scaled(x, spec, amax)
         return _ungrouped(round_stochastically(grouped, spec.format, stochastic) * scale, x.shape)
+    return values_and_scale(x, spec, amax)[0]
+
+
+def values_and_scale(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the same values of an operand [..., rows, k], and the fp32 scales that `quantize` gives it."""
     grouped, scale = _measured(x, spec, amax)
-    clips = _clips(spec, amax)
+    scales, clips = scale.squeeze((-1, -3)), _clips(spec, amax)
     if _is_plain(grouped):
-        return _ungrouped(_rounded_in_pieces(grouped, scale, spec.format, clips=clips), x.shape)
-    if _is_padded(x, grouped):
-        of_elements = _per_element(scale.squeeze((-1, -3)), x.shape, spec)
-        return (_rounded(x, of_elements, spec.format, clips=clips) * of_elements).contiguous()
-    return _ungrouped(_rounded(grouped, scale, spec.format, clips=clips) * scale, x.shape)
+        values = _values_in_pieces(grouped, scale, spec, clips=clips)
+    elif _is_padded(x, grouped):
+        of_elements = _per_element(scales, x.shape, spec)
+        return (_rounded(x, of_elements, spec.format, clips=clips) * of_elements).contiguous(), scales
+    else:
+        values = _rounded(grouped, scale, spec.format, clips=clips) * scale
+    return _ungrouped(values, x.shape), scales
 
 
 def held_codes(x: Tensor, spec: OperandSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -317,30 +305,64 @@ def _rounded_in_pieces(
 ) -> Tensor:
     """Return the codes of x in this dtype, or the fp32 values they stand for; the same numbers as `_rounded`.
 
-    Six passes over a piece that stays in the second cache take less than two over memory. Pieces are cut along the
-    outermost dimension in memory, so that a transposed view is read, and its result written, in order.
+    Six passes over a piece that stays in the second cache take less than two over memory.
     """
     out = torch.empty_like(grouped, dtype=codes or torch.float32)
-    if not grouped.numel():
-        return out
-    dim = max(range(grouped.dim()), key=lambda d: (grouped.shape[d] > 1, grouped.stride(d)))
-    step = max(1, _PIECE * grouped.shape[dim] // grouped.numel())
-    inverse = scale.reciprocal()
-    for start in range(0, grouped.shape[dim], step):
-        length = min(step, grouped.shape[dim] - start)
-        part, target = grouped.narrow(dim, start, length), out.narrow(dim, start, length)
-        own = scale.shape[dim] > 1
+    for part, target, own, own_inverse in _in_pieces(grouped, out, scale, scale.reciprocal()):
         values = target if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
-        torch.mul(part, inverse.narrow(dim, start, length) if own else inverse, out=values)
+        torch.mul(part, own_inverse, out=values)
         # A finite sum means finite elements; should finite ones overflow it, the general way is as right.
         if clips and not bool(torch.isfinite(values.sum())):
             values = round_to_format(values, fmt)
         else:
             values = _round_in_place(values.clamp_(-fmt.max, fmt.max) if clips else values, fmt)
         if codes is None:
-            torch.mul(values, scale.narrow(dim, start, length) if own else scale, out=target)
+            torch.mul(values, own, out=target)
         elif values is not target:
             target.copy_(values)
+    return out
+
+
+def _in_pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield pieces of x, and those of tensors of its shape and of its scales' that belong to them.
+
+    Pieces are cut along the outermost dimension in memory, so that a transposed view is read, and its result written,
+    in order.
+    """
+    if not x.numel():
+        return
+    dim = max(range(x.dim()), key=lambda d: (x.shape[d] > 1, x.stride(d)))
+    step = max(1, _PIECE * x.shape[dim] // x.numel())
+    rest = (torch.split(each, step, dim) if each.shape[dim] > 1 else itertools.repeat(each) for each in others)
+    yield from zip(torch.split(x, step, dim), *rest, strict=False)
+
+
+def _values_in_pieces(grouped: Tensor, scale: Tensor, spec: OperandSpec, *, clips: bool) -> Tensor:
+    """Return the fp32 values that x stands for, the fastest way."""
+    if not clips and _rounds_where_it_is(spec, scale):
+        return _rounded_where_it_is(grouped, scale, spec.format)
+    return _rounded_in_pieces(grouped, scale, spec.format, clips=clips)
+
+
+def _rounds_where_it_is(spec: OperandSpec, scale: Tensor) -> bool:
+    """Whether `_rounded_where_it_is` may be asked: scales are powers of two, and nothing it adds leaves the range."""
+    if spec.scale_rule == "fp32" or spec.format.has_infinity or not scale.numel():
+        return False
+    return bool(scale.amin() >= 1 / _MODERATE) and bool(scale.amax() <= _MODERATE)
+
+
+def _rounded_where_it_is(grouped: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """Return the fp32 values that x stands for under scales that are powers of two, in two passes fewer.
+
+    Dividing by such a scale moves the exponent alone, so x is rounded at the bit where x / s would be.
+    """
+    out = torch.empty_like(grouped, dtype=torch.float32)
+    held = scale.view(torch.int32) + (fmt.min_exponent << _FP32_MANTISSA_BITS)
+    for part, target, own in _in_pieces(grouped, out, held):
+        if part.dtype != torch.float32:
+            part = target.copy_(part)
+        exponent = part.view(torch.int32).bitwise_and(_FP32_EXPONENT_MASK)
+        _round_at(part, torch.maximum(exponent, own, out=exponent), fmt, target)
     return out
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.truth.materials import STUDIED
+from loka.amax import finite_amax
 from loka.formats import Pass, Recipe
 from loka.numerics import MIN_COLUMNS, ProductError
 from loka.probes.capturing.products import Draw, Factors, Gemm, stratified
@@ -28,7 +29,6 @@ from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.learned import Kind, OperandDistribution
 from loka.probes.distributions.matrix_normal import MatrixNormal
 from loka.probes.sampling.measure import ROWS, is_plain_product, measure
-from loka.quantize import finite_amax
 
 # Rows of an operand per step that a distribution learns from, and rows of a drawn product that are measured.
 LEARNED_ROWS: Final[int] = 512

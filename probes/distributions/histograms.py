@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loka.amax import finite_amax
 from loka.errors import ArgumentError
 from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Pass, Recipe
 from loka.probes.distributions.alignment import weighted_energy
 from loka.probes.distributions.moments import Arrays, pieces
 from loka.probes.distributions.stored import Stored
-from loka.quantize import finite_amax
 
 OCTAVES: Final[int] = 24
 BINS_PER_OCTAVE: Final[int] = 8

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loka.accumulation import reduced_product
+from loka.amax import finite_amax
 from loka.errors import ArgumentError
 from loka.formats import PASS_OPERANDS, OperandSpec, Pass, Recipe
 from loka.numerics import product_errors
@@ -27,7 +28,7 @@ from loka.probes.distributions.histograms import Survey
 from loka.probes.distributions.moments import Arrays
 from loka.probes.distributions.quantiles import EXTENT, POINTS, Quantiles
 from loka.probes.distributions.stored import Stored
-from loka.quantize import fake_quantize, finite_amax
+from loka.quantize import fake_quantize
 
 Kind = Literal["copula", "gaussian", "normal"]
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from loka.accumulation import reduced_product
+from loka.amax import finite_amax
 from loka.formats import PASS_OPERANDS, Accumulation, OperandSpec, Pass, Recipe, Role
 from loka.numerics import ProductError, product_errors
 from loka.probes.capturing.products import Draw, Gemm, Part
 from loka.probes.records import OperandRecord
-from loka.quantize import fake_quantize, finite_amax, saturated_share
+from loka.quantize import fake_quantize, saturated_share
 
 # Rows per product and step: 64 rows with all columns are within 5 % of the full product at the worst site measured.
 ROWS: Final[int] = 64

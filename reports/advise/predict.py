@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loka.accumulation import reduced_product
+from loka.amax import finite_amax
 from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Recipe
 from loka.mods.keep_share import columns_to_keep
 from loka.mods.smooth import Smooth, scales
@@ -27,7 +28,7 @@ from loka.probes.distributions.histograms import AMAX_BIN, BELOW, BINS_PER_OCTAV
 from loka.probes.distributions.learned import OperandDistribution
 from loka.probes.judging.evidence import ProductEvidence, RecipeEvidence
 from loka.probes.sampling.learning import EXTREMES, STATISTICS
-from loka.quantize import fake_quantize, finite_amax
+from loka.quantize import fake_quantize
 from loka.reports.advise.advice import Hit, Prediction, Predictions
 from loka.reports.advise.case import Case
 

@@ -2,10 +2,11 @@
 
 import torch
 
+from loka.amax import finite_amax
 from loka.formats import PASS_OPERANDS, RECIPES
 from loka.kernel_registry.emulated import rowwise as emulated_rowwise
 from loka.kernel_registry.grouped import rowwise, spans
-from loka.quantize import dequantize, fake_quantize, finite_amax, quantize
+from loka.quantize import dequantize, fake_quantize, quantize
 
 ROLES = PASS_OPERANDS["fprop"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loka.dispatch.running.convert import convert
 from loka.hardware import multiplies_bf16
-from loka.kernel_registry import emulated, halves
+from loka.kernel_registry import halves, held
 from loka.kernel_registry.registry import default_registry
 from tests.dispatch.made_conversion import decision, plan_for
 
@@ -83,7 +83,8 @@ class Counted:
         of: Callable[[nn.Module], Iterable[Tensor]] = nn.Module.parameters,
     ) -> None:
         self.model, self.count, self.of = model, 0, of
-        found = [(emulated, "fake_quantize"), (emulated, "held_codes"), (halves, "quantize_operand")]
+        found = [(held, name) for name in ("fake_quantize", "held_codes", "values_and_scale")]
+        found.append((halves, "quantize_operand"))
         for module, name in found:
             monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
 

@@ -7,7 +7,7 @@ from loka.dispatch.running import linear as dispatch_linear
 from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.dispatch.running.linear import linear
 from loka.hardware import DeviceInfo
-from loka.kernel_registry import emulated
+from loka.kernel_registry import emulated, held
 from loka.kernel_registry import operands as operands_module
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import default_registry
@@ -72,7 +72,7 @@ def counting(monkeypatch, module, *functions):
     ("name", "together"), [("emulated.linear_layer.tensorwise", 3), ("emulated.linear_layer.blockwise", 5)]
 )
 def test_an_operand_with_symmetric_groups_is_quantised_once(monkeypatch, name, together):
-    calls = counting(monkeypatch, emulated, "fake_quantize", "held_codes")
+    calls = counting(monkeypatch, held, "fake_quantize", "held_codes")
     tensors = operands(32, 48, 64)
     step(name, *tensors)
     assert len(calls) == together

@@ -1,0 +1,84 @@
+"""The largest magnitude of each group of a tensor, which every scale is made of.
+
+    amax    largest finite |x| of a group; 0 where none is finite
+
+An element that is not finite belongs to no scale: one NaN must not reach the other elements of its group.
+
+Where values can be read (a CPU, nothing traced), how long it takes depends on how it is asked. A reduction writes its
+result in the order of its dimensions: in another order than that of memory, groups of a transposed fp32 tensor take 15
+to 25 times as long. Those of 16-bit elements compare in fp32, one by one; their bits without a sign, which are integers
+in the order of magnitudes, take a third to a tenth of the time. (`benchmarks.emulated_linear` has what it amounts to.)
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+# Not of a class of its own, as tensors that stand for others are.
+_PLAIN: Final[tuple[type[Tensor], ...]] = (Tensor, Parameter)
+# By bytes of an element: integers of that size, and all its bits but the sign.
+_BITS: Final[dict[int, tuple[torch.dtype, int]]] = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
+# Elements of a group, side by side in memory, from which on two reductions of fp32 beat a copy of bits and one.
+_LONG: Final[int] = 64
+# Elements of a piece, whose bits stay in the second cache of a server's core.
+_PIECE: Final[int] = 2**17
+
+
+def finite_amax(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """Return the largest finite |x| over `dim`, 0 for an empty or wholly non-finite group; any float dtype."""
+    if x.numel() == 0:
+        shape = [1 if d in {i % x.dim() for i in dim} else n for d, n in enumerate(x.shape)]
+        amax = x.new_zeros(shape)
+        return amax if keepdim else amax.squeeze(dim)
+    if readable(x):
+        amax = _amax(x, dim)
+        if bool(torch.isfinite(amax).all()):
+            return amax if keepdim else amax.squeeze(dim)
+    magnitude = x.abs()
+    return torch.where(magnitude < float("inf"), magnitude, 0.0).amax(dim, keepdim=keepdim)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether Python may branch on the values of `x`: an eager CPU tensor that nothing is tracing.
+
+    AOT autograd and make_fx retrace Python functions with fake, functional or proxied tensors outside of
+    `is_compiling()`; all of them do it under a dispatch mode. Under a transform of torch.func, a tensor may stand for
+    many. The order matters: Dynamo folds the first test.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) in _PLAIN and x.device.type == "cpu"
+
+
+def _amax(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return the largest |x| over `dim`, kept as ones, laid out as x is; NaN or Inf where an element is."""
+    if x.is_contiguous():
+        return _amax_in_order(x, tuple(d % x.dim() for d in dim))
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    amax = _amax_in_order(x.permute(order), tuple(order.index(d % x.dim()) for d in dim))
+    return amax.permute([order.index(d) for d in range(x.dim())])
+
+
+def _amax_in_order(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Do that for a tensor whose strides fall."""
+    recorded = x.requires_grad and torch.is_grad_enabled()  # bits have no gradient
+    fast_as_numbers = x.dtype == torch.float32 and (x.dim() - 1 not in dim or x.shape[-1] >= _LONG)
+    if recorded or fast_as_numbers or x.itemsize not in _BITS:
+        return torch.maximum(x.amax(dim, keepdim=True).abs(), x.amin(dim, keepdim=True).abs())
+    integer, magnitude = _BITS[x.itemsize]
+    bits = x.detach().view(integer)
+    cut = next((d for d in range(x.dim()) if x.shape[d] > 1), 0)
+    step = max(1, _PIECE * x.shape[cut] // x.numel())
+    scratch = torch.empty_like(bits.narrow(cut, 0, min(step, x.shape[cut])))
+    parts = []
+    for piece in torch.split(bits, step, dim=cut):
+        held = torch.bitwise_and(piece, magnitude, out=scratch.narrow(cut, 0, piece.shape[cut]))
+        parts.append(held.amax(dim, keepdim=True))
+    largest = parts[0] if len(parts) == 1 else torch.cat(parts, cut)
+    if cut in dim and len(parts) > 1:
+        largest = largest.amax(cut, keepdim=True)
+    return largest.view(x.dtype)
