@@ -18,7 +18,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loka.amax import readable
 from loka.hardware import multiplies_bf16
 from loka.kernel_registry.torch_mm import matmul
 from loka.torch_release import being_compiled, is_exporting
@@ -59,20 +58,17 @@ def available(device: torch.device) -> bool:
     return _AVAILABLE.get(device.type, False)
 
 
-def exact_matmul(a: Tensor, b: Tensor, smallest: Tensor | None = None) -> Tensor:
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a [.., m, k] times b [.., n, k] in fp32; both hold fp32 numbers of at most eight significant bits.
 
-    `smallest` []: what no number of either but zero, and no product of two, is below; None: nothing is near the end of
-    fp32. These units take subnormal numbers for zero.
+    Neither they nor the product of two may be below SMALLEST, zero aside: these units take subnormal numbers for zero.
     """
     if being_compiled(a):
-        return matmul(a, b) if is_exporting() or a.dim() != 2 else _operator(a, b, smallest)
-    return _matmul(a, b, smallest)
+        return matmul(a, b) if is_exporting() or a.dim() != 2 else _operator(a, b)
+    return _matmul(a, b)
 
 
-def _matmul(a: Tensor, b: Tensor, smallest: Tensor | None) -> Tensor:
-    if smallest is not None and not (readable(smallest) and bool(smallest >= SMALLEST)):
-        return matmul(a, b)
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     if _idle.get() or torch._C._get_fp32_precision_getter(*_BACKEND) != _NOT_CHOSEN or not _is_alone():
         return matmul(a, b)
     try:
@@ -102,13 +98,11 @@ def _compiling() -> set[threading.Thread]:
     return set(pool()._threads) if pool is not None and pool.cache_info().currsize else set()
 
 
-@torch.library.custom_op(
-    "loka::exact_matmul", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? smallest) -> Tensor"
-)
-def _operator(a: Tensor, b: Tensor, smallest: Tensor | None) -> Tensor:
-    return _matmul(a, b, smallest).contiguous()
+@torch.library.custom_op("loka::exact_matmul", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
+def _operator(a: Tensor, b: Tensor) -> Tensor:
+    return _matmul(a, b).contiguous()
 
 
 @_operator.register_fake
-def _(a: Tensor, b: Tensor, smallest: Tensor | None) -> Tensor:
+def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]))

@@ -8,6 +8,9 @@ unit, one group of products after the other.
 On a CPU with units for bf16 operands are held so that these take the same sum of the same numbers in less time
 (`held`). In fp32 it is as near to the exact sum; under `tensorwise` and `rowwise` a bf16 result is rounded before and
 after its scales: within one and a half bf16 ulp of the definition, where rounding once leaves a half.
+
+Code that is compiled for such a CPU has the products of `blockwise` and of power-of-two scales as one operator: their
+sums are those of eager code then, in its time.
 """
 
 from typing import Final
@@ -16,13 +19,17 @@ import torch
 from torch import Tensor
 
 from loka.formats import PASS_OPERANDS, RECIPES, OperandSpec, Pass, Recipe
+from loka.kernel_registry.bf16_units import available
 from loka.kernel_registry.held import Held, hold, hold_stored, multiply
 from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.spec import Prepared
+from loka.torch_release import being_compiled, is_exporting
 
 
 def emulate(recipe: Recipe, a: Tensor, b: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
     """Return the product of a [m, k] and b [n, k] under `recipe`, whose operands the pass names."""
+    if _is_operator(recipe, a):
+        return _traced(recipe, [a], [b], product, out_dtype)
     spec_a, spec_b = (recipe.operand(role) for role in PASS_OPERANDS[product])
     return multiply(recipe, hold(recipe, a, spec_a, out_dtype), hold(recipe, b, spec_b, out_dtype), out_dtype)
 
@@ -39,6 +46,42 @@ def multiply_operands(recipe: Recipe, a: Operand, b: Operand, out_dtype: torch.d
     return multiply(recipe, left, right, out_dtype)
 
 
+def _is_operator(recipe: Recipe, x: Tensor) -> bool:
+    """Whether a product in code that is compiled is one operator, which computes it as eager code does."""
+    in_groups = recipe.scaling not in ("tensorwise", "rowwise") and recipe.accumulation == "fp32"
+    return in_groups and x.dim() == 2 and available(x.device) and being_compiled(x) and not is_exporting()
+
+
+@torch.library.custom_op(
+    "loka::emulated_product",
+    mutates_args=(),
+    schema="(Tensor[] a, Tensor[] b, str recipe, str product, ScalarType out_dtype) -> Tensor",
+)
+def _operator(a: list[Tensor], b: list[Tensor], recipe: str, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    """Multiply a [m, k] and b [n, k], each as it is, or as its codes and scales."""
+    by = RECIPES[recipe]
+    role_a, role_b = PASS_OPERANDS[product]
+    left, right = _held(by, a, by.operand(role_a), out_dtype), _held(by, b, by.operand(role_b), out_dtype)
+    return multiply(by, left, right, out_dtype).contiguous()
+
+
+@_operator.register_fake
+def _(a: list[Tensor], b: list[Tensor], recipe: str, product: Pass, out_dtype: torch.dtype) -> Tensor:
+    return a[0].new_empty((a[0].shape[0], b[0].shape[0]), dtype=out_dtype)
+
+
+def _traced(recipe: Recipe, a: list[Tensor], b: list[Tensor], product: Pass, out_dtype: torch.dtype) -> Tensor:
+    out: Tensor = _operator(a, b, recipe.name, product, out_dtype)
+    return out
+
+
+def _held(recipe: Recipe, x: list[Tensor], spec: OperandSpec, out_dtype: torch.dtype) -> Held:
+    if len(x) == 1:
+        return hold(recipe, x[0], spec, out_dtype)
+    codes, scale = x
+    return hold_stored(recipe, codes, scale, spec, out_dtype)
+
+
 class Halves:
     """The emulated product of one recipe in two halves (`spec.PreparedKernel`)."""
 
@@ -51,16 +94,22 @@ class Halves:
 
     def lay_out(self, codes: Tensor, scale: Tensor, *, product: Pass, out_dtype: torch.dtype) -> Prepared:
         """Read a b that is stored as codes [n, k] and scales."""
+        if _is_operator(self._recipe, codes):
+            return Prepared((codes, scale), codes.shape[0])
         held = hold_stored(self._recipe, codes, scale, self._spec(product, 1), out_dtype)
         return Prepared(held.tensors, codes.shape[0])
 
     def multiply(self, a: Tensor, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Multiply a [m, k] and b [n, k]."""
+        if _is_operator(self._recipe, a):
+            return _traced(self._recipe, [a], [*b.tensors], product, out_dtype)
         left = hold(self._recipe, a, self._spec(product, 0), out_dtype)
         return multiply(self._recipe, left, Held(b.tensors, self._spec(product, 1)), out_dtype)
 
     def multiply_codes(self, a: Operand, b: Prepared, *, product: Pass, out_dtype: torch.dtype) -> Tensor:
         """Multiply a [m, k] that is quantised and b [n, k]."""
+        if _is_operator(self._recipe, a.data):
+            return _traced(self._recipe, [a.data, a.scale], [*b.tensors], product, out_dtype)
         left = hold_stored(self._recipe, *a, out_dtype)
         return multiply(self._recipe, left, Held(b.tensors, self._spec(product, 1)), out_dtype)
 

@@ -68,7 +68,8 @@ def multiply(recipe: Recipe, a: Held, b: Held, out_dtype: torch.dtype) -> Tensor
     left, right = _values(a), _values(b)
     if len(left) == len(right) == 2:
         return _exact_product(*left, *right, out_dtype)
-    return (reduced_product if recipe.accumulation == "reduced" else matmul)(left[0], right[0]).to(out_dtype)
+    product = reduced_product if recipe.accumulation == "reduced" else matmul
+    return product(left[0].float(), right[0].float()).to(out_dtype)
 
 
 def _scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -94,9 +95,11 @@ def _sum_of_blocks(a: Tensor, of_rows: Tensor, b: Tensor, of_columns: Tensor) ->
 def _exact_product(a: Tensor, smallest_a: Tensor, b: Tensor, smallest_b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Multiply values [m, k] and [n, k] that bf16 holds exactly, where no product of two is too small for it."""
     smallest = torch.minimum(torch.minimum(smallest_a, smallest_b), smallest_a * smallest_b)
-    if a.dtype == b.dtype == torch.bfloat16 and bool(smallest >= SMALLEST):
+    if not bool(smallest >= SMALLEST):
+        return matmul(a.float(), b.float()).to(out_dtype)
+    if a.dtype == b.dtype == torch.bfloat16:
         return matmul(a, b).to(out_dtype)
-    return exact_matmul(a.float(), b.float(), smallest).to(out_dtype)
+    return exact_matmul(a.float(), b.float()).to(out_dtype)
 
 
 def _values(x: Held) -> tuple[Tensor, ...]:
@@ -109,7 +112,7 @@ def _values(x: Held) -> tuple[Tensor, ...]:
 def _bounded(values: Tensor, scale: Tensor, spec: OperandSpec, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return values, in bf16 where a bf16 result can be had from those, and what none of them but zero is below."""
     smallest = scale.amin() * spec.format.min_subnormal if scale.numel() else scale.new_ones(())
-    if out_dtype == torch.bfloat16 and readable(values) and bool(smallest >= SMALLEST):
+    if out_dtype == torch.bfloat16 and bool(smallest >= SMALLEST):
         values = values.bfloat16()
     return values, smallest
 
@@ -127,11 +130,17 @@ def _code_dtype(recipe: Recipe, x: Tensor, spec: OperandSpec, out_dtype: torch.d
         return None
     if spec.group_k is None:
         return torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
-    return torch.float32 if x.dim() == 2 and readable(x) else None  # a graph would have a loop unrolled
+    return torch.float32 if x.dim() == 2 and readable(x) else None  # see `_is_exact_in_bf16`
 
 
 def _is_exact_in_bf16(recipe: Recipe, x: Tensor) -> bool:
-    return _is_for_units(recipe, x) and recipe.scale_rule != "fp32"
+    """Whether values are, and their range can be asked for.
+
+    Not in a graph; in one that is compiled, all of this is one operator (`emulated`). Beside that, Inductor's C++ fails
+    on two casts by groups along k whose scales go anywhere but into the cast (torch 2.13, an assertion of
+    `CppScheduling.try_loop_split`).
+    """
+    return _is_for_units(recipe, x) and recipe.scale_rule != "fp32" and readable(x)
 
 
 def _is_for_units(recipe: Recipe, x: Tensor) -> bool:

@@ -18,6 +18,11 @@ from torch.nn import Parameter
 
 # Not of a class of its own, as tensors that stand for others are.
 _PLAIN: Final[tuple[type[Tensor], ...]] = (Tensor, Parameter)
+_TRACING: Final = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
 # By bytes of an element: integers of that size, and all its bits but the sign.
 _BITS: Final[dict[int, tuple[torch.dtype, int]]] = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
 # Elements of a group, side by side in memory, from which on two reductions of fp32 beat a copy of bits and one.
@@ -44,10 +49,12 @@ def readable(x: Tensor) -> bool:
     """Whether Python may branch on the values of `x`: an eager CPU tensor that nothing is tracing.
 
     AOT autograd and make_fx retrace Python functions with fake, functional or proxied tensors outside of
-    `is_compiling()`; all of them do it under a dispatch mode. Under a transform of torch.func, a tensor may stand for
-    many. The order matters: Dynamo folds the first test.
+    `is_compiling()`; all of them do it under a dispatch mode of theirs. One that counts operations has values. Under a
+    transform of torch.func, a tensor may stand for many. The order matters: Dynamo folds the first test.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(mode) for mode in _TRACING):
         return False
     if torch._C._are_functorch_transforms_active():
         return False

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from loka.dispatch.freezing.frozen_modules import frozen_kind
-from loka.dispatch.freezing.handed import Handed
+from loka.dispatch.freezing.handed import Handed, read_by
 from loka.dispatch.freezing.handing import Passed, is_bare, is_ready, runs_apart, storage_of, takes_codes, writer_of
 from loka.dispatch.freezing.handing import run as _run
 from loka.made_classes import make_class
@@ -54,6 +54,7 @@ def _forward(self: Any, input: Any) -> Any:
             continue
         reader = None if apart else _reader(modules, at)
         if reader is not None:
+            value = read_by(module, value) if isinstance(value, Handed) else value
             value = _run(module, value, storage_of(reader).reads)
         elif isinstance(value, Passed):
             value = _run(module, value, storage_of(module).hands if is_bare(module) else "")

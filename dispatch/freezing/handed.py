@@ -215,17 +215,19 @@ def stops_handing(writer: nn.Module) -> None:
     frozen["weight"] = replace(frozen["weight"], hands="", reader="")
 
 
+def read_by(module: Any, handed: Handed, *, alone: bool = False) -> Tensor | Passed:
+    """Return what a frozen layer reads of what it is handed: the codes, where its kernel takes them, else numbers."""
+    if handed.opened is not None:
+        return handed.opened
+    reads = not alone and handed.recipe == storage_of(module).reads and takes_codes(module)
+    return passed_of(handed) if reads else numbers_of(handed)
+
+
 def in_flow(module: Any, input: Tensor, apart: Callable[[Any, Tensor], Tensor]) -> Tensor:
     """Run a frozen layer that is handed codes, or hands codes on; where neither can be, run it `apart`."""
     storage = storage_of(module)
     alone = runs_apart(input) or not is_usable(module)
-    value: Tensor | Passed = input
-    if isinstance(input, Handed):
-        if input.opened is not None:
-            value = input.opened
-        else:
-            reads = not alone and input.recipe == storage.reads and takes_codes(module)
-            value = passed_of(input) if reads else numbers_of(input)
+    value = read_by(module, input, alone=alone) if isinstance(input, Handed) else input
     writes = "" if alone or not is_bare(module) else storage.hands
     if not writes and not isinstance(value, Passed):
         return apart(module, value)

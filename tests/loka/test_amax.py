@@ -5,9 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from functorch.compile import aot_function
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from loka import amax
 from loka.amax import finite_amax, readable
@@ -118,3 +121,22 @@ def test_a_tensor_of_a_class_of_its_own_is_not_read() -> None:
 
     assert not readable(torch.randn(3).as_subclass(Stands))
     assert readable(torch.randn(3))
+
+
+def test_values_are_read_where_operations_are_counted_and_not_where_they_are_traced() -> None:
+    found = []
+
+    def ask(x: Tensor) -> Tensor:
+        found.append(readable(x))
+        return x + 1
+
+    with FlopCounterMode(display=False):
+        ask(torch.randn(3))
+    assert found == [True]
+    found.clear()
+    for mode in ("real", "fake", "symbolic"):
+        make_fx(ask, tracing_mode=mode)(torch.randn(3))
+    aot_function(ask, fw_compiler=lambda graph, _: graph)(torch.randn(3))
+    torch.func.vmap(ask)(torch.randn(3, 2))
+    assert len(found) >= 5
+    assert not any(found)
