@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loka.calls import forward_of
 from loka.formats import RECIPES, Pass, Recipe
 from loka.kernel_registry.emulated import Halves, emulate
 from loka.kernel_registry.operands import Operand, quantize_operand
@@ -97,7 +98,7 @@ def is_norm_act(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def has_norm_act(module: nn.Module) -> bool:
     """Whether a module is a linear layer with a norm and an activation, its weight [n, k] that of the product."""
-    return bool(getattr(type(module).forward, _MARK, False)) and "forward" not in vars(module)
+    return bool(getattr(forward_of(module), _MARK, False)) and "forward" not in vars(module)
 
 
 def runs_fused(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
+import torch
 from torch import nn
 
 _SLOT: Final[str] = "_compiled_call_impl"
@@ -92,3 +93,13 @@ def is_compiled(module: nn.Module) -> bool:
     while (call := _call_of(found)) is not None and call.hidden:
         found = call._before
     return found is not None and found is not _EMPTY
+
+
+def forward_of(module: nn.Module) -> Any:
+    """Return the function that a module's class has for its forward; None of TorchScript, which has none in Python."""
+    return getattr(type(module), "forward", None)
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether what a module runs is TorchScript, which nothing in Python can take the place of."""
+    return isinstance(module, torch.jit.ScriptModule)

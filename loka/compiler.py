@@ -3,29 +3,27 @@
     torch.compile(model, backend="loka", options={"plan": "plan.json"})
 
 Each product's weight is traced back through views to its graph input, whose source names the parameter; that name is
-the site. A planned product becomes a call of `dispatch.running.linear`, which AOT autograd traces into, so that
-Inductor sees plain aten ops and fuses the quantise with its neighbours. Any other option, and `mode`, go to Inductor.
+the site (`dispatch.running.parameters`). A planned product becomes a call of `dispatch.running.linear`, which AOT
+autograd traces into, so that Inductor sees plain aten ops and fuses the quantise with its neighbours. Any other option,
+and `mode`, go to Inductor.
 """
 
 import logging
-import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final, cast
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.monitoring.effect import changed_kernels, note_graph
 from loka.dispatch.running.convert import plan_of
 from loka.dispatch.running.executions import counted, graph_kernels
-from loka.dispatch.running.graph import operands, origin, shape_of
+from loka.dispatch.running.graph import operands, origin
+from loka.dispatch.running.parameters import Parameters, device_of_graph, planned_parameters, site_of
+from loka.dispatch.running.regions import regions
 from loka.dispatch.running.routing import SiteKernels, site_kernels
-from loka.errors import ArgumentError, PlanError, nearest
-from loka.naming import clean_fqn
+from loka.errors import ArgumentError, nearest
 
 log: Final = logging.getLogger("loka.compiler")
 
@@ -89,31 +87,61 @@ def _plan(given: Plan | str | PathLike[str] | None) -> Plan:
 def rewrite(gm: fx.GraphModule, plan: Plan, *, emulate: bool = False) -> tuple[str, ...]:
     """Put a graph's planned products on their kernels, in place; return their sites, in graph order.
 
-    Raises PlanError when a parameter of the graph has another shape than the plan says, when none of them is in the
-    plan, or when several modules in the graph fit it.
+    Those of regions that are graphs of their own, as those of a checkpoint are, come last. Raises PlanError when a
+    parameter of the graph has another shape than the plan says, when none of them is in the plan, or when several
+    modules in the graph fit it.
     """
-    parameters = _planned_parameters(gm.graph, plan)
-    planned = site_kernels(plan, _device(parameters), emulate=emulate, changed=changed_kernels(plan))
+    planned = site_kernels(plan, device_of_graph(gm.graph), emulate=emulate, changed=changed_kernels(plan))
     # Where each expert's product is one of its own, it is not known while a graph is made whose it is: a pass in which
     # one is to stay in high precision does.
     routes = {
         site: kernels if kernels.op == "grouped_linear" else kernels.of_expert(None)
         for site, kernels in planned.items()
     }
+    known_as = plan.hash  # which takes the whole text of the plan
+    parameters = planned_parameters(gm.graph, plan, routes, is_known=known_as in _reached)
+    found = _place_all(gm, parameters, routes)
+    _tell_unreached(parameters, routes, found)
+    if found:
+        reached = _reached.setdefault(known_as, set())
+        reached.update(found, *(parameters.alike.get(site, ()) for site in found))
+    return tuple(found)
+
+
+# By the plan's hash: the sites that graphs have had on their kernels.
+_reached: Final[dict[str, set[str]]] = {}
+
+
+def unreached(plan: Plan | str | PathLike[str]) -> tuple[str, ...]:
+    """Return the sites that a plan takes out of high precision and no graph compiled of it has, in the plan's order.
+
+    After a training step this should be empty. What stays here runs in code that Dynamo leaves as it is (behind a graph
+    break, in a disabled region, beyond its limit of recompilations), or in a form that was named in a warning; that
+    code runs the model as it was written, in high precision. Raises ArgumentError, PlanError for what is no plan.
+    """
+    loaded = plan_of(plan)
+    planned = dict.fromkeys(each.request.site for each in loaded.decisions if each.recipe is not None)
+    reached = _reached.get(loaded.hash, set())
+    return tuple(site for site in planned if site not in reached)
+
+
+def _place_all(gm: fx.GraphModule, parameters: Parameters, routes: Mapping[str, SiteKernels]) -> list[str]:
+    """Replace the planned products of a graph and of the regions in it; return their sites."""
     found = []
     for node in list(gm.graph.nodes):
         current: fx.Node | None = node
         while current is not None:  # an attention holds several products, one is placed at a time
             site, current = _place(gm.graph, current, parameters, routes)
             found += [site] if site is not None else []
-    _tell_unreached(parameters, routes, found)
+    for region, handed_in in regions(gm):
+        found += _place_all(region, parameters.inside(handed_in), routes)
     gm.graph.lint()
     gm.recompile()
-    return tuple(found)
+    return found
 
 
 def _place(
-    graph: fx.Graph, node: fx.Node, parameters: "_Parameters", routes: Mapping[str, SiteKernels]
+    graph: fx.Graph, node: fx.Node, parameters: Parameters, routes: Mapping[str, SiteKernels]
 ) -> tuple[str | None, fx.Node | None]:
     """Replace a product whose weight is planned; return its site and the new node."""
     for operand in operands(node):
@@ -132,158 +160,22 @@ def _place(
 
 
 def _site(
-    node: fx.Node, parameters: "_Parameters", parameter: str | None, routes: Mapping[str, SiteKernels]
+    node: fx.Node, parameters: Parameters, parameter: str | None, routes: Mapping[str, SiteKernels]
 ) -> str | None:
     """Return the planned site of a product with this parameter, None where there is none."""
     if parameter is None:
         return None
-    site = _site_of(parameter)
+    site = site_of(parameter)
     if site not in parameters.sites:
         # A tied weight has the name under which Dynamo met it first; the running module tells which use this is.
         site = parameters.running_module(node)
     return site if site in routes else None
 
 
-def _site_of(parameter: str) -> str:
-    owner, _, last = parameter.rpartition(".")
-    return owner if last == "weight" and owner else parameter
-
-
-def _tell_unreached(parameters: "_Parameters", routes: Mapping[str, SiteKernels], found: Sequence[str]) -> None:
+def _tell_unreached(parameters: Parameters, routes: Mapping[str, SiteKernels], found: Sequence[str]) -> None:
     """Name the sites whose weight is in this graph and whose product is not one that can be rerouted."""
-    here = {_site_of(name) for name in parameters.names.values()}
+    # Of a weight that is computed there is what it is computed from.
+    names = {each for name in parameters.names.values() for each in (name, name.partition(".parametrizations.")[0])}
+    here = set(map(site_of, names))
     for site in sorted((here & routes.keys()) - set(found)):
         log.warning("%s is planned in FP8, but its product in this graph is of a form that stays as written", site)
-
-
-def _device(parameters: "_Parameters") -> torch.device:
-    for node in parameters.names:
-        value = node.meta.get("example_value")
-        if isinstance(value, Tensor):
-            return value.device
-    return torch.device("cpu")
-
-
-# --- which parameter is this? ---
-
-# Dynamo's sources read e.g. L['self']._modules['0']._parameters['weight'], or G['model'].up in a module stack.
-_SOURCE_PART: Final = re.compile(r"\['([^']+)'\]|\.(\w+)|\[(\d+)\]")
-_INTERNAL: Final = ("_modules", "_parameters", "_buffers")
-_FIRST_INTERNAL: Final = re.compile(rf"\.(?:{'|'.join(_INTERNAL)})\[")
-
-
-@dataclass(frozen=True, slots=True)
-class _Parameters:
-    """The planned model's parameters and buffers among the inputs of a graph, by their FQN.
-
-    `root` is the source of the outermost module that the graph knows, `prefix` the path from there to the planned
-    model, which may be wrapped in other modules; `sites` are all that the plan decides on.
-    """
-
-    names: Mapping[fx.Node, str]
-    sites: frozenset[str]
-    root: str = ""
-    prefix: str = ""
-
-    def running_module(self, node: fx.Node) -> str:
-        """Return the FQN of the innermost module that ran a node; "" for the model itself and where it is unknown."""
-        stack = node.meta.get("nn_module_stack")
-        path = str(list(stack.values())[-1][0]) if stack else ""
-        name = _fqn(path.removeprefix(self.root)) if path.startswith(self.root) else ""
-        return name.removeprefix(f"{self.prefix}.") if self.prefix else name
-
-
-def _fqn(path: str) -> str:
-    """Return `0.up.weight` for `._modules['0']._modules['up']._parameters['weight']`."""
-    parts = ("".join(groups) for groups in _SOURCE_PART.findall(path))
-    return clean_fqn(".".join(part for part in parts if part not in _INTERNAL))
-
-
-def _planned_parameters(graph: fx.Graph, plan: Plan) -> _Parameters:
-    """Find the planned model in a graph: the root and prefix under which most names are those of the plan."""
-    sources = [(node, *source) for node in graph.nodes if (source := _source(node)) is not None]
-    sites = frozenset(decision.request.site for decision in plan.decisions)
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    for _, root, name in sources:
-        parts = name.split(".")
-        for length in range(len(parts)):
-            inner = ".".join(parts[length:])
-            counts[root, ".".join(parts[:length])] += inner in plan.fingerprint or _site_of(inner) in sites
-    fit = max(counts.values(), default=0)
-    if not fit:
-        _check_foreign(sources, plan)
-        return _Parameters({}, sites)
-    depth = min(_depth(prefix) for (_, prefix), count in counts.items() if count == fit)
-    places = [place for place, count in counts.items() if count == fit and _depth(place[1]) == depth]
-    _check_unique(places, plan)
-    root, prefix = places[0]
-    start = f"{prefix}." if prefix else ""
-    names = {
-        node: name.removeprefix(start)
-        for node, r, name in sources
-        if r == root and name.startswith(start) and not _is_stored(node)
-    }
-    _check_shapes(names, plan)
-    return _Parameters(names, sites, root, prefix)
-
-
-def _is_stored(node: fx.Node) -> bool:
-    """Whether a graph input is a weight that `loka.freeze` has stored, and whose product is what it is to be."""
-    value = node.meta.get("example_value")
-    return isinstance(value, Tensor) and value.dtype.is_floating_point and value.dtype.itemsize == 1
-
-
-def _depth(prefix: str) -> int:
-    return prefix.count(".") + 1 if prefix else 0
-
-
-def _source(node: fx.Node) -> tuple[str, str] | None:
-    """Return the root and FQN of the parameter or buffer that a graph input stands for, None for other nodes."""
-    if node.op != "placeholder":
-        return None
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", None)
-    text = str(name() if callable(name) else name)  # a method before torch 2.13
-    first = _FIRST_INTERNAL.search(text)
-    return (text[: first.start()], _fqn(text[first.start() :])) if first else None
-
-
-def _check_foreign(sources: Sequence[tuple[fx.Node, str, str]], plan: Plan) -> None:
-    """Refuse a graph with weights of another model; leave as written one that is a part of the planned model."""
-    weights = {name: shape for node, _, name in sources if len(shape := shape_of(node)) > 1}
-    if not weights:
-        return
-    name = next(iter(weights))
-    planned = [(f".{fqn}", tuple(shape)) for fqn, shape in plan.fingerprint.items()]
-    if all(any(fqn.endswith(f".{n}") and shape == w for fqn, shape in planned) for n, w in weights.items()):
-        log.warning(
-            "a graph with %s is a part of %s that a graph break left by itself: it stays in high precision, since "
-            "nothing tells which part. torch.compile(fullgraph=True) shows the break; loka.convert does not mind it.",
-            name,
-            plan.model,
-        )
-        return
-    raise PlanError(
-        f"The plan for {plan.model} names none of the {len(weights)} weights of this graph, such as {name!r}."
-        f"{nearest(name, plan.fingerprint)} Compile the module that was probed, or probe and plan this one."
-    )
-
-
-def _check_unique(places: Sequence[tuple[str, str]], plan: Plan) -> None:
-    """Refuse a graph in which two modules, such as a teacher and a student, fit the plan equally well."""
-    if len(places) > 1:
-        equal = ", ".join(f"{root}.{prefix}".removesuffix(".") for root, prefix in places)
-        raise PlanError(
-            f"The plan for {plan.model} fits {len(places)} modules of this graph: {equal}. Compile the one that it was "
-            "made for by itself."
-        )
-
-
-def _check_shapes(names: Mapping[fx.Node, str], plan: Plan) -> None:
-    for node, name in names.items():
-        shape = shape_of(node)
-        if shape and name in plan.fingerprint and shape != tuple(plan.fingerprint[name]):
-            raise PlanError(
-                f"The plan for {plan.model} was made for {name} of shape {tuple(plan.fingerprint[name])}; in this "
-                f"graph it has {shape}. Probe and plan this model."
-            )

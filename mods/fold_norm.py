@@ -45,7 +45,7 @@ class FoldNorm(EquivalentMod):
 
     def nothing_found(self, model: nn.Module) -> str:
         """Say what was looked for."""
-        return "It looks for norms with a scale of their own over the last dimension; the model has none."
+        return "It looks for norms with a scale of their own, `weight`, over the last dimension; none was found."
 
     def _place(self, fqn: str, norm: nn.Module, behind: list[tuple[str, nn.Linear]]) -> Place:
         into = listing(name for name, _ in behind)
@@ -99,7 +99,7 @@ def _refusal(norm: nn.Module, behind: list[nn.Linear], traffic: Traffic) -> str:
         if unsuited(module):
             return f"of a module there: {unsuited(module)}"
     if without_scale(norm) is None:
-        return f"{type(norm).__name__} computes something else than an RMS norm times its weight"
+        return f"{type(norm).__name__} computes something else than a norm times its weight"
     own = [parameter for parameter in norm._parameters.values() if parameter is not None]
     inside = [linear.weight for linear in behind]
     if len({parameter.requires_grad for parameter in (*own, *inside)}) > 1:

@@ -10,13 +10,14 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from loka.calls import forward_of
 from loka.errors import ArgumentError
 from loka.last_products import last_products
 from loka.mods.claims import listing, walk
@@ -42,10 +43,14 @@ _FORM_FUNCTIONS: Final = frozenset({len, torch.zeros_like, torch.ones_like, torc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heads:
-    """What was found: layers by id -> FQN, bare parameters that are added behind them, and how they were found."""
+    """What was found: layers by id -> FQN, bare parameters that are added behind them, and how they were found.
+
+    `elsewhere`: parameters of torch's own modules that a trace has seen other code read.
+    """
 
     layers: Mapping[int, str] = field(default_factory=dict)
     parameters: frozenset[int] = frozenset()
+    elsewhere: frozenset[int] = frozenset()
     how: str = ""
 
 
@@ -81,9 +86,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """Return a copy of the model that shares its parameters and buffers."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, dict(tensors))
+    """Return a copy of the model that shares its parameters; buffers are its own, for forwards write to them."""
+    parameters = {id(tensor): tensor for tensor in model.parameters()}
+    buffers = {id(tensor): tensor.detach().clone() for tensor in model.buffers()}
+    return copy.deepcopy(model, {**parameters, **buffers})
 
 
 def _named(model: nn.Module, modules: Iterable[str], parameters: Iterable[Tensor], how: str) -> Heads:
@@ -106,8 +112,10 @@ class _Tracer(fx.Tracer):
         self.opaque: dict[str, str] = {}  # name -> why
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Also what multiplies, whoever wrote it."""
-        return isinstance(m, _LAYERS) or super().is_leaf_module(m, module_qualified_name)
+        """Also what multiplies, whoever wrote it, and what runs a forward of torch's under a name of its own."""
+        home = getattr(forward_of(m), "__module__", "")
+        own = home.startswith("torch.nn.modules.") and not isinstance(m, nn.Sequential)
+        return own or isinstance(m, _LAYERS) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -129,7 +137,8 @@ def _from_trace(model: nn.Module) -> Heads:
         if parameter.default is not parameter.empty
     }
     tracer = _Tracer()
-    graph = tracer.trace(twin, concrete_args=defaults)
+    with torch.random.fork_rng():  # what is drawn without a proxy among its arguments is really drawn
+        graph = tracer.trace(twin, concrete_args=defaults)
     modules = dict(twin.named_modules(remove_duplicate=False))
     found: dict[str, None] = {}
     parameters: list[Tensor] = []
@@ -137,7 +146,7 @@ def _from_trace(model: nn.Module) -> Heads:
     for node in _reached(graph, modules):
         target = str(node.target)
         if node.op == "get_attr":
-            value = operator.attrgetter(target)(model)
+            value = operator.attrgetter(target)(twin)
             parameters += [value] if isinstance(value, nn.Parameter) else []
         elif isinstance(modules[target], _LAYERS):
             found[target] = None
@@ -150,7 +159,16 @@ def _from_trace(model: nn.Module) -> Heads:
     how = "found as prediction heads: no product lies between them and the output"
     if opaque:
         how += f", the last linear in {listing(opaque)}, which could not be traced ({tracer.opaque[opaque[0]]})"
-    return _named(model, found, parameters, how)
+    return replace(_named(model, found, parameters, how), elsewhere=frozenset(_elsewhere(graph, twin)))
+
+
+def _elsewhere(graph: fx.Graph, model: nn.Module) -> Iterator[int]:
+    """Yield the ids of parameters that code beside their own module reads: torch's modules are not traced into."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users:
+            value = operator.attrgetter(str(node.target))(model)
+            if isinstance(value, nn.Parameter):
+                yield id(value)
 
 
 def _reached(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:
@@ -202,11 +220,10 @@ def _from_run(model: nn.Module, example: object) -> Heads:
     names = dict(twin.named_parameters(remove_duplicate=False))
     shared = {id(tensor): tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in names.values()}
     fresh = {name: shared[id(tensor)] for name, tensor in names.items()}
-    buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     args, kwargs = _arguments(example)
     try:
         with torch.enable_grad(), torch.random.fork_rng():
-            output = torch.func.functional_call(twin, {**fresh, **buffers}, args, kwargs)
+            output = torch.func.functional_call(twin, fresh, args, kwargs)
     except Exception as error:  # whatever the user's model raises on what was given is told as that
         raise ArgumentError(
             f"NoBias looks for the prediction heads by running {type(model).__name__} on `example`, and that raised "

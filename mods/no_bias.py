@@ -41,7 +41,8 @@ class NoBias(Mod):
     model without another product, in a symbolic trace of the model or, if `example` is given (the arguments of its
     forward as a tuple or a dict), in a run on that. Where the model cannot be traced, they are guessed from sizes. The
     reason in each replacement says what was kept, and how it was found. A bias in a module of another kind (an nn.LSTM,
-    your own) stays, with a LokaWarning that names it; name it in `keep` if that is intended.
+    your own) stays, as does one that the trace has seen code outside of its layer read, with a LokaWarning that names
+    it; name it in `keep` if that is intended.
 
     Weights stay the same objects. Checkpoints: the removed `...bias` and `...in_proj_bias` keys are gone from the
     state_dict. An old checkpoint loads before `apply`, or after it with `load_state_dict(..., strict=False)`. Either
@@ -66,15 +67,20 @@ class NoBias(Mod):
         kept = set(select(self.keep or (), names, what="module with a bias", inside=True))
         stays = [*heads.layers.values()] or [name for name in names if name in kept]
         which = f"{listing(stays) or 'none'}{f', {heads.how}' if heads.how else ''}"
-        _warn_of(
+        strangers = [
             name
             for name, parameter in unknown.items()
             if name not in kept
             and id(parameter) not in heads.parameters
             and not (self.keep is None and parameter.numel() < MIN_COLUMNS)
-        )
+        ]
+        _warn_of(strangers, "a bias in a module of a kind it does not know")
         for fqn, module, slot in known:
             if getattr(module, slot) is None or id(module) in heads.layers or _join(fqn, slot) in kept:
+                continue
+            refusal = _refusal(module, slot)
+            if not refusal and id(getattr(module, slot)) in heads.elsewhere:
+                _warn_of([_join(fqn, slot)], "code outside of its layer reads it")
                 continue
             yield Claim(
                 mod=self.name,
@@ -82,7 +88,7 @@ class NoBias(Mod):
                 module=module,
                 slot=slot,
                 reason=f"bias removed, kept: {which}",
-                refusal=_refusal(module, slot),
+                refusal=refusal,
             )
 
     def nothing_found(self, model: nn.Module) -> str:
@@ -134,12 +140,12 @@ def _refusal(module: nn.Module, slot: str) -> str:
     return ""
 
 
-def _warn_of(names: Iterable[str]) -> None:
+def _warn_of(names: Iterable[str], why: str) -> None:
     left = list(names)
     if left:
         warnings.warn(
-            f"NoBias leaves {listing(left)}: a bias in a module of a kind it does not know. Remove it where the model "
-            "is built, or name it in `keep` if it is meant to stay.",
+            f"NoBias leaves {listing(left)}: {why}. Remove it where the model is built, or name it in `keep` if it is "
+            "meant to stay.",
             LokaWarning,
             stacklevel=6,
         )

@@ -1,7 +1,7 @@
 """Norms whose output is a normalised input times a scale, plus a shift: nn.LayerNorm, nn.RMSNorm and what acts alike.
 
-Libraries write RMS norms of their own. One is taken for what it looks like only where, on numbers, it computes what an
-nn.RMSNorm with its weight and eps computes.
+Libraries write norms of their own, and derive classes from those of torch with another forward. One is taken for what
+it looks like only where, on numbers, it computes what the norm of torch with its weight, shift and eps computes.
 """
 
 from typing import Final
@@ -16,25 +16,34 @@ _SAME: Final[float] = 1e-5
 
 def is_scaled_norm(module: nn.Module) -> bool:
     """Whether a module looks like a norm over its last dimension with a scale of its own."""
-    if module._parameters.get("weight") is None:
+    weight = module._parameters.get("weight")
+    if weight is None:
         return False
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        stock = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
-        return stock and len(module.normalized_shape) == 1
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    return len(own) == 1 and own[0].dim() == 1 and not module._modules and _eps_of(module) is not None
+        plain = _is_stock(module) or (own <= {"weight", "bias"} and not module._modules and not module._buffers)
+        return plain and len(module.normalized_shape) == 1
+    one = len(own) == 1 and weight.dim() == 1
+    return one and not module._modules and _eps_of(module) is not None
 
 
 def without_scale(norm: nn.Module) -> nn.Module | None:
     """Return the norm without scale and shift; None where the module computes something else than it looks like."""
-    if isinstance(norm, nn.LayerNorm):
-        return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
-    if isinstance(norm, nn.RMSNorm):
-        return nn.RMSNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
     weight = norm._parameters["weight"]
     assert weight is not None
-    plain = nn.RMSNorm(weight.shape[0], eps=_eps_of(norm), elementwise_affine=False)
-    return plain if _acts_alike(norm, plain, weight) else None
+    plain: nn.Module
+    if isinstance(norm, nn.LayerNorm):
+        plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+    elif isinstance(norm, nn.RMSNorm):
+        plain = nn.RMSNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+    else:
+        plain = nn.RMSNorm(weight.shape[0], eps=_eps_of(norm), elementwise_affine=False)
+    return plain if _is_stock(norm) or _acts_alike(norm, plain, weight) else None
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether torch's own forward is what it runs; libraries derive classes with one of their own."""
+    return type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
 
 
 def shift_of(norm: nn.Module) -> nn.Parameter | None:
@@ -52,7 +61,13 @@ def _acts_alike(norm: nn.Module, plain: nn.Module, weight: Tensor) -> bool:
     """Compare on rows of several sizes, loud and quiet, so that eps and the place of the scale both show."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, weight.shape[0], generator=generator) * torch.logspace(-3, 1, 8).unsqueeze(1)
-    x = rows.to(weight.device, weight.dtype)
-    expected = plain(x.float()) * weight.float()
-    moved = (type(norm).forward(norm, x).float() - expected).norm(dim=-1)
+    x, shift = rows.to(weight.device, weight.dtype), shift_of(norm)
+    expected = plain(x.float()) * weight.float() + (0.0 if shift is None else shift.float())
+    try:
+        found = type(norm).forward(norm, x)
+    except Exception:  # noqa: BLE001 - a module of the user's that cannot be tried like this is no plain norm
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    moved = (found.float() - expected).norm(dim=-1)
     return bool((moved <= (_SAME + 2 * torch.finfo(weight.dtype).eps) * expected.norm(dim=-1)).all())

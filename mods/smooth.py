@@ -92,7 +92,7 @@ class Smooth(EquivalentMod):
 
     def nothing_found(self, model: nn.Module) -> str:
         """Say what was looked for."""
-        return "It looks for norms and linears whose output only linears read; the model has none."
+        return "It looks for norms and linears whose output only linears read; none was found."
 
     def _best(self, fqn: str, producer: nn.Module, behind: list[Named], traffic: Traffic) -> Proposal:
         """Measure each alpha; propose the best one, or say that none lowers the error."""
@@ -177,7 +177,7 @@ def _refusal(producer: nn.Module, behind: list[Named], traffic: Traffic) -> str:
         if unsuited(module):
             return f"of a module there: {unsuited(module)}"
     if is_scaled_norm(producer) and without_scale(producer) is None:
-        return f"{type(producer).__name__} computes something else than an RMS norm times its weight"
+        return f"{type(producer).__name__} computes something else than a norm times its weight"
     weight = producer._parameters["weight"]
     assert weight is not None
     if any(linear.weight.device != weight.device for _, linear in behind):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from loka.bounds import DEFAULT_ROW_ERROR, Limit
+from loka.probes.judging.intervals import WARMUP_MARGIN, WARMUP_STEPS
 from loka.probes.records import MONITOR_EVENTS
 from loka.reports.experts import expert_notes
 
@@ -257,10 +258,22 @@ def notes(report: Report) -> list[str]:
         lines.append(DRIFTS)
     lines += _about_loss(report)
     lines += map(plain, expert_notes(report))
+    early = sum(row["verdict"] == "safe" and _is_early(row) for row in report["sites"])
+    if early:
+        lines.append(
+            f"{plural(early, 'safe product')}: judged by the first {WARMUP_STEPS} steps of the training, where errors "
+            f"change fastest; the tolerance is {WARMUP_MARGIN:g} times as wide for it, and a longer run is surer"
+        )
     horizons = [recipe["horizon"] for row in report["sites"] for recipe in row["recipes"] if recipe["horizon"]]
     if horizons:
         lines.append(f"weights were training: the evidence holds for {min(horizons):,} steps beyond the last sample")
     return lines
+
+
+def _is_early(row: Row) -> bool:
+    """Whether the best recipe of a row is judged by first steps of a training, for lack of later ones."""
+    recipe = best_recipe(row)
+    return recipe is not None and f"the first {WARMUP_STEPS} steps" in recipe["note"]
 
 
 def _about_loss(report: Report) -> list[str]:

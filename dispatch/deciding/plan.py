@@ -46,6 +46,8 @@ class Plan:
     notes: tuple[str, ...] = field(default=())  # e.g. "nothing to gain here: ..."
     # Sites whose result goes to one other site alone -> that site: frozen, the first may write the FP8 that it reads.
     chains: Mapping[str, str] = field(default_factory=dict)
+    # Sites whose weight is multiplied with by another module's forward -> that module: the way to reach them.
+    outsides: Mapping[str, str] = field(default_factory=dict)
     _index: dict[tuple[str, Pass], Decision] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +64,10 @@ class Plan:
         for first, then in self.chains.items():
             if first == then or any((site, "fprop") not in index for site in (first, then)):
                 raise PlanError(f"The plan's chain of {first!r} and {then!r} cannot be: it decides no two such sites.")
+        decided = {site for site, _ in index}
+        for site in self.outsides:
+            if site not in decided:
+                raise PlanError(f"The plan says who multiplies with the weight of {site!r}, and decides nothing on it.")
         object.__setattr__(self, "decisions", decisions)
         object.__setattr__(self, "_index", index)
 
@@ -170,6 +176,7 @@ class Plan:
             "fingerprint": document.encode(self.fingerprint),
             "notes": list(self.notes),
             **({"chains": dict(self.chains)} if self.chains else {}),
+            **({"outsides": dict(self.outsides)} if self.outsides else {}),
         }
         lines = [f'"{key}":{document.compact(value)},\n' for key, value in head.items()]
         decisions = ",\n".join(document.compact(document.encode(decision)) for decision in self.decisions)

@@ -232,7 +232,14 @@ def decide_all(
         decisions=made.decisions,
         notes=(*plan_notes(evidence, bound, made.decisions, options, made.spending), *made.chain_notes),
         chains=made.chains,
+        outsides=_planned_outsides(evidence, made.decisions),
     )
+
+
+def _planned_outsides(evidence: RunEvidence, decisions: Iterable[Decision]) -> dict[str, str]:
+    """Return those of the sites that a plan takes out of high precision, for whoever is to run it."""
+    low = {decision.request.site for decision in decisions if decision.recipe is not None}
+    return {site: module for site, module in evidence.outsides.items() if site in low}
 
 
 def time_table(timings: Iterable[Timing], options: PlanOptions) -> TimeTable:

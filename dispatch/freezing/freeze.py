@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from loka.calls import is_scripted
 from loka.dispatch.deciding.by_rows import kernels_of
 from loka.dispatch.deciding.epilogue_decisions import FUSED_OP
 from loka.dispatch.deciding.plan import Plan
@@ -40,6 +41,7 @@ from loka.dispatch.running.convert import (
 from loka.dispatch.running.linear import HIGH_PRECISION
 from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
 from loka.dispatch.running.weights import halves_of
+from loka.errors import PlanError
 from loka.formats import OperandSpec
 from loka.kernel_registry.norm_act import has_norm_act, runs_fused
 from loka.kernel_registry.operands import DTYPES
@@ -95,7 +97,8 @@ def freeze(model: nn.Module, plan: Plan | str | PathLike[str], *, emulate: bool 
 
     A state dict of the frozen model has codes and scales, which any model frozen with this plan takes; one in high
     precision is quantised as it is loaded. Products with stored weights are those of the converted model, bit for bit,
-    where it runs in the dtype of its weights (a cast, as autocast's, would round a weight before it is quantised).
+    where it runs in the dtype of its weights (a cast, as autocast's, would round a weight before it is quantised). Code
+    that reads a weight past its layer gets the stored one, too, and with it FP8 that a conversion does not reach there.
 
     A program that is exported from the model holds operators of this library where a kernel cannot be traced, as those
     of experts cannot on a CPU: `from loka import freeze` makes them known to a process that loads it.
@@ -103,8 +106,7 @@ def freeze(model: nn.Module, plan: Plan | str | PathLike[str], *, emulate: bool 
     `emulate=True` is as in `convert`. Raises PlanError, with the model untouched, when the plan belongs to another
     model, a kernel cannot run here, or the model is compiled or frozen already.
     """
-    check_not_frozen(model)
-    check_eager(model, "look for weights that are gone. Freeze first and compile afterwards.")
+    _check_ready(model)
     plan = plan_of(plan)
     plan.check_model(model)
     forward = replace(plan, decisions=tuple(each for each in plan.decisions if each.request.product == "fprop"))
@@ -152,6 +154,14 @@ class _Place:
 
 
 # --- what can be stored ---
+
+
+def _check_ready(model: nn.Module) -> None:
+    """Raise PlanError for a model that is frozen or compiled already, or TorchScript."""
+    check_not_frozen(model)
+    check_eager(model, "look for weights that are gone. Freeze first and compile afterwards.")
+    if is_scripted(root := unwrap(model)):
+        raise PlanError(f"{type(root).__name__} runs TorchScript, whose code is fixed. Freeze the plain model.")
 
 
 def _check_epilogues(modules: Mapping[str, nn.Module], planned: Mapping[str, SiteKernels]) -> None:
@@ -203,6 +213,8 @@ def _place(
 
 def _why_no_weight(module: nn.Module | None, name: str) -> str | None:
     """Return why a Parameter of a module cannot be stored, whatever the plan says of it, or None."""
+    if module is not None and is_scripted(module):
+        return "it runs in TorchScript, whose code is fixed"
     weight = None if module is None else module._parameters.get(name)
     if module is None or weight is None:
         is_computed = module is not None and is_parametrized(module, name)

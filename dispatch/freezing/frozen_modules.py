@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from loka.calls import forward_of
 from loka.dispatch.deciding.by_rows import kernels_of
 from loka.dispatch.freezing.handed import Handed, in_flow
 from loka.dispatch.freezing.storage import Storage, Tensors, check_inference
@@ -62,7 +63,7 @@ Kind = Literal["Linear", "Joint", "Views"]
 def _kind_of(module: nn.Module, stored: Collection[str]) -> Kind:
     if set(stored) != {"weight"} or "forward" in vars(module):
         return "Views"
-    if type(module).forward is nn.Linear.forward:
+    if forward_of(module) is nn.Linear.forward:
         return "Linear"
     return "Joint" if runs_fused(module) else "Views"
 
@@ -107,7 +108,7 @@ _FORWARDS: Final[Mapping[Kind, Callable[[Any, Tensor], Tensor]]] = {"Linear": _f
 
 def frozen_kind(module: nn.Module) -> Kind | None:
     """Return which kind of frozen module this is, where it runs its stored weight itself and does nothing else."""
-    forward = type(module).forward
+    forward = forward_of(module)
     return "Joint" if forward is _joint else "Linear" if forward is _forward else None
 
 
@@ -157,6 +158,16 @@ def _load(self: Any, base: Any, state: dict[str, Any], prefix: str, *args: Any) 
     base._load_from_state_dict(self, state, prefix, *args)
 
 
+def _save(self: Any, base: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    """Save codes and scales, also where a module's own code would save what it finds under the name of its weight."""
+    base._save_to_state_dict(self, destination, prefix, keep_vars)
+    for name in getattr(self, FROZEN):
+        for each in (name, f"{name}{_SCALE}", f"{name}{_KEPT}"):
+            tensor = self._buffers.get(each)
+            if tensor is not None:
+                destination[f"{prefix}{each}"] = tensor if keep_vars else tensor.detach()
+
+
 @functools.cache
 def _frozen_class(kind: Kind, base: Any, names: tuple[str, ...]) -> Any:
     """Make the class that a module of class `base` becomes."""
@@ -166,6 +177,9 @@ def _frozen_class(kind: Kind, base: Any, names: tuple[str, ...]) -> Any:
 
     def load(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _load(self, base, state_dict, prefix, *args)
+
+    def save(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        _save(self, base, destination, prefix, keep_vars)
 
     def restore(self: Any, state: Any) -> None:
         base.__setstate__(self, state)
@@ -178,6 +192,7 @@ def _frozen_class(kind: Kind, base: Any, names: tuple[str, ...]) -> Any:
         **({"forward": _FORWARDS[kind]} if kind in _FORWARDS else {}),
         "_apply": apply,
         "_load_from_state_dict": load,
+        "_save_to_state_dict": save,
         "__setstate__": restore,
         "__module__": __name__,
         "__doc__": None,

@@ -53,9 +53,15 @@ def quantize_stack(weight: Tensor, spec: OperandSpec) -> tuple[Tensor, Tensor]:
     """Quantise weight [.., n, k], each of its matrices by itself; codes [.., n, k], scales [.., groups, groups]."""
     if weight.dim() == 2:
         codes, scale, _ = quantize_operand(weight, spec)
-        return codes.contiguous(), scale.contiguous()
+        return _alone(codes), _alone(scale)
     parts = [quantize_stack(each, spec) for each in weight]
     return torch.stack([codes for codes, _ in parts]), torch.stack([scale for _, scale in parts])
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return x, contiguous, in memory of its own: what it is cut from, padding among it, shall not be kept."""
+    x = x.contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 def stored_grouped(name: str, rows: Tensor, experts: Experts, offsets: Tensor, *, traceable: bool) -> Tensor:

@@ -8,6 +8,7 @@ Parameters, buffers, hooks and `state_dict` stay as they are, and a checkpoint k
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from os import PathLike
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from loka.calls import is_compiled
+from loka.calls import forward_of, is_compiled, is_scripted
 from loka.dispatch.deciding.by_rows import kernels_of
 from loka.dispatch.deciding.job import all_or_none, check_plans
 from loka.dispatch.deciding.plan import Plan
@@ -64,9 +65,9 @@ def convert(
     `emulate=True` lets emulated kernels stand in for those that cannot run on this device. With a `process_group`, all
     its ranks, each of which has to call this, first make sure that they hold the same plan. Raises PlanError, with the
     model untouched, when the plan belongs to another model, a kernel cannot run here, or the model is compiled or
-    converted already. A weight that is used where its own module's forward does not run is not reached: after a step,
-    `unreached` names such sites. The same holds for a checkpoint that begins inside of the forward that uses a bare
-    Parameter: what it recomputes stays in high precision.
+    converted already. A weight that is used where its own module's forward does not run is reached where the plan's run
+    has seen it used; else it is not, and after a step `unreached` names such sites. The same holds for a checkpoint
+    that begins inside of the forward that uses a bare Parameter: what it recomputes stays in high precision.
 
     A weight is quantised once per optimiser step and pass, and not in every micro-batch, where gradient accumulation
     repeats; no number changes. By default that begins after a first whole window, needs the weights to be held by an
@@ -136,7 +137,7 @@ def _prepare(model: nn.Module, plan: Plan, *, emulate: bool) -> "list[Assignment
     """Check all that can be wrong, and decide what becomes of which module, while nothing is changed."""
     _check_convertible(model)
     plan.check_model(model)
-    assigned = _assign(unwrap(model), site_kernels(plan, device_of(model), emulate=emulate))
+    assigned = _assign(unwrap(model), site_kernels(plan, device_of(model), emulate=emulate), plan.outsides)
     for module, parameters in assigned:
         for route in parameters.values():
             if route.kernels.op == "linear_norm_act" and _kind_of(module, parameters) != "Joint":
@@ -211,8 +212,11 @@ def check_eager(model: nn.Module, what: str) -> None:
 Assignment = tuple[nn.Module, dict[str, Route]]
 
 
-def _assign(model: nn.Module, routes: Mapping[str, SiteKernels]) -> list[Assignment]:
-    """Decide, before anything is changed, which modules reach the planned sites, and by which of their parameters."""
+def _assign(model: nn.Module, routes: Mapping[str, SiteKernels], outsides: Mapping[str, str]) -> list[Assignment]:
+    """Decide, before anything is changed, which modules reach the planned sites, and by which of their parameters.
+
+    `outsides`: sites whose weight another module multiplies with, and that module.
+    """
     modules = {clean_fqn(name): module for name, module in model.named_modules()}
     assigned: dict[str, Assignment] = {}
     for site, kernels in routes.items():
@@ -225,7 +229,7 @@ def _assign(model: nn.Module, routes: Mapping[str, SiteKernels]) -> list[Assignm
                 f"The plan has the site {site!r}, and this model has no module or parameter of that name that a "
                 "product could be rerouted from. Probe and plan this model again."
             )
-        runner = _runner(modules, owner)
+        runner = _runner(modules, owner, outsides.get(site, owner))
         _, parameters = assigned.setdefault(runner, (modules[runner], {}))
         parameters[parameter[len(runner) + 1 :] if runner else parameter] = Route(site, kernels)
     return list(assigned.values())
@@ -236,12 +240,17 @@ def _has_tensor(module: nn.Module, name: str) -> bool:
     return is_parametrized(module, name) or isinstance(getattr(module, name, None), Tensor)
 
 
-def _runner(modules: Mapping[str, nn.Module], owner: str) -> str:
-    """Return the name of the module whose forward a scope has to surround to see the products of `owner`'s weights."""
-    runner = "" if isinstance(modules[owner], _TABLES) else owner
-    while runner and (isinstance(modules[runner], _HOLDERS) or _is_overridden(modules[runner])):
+def _runner(modules: Mapping[str, nn.Module], owner: str, outside: str) -> str:
+    """Return the name of the module whose forward a scope has to surround to see the products of `owner`'s weights.
+
+    `outside`: where these are, as far as a run has seen; the root has no name.
+    """
+    runner = "" if isinstance(modules[owner], _TABLES) or outside not in modules else _around(owner, outside)
+    while runner and (isinstance(modules[runner], _HOLDERS) or _is_out_of_reach(modules[runner])):
         runner = _parent(runner)
-    if _is_overridden(modules[runner]):
+    if is_scripted(modules[runner]):
+        raise PlanError(f"The products of {owner!r} run in TorchScript, whose code is fixed. Convert the plain model.")
+    if _is_out_of_reach(modules[runner]):
         raise PlanError(
             f"The products of {owner!r} cannot be rerouted: `forward` is replaced on the instance of "
             f"{type(modules[runner]).__name__}, and on what is between. Convert the model first, wrap it afterwards."
@@ -253,13 +262,21 @@ def _runner(modules: Mapping[str, nn.Module], owner: str) -> str:
     return runner
 
 
+def _around(first: str, second: str) -> str:
+    """Return the innermost module that holds both, or is one of them and holds the other."""
+    shared = itertools.takewhile(
+        lambda pair: pair[0] == pair[1], zip(first.split("."), second.split("."), strict=False)
+    )
+    return ".".join(part for part, _ in shared)
+
+
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _is_overridden(module: nn.Module) -> bool:
-    """Whether a function on the instance hides the forward of the module's class."""
-    return "forward" in vars(module)
+def _is_out_of_reach(module: nn.Module) -> bool:
+    """Whether another class would change nothing: TorchScript runs, or what hides its forward on the instance."""
+    return "forward" in vars(module) or is_scripted(module)
 
 
 # --- the classes ---
@@ -272,7 +289,7 @@ Kind = Literal["Planned", "Joint", "Routed"]
 def _kind_of(module: nn.Module, parameters: Mapping[str, Route]) -> Kind:
     if parameters.keys() != {"weight"}:
         return "Routed"
-    if type(module).forward is nn.Linear.forward:
+    if forward_of(module) is nn.Linear.forward:
         return "Planned"
     return "Joint" if runs_fused(module) else "Routed"
 

@@ -1,7 +1,8 @@
 """How often each kernel ran: counted where it runs, so that what is said of a plan cannot contradict what was done.
 
 Eager calls are counted one by one, after the kernel has returned. A graph that the `loka` backend compiled is counted
-whenever it runs: its forward products by its call, its backward products by its backward pass. What another compiler
+whenever it runs: its forward products by its call, its backward products by its backward pass. What that computes again
+of a forward is not counted apart, for the compiler decides it: eager checkpoints count theirs. What another compiler
 made of a converted model is not counted: nothing of ours is called in it any more.
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from loka.formats import Pass
@@ -59,6 +61,8 @@ def counted(graph: Callable[..., Any], kernels: GraphKernels) -> Callable[..., A
 
     def run(*args: Any) -> Any:
         outputs = graph(*args)
+        if any(isinstance(x, FakeTensor) for x in outputs):
+            return outputs  # the next bucket of DistributedDataParallel asks for shapes: nothing has run
         _executed.update(kernels.forward)
         # All outputs of a graph leave through one autograd node.
         node = next((x.grad_fn for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None), None)

@@ -22,11 +22,11 @@ from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from loka.dispatch.deciding.by_rows import kernel_for
 from loka.dispatch.running.linear import HIGH_PRECISION, TRACED, execute
 from loka.dispatch.running.weights import Weight, weight_of
+from loka.first_derivative import first_derivative_only
 from loka.formats import Pass
 from loka.kernel_registry import grouped as definition
 from loka.kernel_registry import torch_grouped
@@ -117,7 +117,7 @@ class _Grouped(torch.autograd.Function):
         return of_its_own(_product(options.kernels[0], operands, "fprop", options.kept[0], options.held))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, offsets = ctx.saved_tensors
         (_, dgrad, wgrad), kept, held = ctx.options

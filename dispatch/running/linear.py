@@ -20,7 +20,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import _StopRecomputationError
 
 from loka.dispatch.deciding.by_rows import depends_on_rows, kernel_for
@@ -28,6 +27,7 @@ from loka.dispatch.running.executions import record, record_traced
 from loka.dispatch.running.jagged import of_values
 from loka.dispatch.running.shared_input import forget_input, input_sides
 from loka.dispatch.running.weights import Weight, weight_of
+from loka.first_derivative import depends_on, first_derivative_only
 from loka.formats import Pass
 from loka.hardware import device_info
 from loka.kernel_registry import norm_act
@@ -156,7 +156,7 @@ class _Product(torch.autograd.Function):
         return of_its_own(product(fprop, x, weight, "fprop", kept))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
@@ -186,11 +186,13 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(*(tensor for each in kept if each is not None for tensor in (each.data, each.scale)))
         ctx.specs = tuple(None if each is None else each.spec for each in kept)
         ctx.name = name
+        if not is_traced(x):
+            depends_on(ctx, x, weight)
         _count(name, x, "fprop")
         return of_its_own(out)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         kept = [None if spec is None else Operand(next(tensors), next(tensors), spec) for spec in ctx.specs]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from loka.dispatch.deciding.by_rows import kernel_for
 from loka.dispatch.running.executions import record, record_traced
@@ -28,6 +27,7 @@ from loka.dispatch.running.linear import (
     without,
 )
 from loka.dispatch.running.weights import Weight, weight_of
+from loka.first_derivative import first_derivative_only
 from loka.kernel_registry.norm_act import block_norm, high_precision
 from loka.stepping_aside import steps_aside
 from loka.torch_release import of_its_own
@@ -167,7 +167,7 @@ class _NormAct(torch.autograd.Function):
         return of_its_own(out)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         options: _Options = ctx.options

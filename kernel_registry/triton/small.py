@@ -18,10 +18,10 @@ from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from loka.errors import ArgumentError, KernelError
+from loka.first_derivative import first_derivative_only
 from loka.formats import FORMATS, PASS_OPERANDS, RECIPES, Pass
 from loka.kernel_registry.triton.grouped import stored_dtype
 from loka.kernel_registry.triton.grouped_operands import check_device
@@ -296,7 +296,7 @@ class _Many(torch.autograd.Function):
         return of_its_own(_forward(recipe, pairing, operands))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         operands, pairing = ctx.saved_tensors, ctx.pairing
         grad = grad.contiguous()

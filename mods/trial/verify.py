@@ -248,6 +248,11 @@ def checked_trial(inputs: object, tolerance: float) -> Trial:
                 f"inputs has a batch of type {type(batch).__name__}. A batch is a tensor, a tuple of arguments or a "
                 "dict of keyword arguments."
             )
+        if any(tensor.is_nested for tensor in tensors_in(batch)):
+            raise ArgumentError(
+                "inputs has a nested tensor. Rewrites are fitted to dense ones: give the same rows padded, or one "
+                "sequence per batch. Layers compute the same on both."
+            )
     return Trial(batches=batches, tolerance=float(tolerance))
 
 

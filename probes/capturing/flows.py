@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from loka.calls import forward_of
 from loka.kernel_registry.norm_act import has_norm_act, runs_fused
 from loka.probes.capturing.storage import Place, storage_key
 
@@ -93,4 +94,4 @@ class Flows:
 
 def _reads_once(module: nn.Module) -> bool:
     """Whether a module multiplies its input by its weight, and does nothing else with it."""
-    return type(module).forward is nn.Linear.forward or has_norm_act(module)
+    return forward_of(module) is nn.Linear.forward or has_norm_act(module)

@@ -6,6 +6,7 @@ is not: while it is held, no other storage can have the same identity, and the m
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -54,7 +55,12 @@ def _strides(tensor: Tensor, key: int) -> tuple[int, ...]:
 
 
 def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Return the plain tensors behind a wrapper such as DTensor; the tensor itself where it is none."""
+    """Return the plain tensors behind a wrapper such as DTensor; the tensor itself where it is none.
+
+    Also behind what torch.func takes gradients of: products come by with what it is inside.
+    """
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()

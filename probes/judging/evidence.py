@@ -23,7 +23,7 @@ from loka.probes.judging.assembly import Errors, Measure, operands_of, products_
 from loka.probes.judging.drift import Drift
 from loka.probes.judging.intervals import MIN_SAMPLES, Floats, Ints, intervals, select_window, window_mean
 from loka.probes.judging.loss_evidence import LossEvidence, loss_evidence
-from loka.probes.judging.predictions import read_epilogues, read_experts, read_families, read_flows
+from loka.probes.judging.predictions import read_epilogues, read_experts, read_families, read_flows, read_outsides
 from loka.probes.judging.series import SHAPE, Merged, RunSeries, load_series, load_shares, over_ranks
 from loka.probes.judging.verdicts import (
     ErrorInterval,
@@ -98,6 +98,7 @@ def read_and_condense(
         families=read_families(engine, run.info.id, steps=_forward_steps(series)),
         epilogues=read_epilogues(engine, run.info.id),
         flows=read_flows(engine, run.info.id),
+        outsides=read_outsides(engine, run.info.id),
     )
     return evidence, series
 

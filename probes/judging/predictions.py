@@ -19,7 +19,7 @@ from loka.numerics import gate_for
 from loka.probes.capturing.shared_inputs import families
 from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.records import LearnedRecord
-from loka.probes.sampling.learning import EPILOGUE, EXPERTS, SHARED_INPUT, STATISTICS, restore
+from loka.probes.sampling.learning import EPILOGUE, EXPERTS, LAYER, SHARED_INPUT, STATISTICS, restore
 from loka.probes.storing.database import read_learned
 
 logger = logging.getLogger("loka.probes")
@@ -101,4 +101,18 @@ def read_flows(engine: Engine, run_id: str | None = None) -> dict[str, str]:
             continue
         if reader and reader != record.site:
             found[record.site] = reader
+    return dict(sorted(found.items()))
+
+
+def read_outsides(engine: Engine, run_id: str | None = None) -> dict[str, str]:
+    """Return the sites whose weight another module than their own multiplies with, with that module's name."""
+    found = {}
+    for record in read_learned(engine, run_id, kind=LAYER):
+        try:
+            outside = restore(record).outside
+        except ArgumentError as error:
+            logger.warning("which module multiplies with the weight of %s is not known: %s", record.site, error)
+            continue
+        if outside:
+            found[record.site] = outside
     return dict(sorted(found.items()))

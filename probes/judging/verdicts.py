@@ -154,6 +154,7 @@ class RunEvidence:
     families: tuple[tuple[str, ...], ...] = ()  # sites whose forward products read one input
     epilogues: tuple[str, ...] = ()  # sites that are one module with their norm and activation
     flows: Mapping[str, str] = field(default_factory=dict)  # such sites -> the one that alone reads their result
+    outsides: Mapping[str, str] = field(default_factory=dict)  # sites -> another module that multiplies by their weight
 
     @property
     def has_loss(self) -> bool:

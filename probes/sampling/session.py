@@ -164,6 +164,12 @@ class Probe:
                     f"The {who} lost sight of {name}: `module.compile()` inside the block took the place where its "
                     f"calls come by. Compile it before `with loka.{who}(...)`."
                 )
+            if type(self.model).__call__ is not nn.Module.__call__:
+                return (
+                    f"The {who} saw no forward of {name} inside its block: its class has a `__call__` of its own, and "
+                    f"calls that pass nn.Module's by are not seen. Run each step, forward and backward, inside `with "
+                    f"{who}.step():`."
+                )
             return (
                 f"The {who} saw no forward of {name} inside its block. Call the very object that was given to "
                 f"loka.{who}, as model(...) and not model.forward(...); where the training loop calls a compiled or "

@@ -5,13 +5,14 @@ import io
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from loka.dispatch.running.convert import convert, planned_sites, unreached
 from tests.dispatch.made_conversion import Calls, plan_for
@@ -66,6 +67,19 @@ def test_a_checkpoint_that_begins_in_the_forward_of_a_bare_parameter_still_train
     convert(model, plan_for(model, ["w"]))
     model(x).sum().backward()
     assert 0 < (model.w.grad - exact).norm() / exact.norm() < 0.2
+
+
+def test_a_checkpoint_that_keeps_what_products_return_trains_as_without() -> None:
+    """Selective checkpointing holds the sums of a product, and refuses what is written into them."""
+    plain = nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 8))
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    model, x = copy.deepcopy(plain), torch.randn(5, 16, requires_grad=True)
+    plan = plan_for(plain, ["0", "2"])
+    convert(plain, plan)(x).square().sum().backward()
+    convert(model, plan)
+    checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=0, atol=0)
 
 
 def test_frozen_weights_and_inputs_without_gradient_skip_their_products(calls: Calls) -> None:

@@ -4,7 +4,10 @@ import logging
 
 import pytest
 import torch
+import torch._inductor.compile_fx as compile_fx
+import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import loka
 from loka.dispatch.running import linear as dispatch_linear
@@ -17,6 +20,7 @@ from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from tests.dispatch.made_conversion import needs_a_compiler, plan_for
+from tests.dispatch.made_converted import Mlp
 
 FAULTY = "faulty.linear.rowwise"
 ROWWISE, TENSORWISE, BLOCKWISE = (f"emulated.linear.{name}" for name in ("rowwise", "tensorwise", "blockwise"))
@@ -53,6 +57,24 @@ def test_every_pass_of_every_planned_layer_is_counted_in_an_eager_step():
         model(torch.randn(4, 16)).sum().backward()
     # The input needs no gradient, so the first layer has no dgrad.
     assert kernel_executions() == {BLOCKWISE: 6, ROWWISE: 6, TENSORWISE: 3}
+
+
+def test_buckets_of_a_distributed_model_are_counted_when_they_run(monkeypatch):
+    """Dynamo compiles a graph per bucket, and asks each for its shapes on the way."""
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda gm, inputs, **_: aot_eager(gm, inputs))
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1024)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Mlp()
+        plan = plan_for(model, ["up", "down", "head"])
+        compiled = torch.compile(
+            nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.004), backend="loka", options={"plan": plan}
+        )
+        for _ in range(2):
+            compiled(torch.randn(4, 16)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert kernel_executions() == {BLOCKWISE: 6, ROWWISE: 6, TENSORWISE: 4}
 
 
 @needs_a_compiler

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file, save_file, save_model
+from torch import Tensor, nn
 
 from loka.dispatch.freezing.freeze import freeze
 from loka.dispatch.running.convert import convert, planned_sites
@@ -168,6 +168,42 @@ def test_a_frozen_checkpoint_goes_through_a_file_into_a_freshly_frozen_model(tmp
         assert state["up.weight"].dtype == model.up.weight.codes.dtype
         other.load_state_dict(state)
         assert torch.equal(model(x), other(x))
+
+
+def test_no_padding_is_kept_with_a_weight_and_a_whole_model_can_be_saved(tmp_path: Path) -> None:
+    layer = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 256))  # blocks of 128 pad 64 rows, and cut them off again
+    frozen = freeze(layer, plan_of(layer, ["0", "1"], "emulated.linear.blockwise"))
+    assert all(each.untyped_storage().nbytes() == each.nbytes for each in layer.buffers())
+    assert frozen.bytes_after == 2 * 64 * 256 + 2 * 2 * 4 + (64 + 256) * 4  # codes, scales, biases
+    save_model(layer, str(tmp_path / "layer.safetensors"))  # refuses what is part of a larger storage
+    saved = load_file(tmp_path / "layer.safetensors")
+    assert all(torch.equal(saved[name].float(), each.float()) for name, each in layer.state_dict().items())
+
+
+class SavesItself(nn.Linear):
+    """A layer of a library's own, which saves what it finds under the name of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.data
+        destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.data
+
+
+@pytest.mark.parametrize("kernel", HERE)
+def test_a_module_that_saves_its_weight_by_itself_saves_codes_and_scales(kernel: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = (nn.Sequential(SavesItself(16, 32), nn.Linear(32, 16)) for _ in range(2))
+    for each in (model, other):
+        freeze(each, plan_of(each, ["0", "1"], kernel))
+    state = model.state_dict()
+    assert list(state) == ["0.weight", "0.bias", "0.weight_scale", "1.bias", "1.weight", "1.weight_scale"]
+    assert model.state_dict(keep_vars=True)["0.weight_scale"] is model[0].weight_scale
+    torch.save(state, tmp_path / "model.pt")
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    x = torch.randn(3, 16)
+    assert torch.equal(model(x), other(x))
 
 
 @pytest.mark.parametrize("order", ["loaded, then frozen", "frozen, then loaded"])

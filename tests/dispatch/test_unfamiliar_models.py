@@ -10,9 +10,9 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.parametrizations import spectral_norm
 
 from loka.dispatch.freezing.freeze import freeze
-from loka.dispatch.running.convert import convert, revert
+from loka.dispatch.running.convert import convert, revert, unreached
 from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
-from loka.errors import KernelError
+from loka.errors import KernelError, PlanError
 from tests.dispatch.made_conversion import decision, plan_for
 
 SHARED = dict.fromkeys(("fprop", "dgrad", "wgrad"), "rowwise")  # all passes on one kernel, which shares their casts
@@ -187,3 +187,45 @@ def test_a_sparse_buffer_is_counted_by_what_it_holds(layout):
     indices = 2 * 6 if layout == "coo" else 7 + 6
     assert frozen.bytes_before - dense.bytes_before == indices * 8 + 6 * 4
     assert frozen.bytes_after - dense.bytes_after == indices * 8 + 6 * 4
+
+
+# --- TorchScript ---
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_layers_of_torchscript_stay_as_they_are_and_are_named():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.head = nn.Linear(16, 24), nn.Linear(24, 8)
+            self.fixed = torch.jit.script(nn.Sequential(nn.Linear(24, 24), nn.ReLU()))
+
+        def forward(self, x):
+            return self.head(self.fixed(self.up(x)))
+
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(4, 16)
+    want = model(x)
+    model(x).sum().backward()
+    plan = plan_for(model, dict.fromkeys(("up", "fixed.0", "head"), SHARED))
+    reset_kernel_executions()
+    got = convert(model, plan)(x)
+    got.sum().backward()
+    assert kernel_executions() == {"emulated.linear.rowwise": 5}  # x wants no gradient
+    assert 0 < float(((got - want).norm() / want.norm()).detach()) < 0.1
+    assert unreached(model) == ("fixed.0",)
+    assert torch.equal(revert(model)(x), want)
+    convert(model, plan)
+    frozen = freeze(model, plan)
+    assert frozen.kernels.keys() == {"up", "head"}
+    assert frozen.left == {"fixed.0": "it runs in TorchScript, whose code is fixed"}
+    assert torch.equal(model(x), got)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("change", [convert, freeze])
+def test_a_model_of_torchscript_is_refused_in_words_and_left_as_it_is(change):
+    model = torch.jit.script(mlp())
+    with pytest.raises(PlanError, match="TorchScript, whose code is fixed"):
+        change(model, plan_for(model, {"0": SHARED}))
+    model(torch.randn(4, 16)).sum().backward()

@@ -114,6 +114,7 @@ def test_without_inputs_the_error_says_what_to_give():
         (make_input(), r"iterable of batches, not a Tensor.*inputs=\[batch\]"),
         ({"input": make_input()}, r"not a dict.*inputs=\[batch\]"),
         ([], "inputs has no batch"),
+        ([{"x": torch.nested.nested_tensor([torch.ones(3, 32)], layout=torch.jagged)}], "inputs has a nested tensor"),
         ([7], "a batch of type int"),
         (7, "not a int"),
         ([(make_input(), torch.zeros(3))], r"does not fit .*\.forward: .*give the inputs alone"),

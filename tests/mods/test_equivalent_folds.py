@@ -49,6 +49,61 @@ def test_a_norm_with_another_scale_than_it_looks_like_is_refused():
     assert all("computes something else" in refusal.reason for refusal in applied.refused)
 
 
+class LayerNormOfALibrary(nn.LayerNorm):
+    """As timm derives it: a forward of its own, the same arithmetic."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class Conditioned(LayerNormOfALibrary):
+    """Takes more than its input."""
+
+    def forward(self, x, scale=None):
+        return super().forward(x) * (2 if scale is None else scale)
+
+
+class Shaped(nn.RMSNorm):
+    """Needs what it cannot be given alone."""
+
+    def forward(self, x, shape):
+        return super().forward(x).reshape(shape)
+
+
+@pytest.mark.parametrize("mod", [FoldNorm(), Smooth()], ids=lambda mod: mod.name)
+def test_a_layer_norm_derived_from_torchs_is_taken_for_what_it_computes(mod):
+    torch.manual_seed(0)
+    model = nn.Sequential(LayerNormOfALibrary(32, eps=1e-3), nn.Linear(32, 48, bias=False))
+    with torch.no_grad():
+        model[0].weight.uniform_(0.1, 30)
+        model[0].bias.normal_()
+    x = torch.randn(64, 32)
+    scale, shift, weight = (each.detach().double() for each in model.parameters())
+    want = (F.layer_norm(x.double(), (32,), eps=1e-3) * scale + shift) @ weight.T
+    applied = loka.mods.apply(model, [mod], inputs=[x])
+    assert applied.replacements
+    assert (model[0].weight is None) == (mod.name == "FoldNorm")
+    assert relative(model(x).double(), want) < 1e-6
+    applied.undo()
+    assert type(model[0]) is LayerNormOfALibrary
+
+
+@pytest.mark.parametrize("norm", [Conditioned, Shaped])
+def test_a_derived_norm_that_computes_something_else_is_refused(norm):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up = norm(32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.up(self.norm(x, x.shape) if norm is Shaped else self.norm(x))
+
+    applied = loka.mods.apply(Model(), [FoldNorm()], inputs=[torch.randn(64, 32)])
+    assert not applied.replacements
+    words = f"{norm.__name__} computes something else than a norm times its weight"
+    assert [each.reason for each in applied.refused] == [words]
+
+
 def test_a_shift_becomes_a_bias_where_there_was_none():
     model, x = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 16, bias=False)), make_input()
     nn.init.normal_(model[0].bias)

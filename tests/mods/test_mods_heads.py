@@ -201,6 +201,27 @@ def test_a_run_changes_nothing_and_sees_frozen_and_parametrized_heads():
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
+class Counting(nn.BatchNorm1d):
+    """A norm of a library's own: its forward is traced, and counts in place."""
+
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        noise = torch.rand(1)  # drawn while it is traced
+        return F.batch_norm(x + noise, self.running_mean, self.running_var, self.weight, self.bias, True)
+
+
+@pytest.mark.parametrize("example", [None, X])
+def test_what_a_forward_counts_and_draws_stays_out_of_the_model(example):
+    model = nn.Sequential(nn.Linear(8, 8), Counting(8), nn.Linear(8, 40))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    heads = find_heads(model, example)
+    assert list(heads.layers.values()) == ["2"]
+    assert "size" not in heads.how  # it was followed
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_an_example_may_be_keyword_arguments_and_one_that_does_not_fit_is_an_error():
     model = WideAndDeep()
     heads = find_heads(model, {"x": X, "labels": torch.ones(5, 1)})

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -184,6 +185,36 @@ def test_a_bias_it_does_not_know_stays_and_is_named():
         loka.mods.apply(model, [NoBias()])
     assert caught[0].filename == __file__
     assert model["rnn"].bias_ih_l0 is not None
+
+
+class Derived(nn.LayerNorm):
+    """A class of a library's own, with the forward that it was derived with."""
+
+
+class Apart(nn.Module):
+    """A weight and a bias that the model's own code reads, as selective state spaces do with their step."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.step, self.head = nn.Linear(8, 16), Derived(16), nn.Linear(16, 16), nn.Linear(16, 9)
+
+    def forward(self, x):
+        x = self.norm(self.up(x))
+        x = F.softplus(x @ self.step.weight.T + self.step.bias + torch.ones(16))
+        return self.head(x) + torch.zeros(9)  # constants of the trace
+
+
+def test_a_bias_that_other_code_reads_stays_and_is_named():
+    model = Apart()
+    with pytest.warns(LokaWarning, match=r"leaves 'step\.bias': code outside of its layer") as caught:
+        applied = loka.mods.apply(model, [NoBias()])
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert model.step.bias is not None
+    assert model.head.bias is not None
+    assert [each.fqn for each in applied.replacements] == ["up.bias", "norm.bias"]
+    assert "no product lies between" in applied.replacements[0].reason
+    model(torch.randn(3, 8)).sum().backward()
 
 
 def test_naming_an_unknown_bias_in_keep_silences_the_warning():

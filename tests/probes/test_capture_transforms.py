@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
+import loka
 from loka.errors import EvidenceError
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, probed, product, seen
 from tests.probes.made_situations import assert_as_eager
@@ -35,6 +36,16 @@ def test_training_by_torch_func_is_probed_to_its_end_with_its_losses(tmp_path):
     assert losses == alone
     assert_as_eager(run, steps, samples=5)
     assert [step.loss for step in steps] == losses[::2]
+
+
+def test_weights_that_torch_func_is_given_are_known_for_what_they_are(tmp_path):
+    model = Two()
+    run, steps = probed(model, tmp_path, lambda: descend(model))
+    names = {(product.site, product.product): product.parameter for product in steps[0].products}
+    assert names == {key: f"{key[0]}.weight" for key in PASSES_OF_TWO}
+    assert run.progress.weights_changed  # those of the module have not
+    plan = loka.plan(tmp_path / "run.db", loka.Bound(row_error=0.9), assume_speedup=1.3)
+    assert not any(each.code == "cannot" for each in plan.decision("up", "fprop").rejected if "emulated" in each.kernel)
 
 
 def test_gradients_per_example_are_left_as_they_are(tmp_path):
@@ -87,6 +98,22 @@ def test_a_strided_nested_tensor_is_left_to_torch_and_told_of(tmp_path, mode):
     assert all(torch.equal(each, alone) for each in found)
     assert seen(steps[0]) == Counter({("down", "fprop"): 1})
     assert [event.message.split()[:2] for event in run.events] == [["up:", "linear"]]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_layers_of_torchscript_are_seen_like_any_other(tmp_path):
+    model = nn.Sequential(nn.Linear(16, 32), torch.jit.script(nn.Sequential(nn.Linear(32, 32), nn.ReLU())))
+
+    def loop():
+        for step in range(6):
+            model(torch.randn(8, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+
+    run, steps = probed(model, tmp_path, loop, every=1)
+    assert run.progress.status == "complete"
+    assert len(steps) == 6
+    wanted = {("0", "fprop"), ("0", "wgrad"), ("1.0", "fprop"), ("1.0", "dgrad"), ("1.0", "wgrad")}
+    assert all(seen(step).keys() == wanted for step in steps)
+    assert_nothing_attached(model)
 
 
 def test_a_bilinear_layer_is_told_of_where_it_is_all_there_is(tmp_path):

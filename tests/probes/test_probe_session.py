@@ -176,6 +176,24 @@ def test_forward_called_past_the_module_is_told(tmp_path):
         train(model.forward, 3)
 
 
+class CallsItself(Two):
+    """A class with a way of its own into its forward, as GPyTorch's are."""
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+
+def test_a_call_that_passes_the_module_by_is_told_and_steps_by_hand_see_it(tmp_path):
+    model = CallsItself()
+    with pytest.raises(EvidenceError, match=r"`__call__` of its own.*with probe\.step\(\):"):
+        probed(model, tmp_path, lambda: train(model, 3))
+    with loka.probe(model, tmp_path / "own.db", every=1) as probe:
+        for _ in range(3):
+            with probe.step():
+                train(model, 1)
+    assert (probe.progress.steps, probe.progress.sampled_steps) == (3, 3)
+
+
 def test_compiling_in_place_inside_the_block_is_told(tmp_path):
     model = Two()
 

@@ -110,6 +110,21 @@ def test_notes_group_reasons_and_name_the_gate_and_the_horizon():
     ]
 
 
+def test_a_note_counts_what_is_safe_by_the_first_steps_alone():
+    early = (recipe("rowwise", 0.01, horizon=5, note="sampled only in the first 100 steps"),)
+    few = (recipe("rowwise", 0.01, horizon=9, note="only 1 of the samples come after the first 100 steps"),)
+    bad = (recipe("rowwise", 0.9, horizon=9, note="sampled only in the first 100 steps"),)
+    late = (recipe("rowwise", 0.01, horizon=9),)
+    found = [product(site, recipes=recipes) for site, recipes in zip("abcd", (early, few, bad, late), strict=True)]
+    line = (
+        "2 safe products: judged by the first 100 steps of the training, where errors change fastest; the tolerance is "
+        "1.25 times as wide for it, and a longer run is surer"
+    )
+    assert notes(build_report(run(*found), BOUND))[0] == line
+    assert line in " ".join(FORMATS["md"](build_report(run(*found), BOUND)).split())
+    assert not any("first 100" in note for note in notes(build_report(run(found[2], found[3]), BOUND)))
+
+
 @pytest.mark.parametrize(
     ("share", "words"),
     [
