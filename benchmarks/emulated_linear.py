@@ -168,7 +168,7 @@ def study(stack: str, dtype: torch.dtype, *, compiled: bool, rounds: int, batch:
 
     if dtype != torch.float32:
         compare("high precision / fp32", step_of(compile_if(model), width, batch, dtype), base)
-    for recipe in PEER_RECIPES if compiled or dtype != torch.float32 else DEFAULT_RECIPES:
+    for recipe in DEFAULT_RECIPES:
         step = step_of(ours(model, recipe, batch, compiled), width, batch, dtype)
         compare(f"{recipe} / fp32", step, base)
         if recipe in PEER_RECIPES and importlib.util.find_spec("torchao"):

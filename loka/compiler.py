@@ -8,7 +8,9 @@ autograd traces into, so that Inductor sees plain aten ops and fuses the quantis
 and `mode`, go to Inductor.
 """
 
+import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Final, cast
@@ -81,7 +83,19 @@ def _plan(given: Plan | str | PathLike[str] | None) -> Plan:
             'options={"plan": "plan.json"}) with a file from `loka plan`; a mode goes into the options, too: '
             '{"plan": "plan.json", "mode": "max-autotune"}.'
         )
-    return plan_of(given)
+    if isinstance(given, Plan):
+        return given
+    try:
+        state = os.stat(given)
+    except (OSError, TypeError, ValueError):
+        return plan_of(given)  # which says what is wrong
+    return _read(os.fspath(given), state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: str, *_: int) -> Plan:
+    """Read a plan once for all graphs, as long as the file is what it was."""
+    return plan_of(path)
 
 
 def rewrite(gm: fx.GraphModule, plan: Plan, *, emulate: bool = False) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ class Plan:
     # Sites whose weight is multiplied with by another module's forward -> that module: the way to reach them.
     outsides: Mapping[str, str] = field(default_factory=dict)
     _index: dict[tuple[str, Pass], Decision] = field(init=False, repr=False, compare=False)
+    _hash: list[str] = field(init=False, repr=False, compare=False, default_factory=list)  # empty until it is asked for
 
     def __post_init__(self) -> None:
         """Sort the decisions by site and pass, and refuse what no plan can say."""
@@ -98,7 +99,9 @@ class Plan:
     @property
     def hash(self) -> str:
         """SHA-256, in hex, of everything but `created`."""
-        return hashlib.sha256(self._text(created=False).encode()).hexdigest()
+        if not self._hash:
+            self._hash.append(hashlib.sha256(self._text(created=False).encode()).hexdigest())
+        return self._hash[0]
 
     def decision(self, site: str, product: str) -> Decision:
         """Return the decision on one site and pass (or torchao's name of it); raise PlanError when there is none."""

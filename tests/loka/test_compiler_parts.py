@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loka.compiler import unreached
+from loka.compiler import _plan, unreached
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.running.convert import convert
 from loka.dispatch.running.linear import linear
@@ -304,3 +305,24 @@ def test_a_layer_that_its_module_sets_anew_is_known() -> None:
     assert_equals_conversion(torch.compile(model, backend=backend), model, plan, x)
     torch.compile(model.experts, backend=backend)(torch.randn(5, 16))
     assert backend.sites == ["experts.router.classifier"] * 2
+
+
+def test_a_plan_in_a_file_is_read_once_for_all_graphs_and_anew_when_it_changes(tmp_path, monkeypatch):
+    reads = []
+    load = Plan.load
+    monkeypatch.setattr(Plan, "load", lambda path: reads.append(path) or load(path))
+    path, model = tmp_path / "plan.json", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    plan_for(model, {"0": MIXED}).save(path)
+    assert _plan(path) is _plan(str(path))
+    assert len(reads) == 1
+    plan_for(model, {"0": MIXED, "2": MIXED}).save(path)
+    assert {each.request.site for each in _plan(path).decisions} == {"0", "2"}
+    assert len(reads) == 2
+
+
+def test_the_hash_of_a_plan_is_that_of_what_it_says_now():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    plan = plan_for(model, {"0": MIXED})
+    assert plan.hash == plan.hash == copy.deepcopy(plan).hash
+    changed = replace(plan, notes=("another",))
+    assert changed.hash != plan.hash == replace(changed, notes=plan.notes).hash

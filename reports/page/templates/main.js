@@ -37,7 +37,8 @@ const startSites = (report, rows, detailsOf) => {
     forget(dialog.querySelectorAll(".graph"));
     dialog.replaceChildren();
     if (sites.has(location.hash)) history.pushState(null, "", location.pathname + location.search);
-    returnTo?.focus?.();
+    // This comes a while after the dialog is gone, when whoever uses the keyboard may have gone on.
+    if (document.activeElement === document.body) returnTo?.focus?.();
   });
   dialog.addEventListener(
     "click",
