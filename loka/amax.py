@@ -27,6 +27,8 @@ _TRACING: Final = (
 _BITS: Final[dict[int, tuple[torch.dtype, int]]] = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
 # Elements of a group, side by side in memory, from which on two reductions of fp32 beat a copy of bits and one.
 _LONG: Final[int] = 64
+# Elements that no order of reading makes a difference to.
+_FEW: Final[int] = 2**12
 # Elements of a piece, whose bits stay in the second cache of a server's core.
 _PIECE: Final[int] = 2**17
 
@@ -63,8 +65,8 @@ def readable(x: Tensor) -> bool:
 
 def _amax(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Return the largest |x| over `dim`, kept as ones, laid out as x is; NaN or Inf where an element is."""
-    if x.is_contiguous():
-        return _amax_in_order(x, tuple(d % x.dim() for d in dim))
+    if x.is_contiguous() or x.numel() <= _FEW:
+        return _amax_in_order(x, tuple([d % x.dim() for d in dim]))
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     amax = _amax_in_order(x.permute(order), tuple(order.index(d % x.dim()) for d in dim))
     return amax.permute([order.index(d) for d in range(x.dim())])
@@ -74,7 +76,7 @@ def _amax_in_order(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Do that for a tensor whose strides fall."""
     recorded = x.requires_grad and torch.is_grad_enabled()  # bits have no gradient
     fast_as_numbers = x.dtype == torch.float32 and (x.dim() - 1 not in dim or x.shape[-1] >= _LONG)
-    if recorded or fast_as_numbers or x.itemsize not in _BITS:
+    if recorded or fast_as_numbers or x.itemsize not in _BITS or x.numel() <= _FEW:
         return torch.maximum(x.amax(dim, keepdim=True).abs(), x.amin(dim, keepdim=True).abs())
     integer, magnitude = _BITS[x.itemsize]
     bits = x.detach().view(integer)

@@ -27,6 +27,8 @@ from loka.formats import Format, OperandSpec
 _MIN_SCALE: Final[float] = 2.0**-126
 # Scales that leave room on both sides: none of theirs, and no number that they are multiplied with, leaves fp32.
 _MODERATE: Final[float] = 2.0**80
+# Of fewer groups, asking for their range takes longer than two more passes.
+_FEW_SCALES: Final[int] = 512
 # Elements of a piece, whose values and exponents, half a MB each, stay in the second cache of a server's core.
 _PIECE: Final[int] = 2**17
 # Whose largest element is found without a copy in fp32.
@@ -329,7 +331,9 @@ def _in_pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Pieces are cut along the outermost dimension in memory, so that a transposed view is read, and its result written,
     in order.
     """
-    if not x.numel():
+    if x.numel() <= _PIECE:
+        if x.numel():
+            yield x, *others
         return
     dim = max(range(x.dim()), key=lambda d: (x.shape[d] > 1, x.stride(d)))
     step = max(1, _PIECE * x.shape[dim] // x.numel())
@@ -346,7 +350,7 @@ def _values_in_pieces(grouped: Tensor, scale: Tensor, spec: OperandSpec, *, clip
 
 def _rounds_where_it_is(spec: OperandSpec, scale: Tensor) -> bool:
     """Whether `_rounded_where_it_is` may be asked: scales are powers of two, and nothing it adds leaves the range."""
-    if spec.scale_rule == "fp32" or spec.format.has_infinity or not scale.numel():
+    if spec.scale_rule == "fp32" or spec.format.has_infinity or scale.numel() < _FEW_SCALES:
         return False
     return bool(scale.amin() >= 1 / _MODERATE) and bool(scale.amax() <= _MODERATE)
 

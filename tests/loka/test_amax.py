@@ -42,11 +42,12 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("piece", [2**17, 64], ids=["one piece", "pieces"])
+@pytest.mark.parametrize(("piece", "few"), [(2**17, 0), (64, 0), (2**17, 2**12)], ids=["one piece", "pieces", "few"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_layout_and_dimension_has_the_largest_of_numpy(monkeypatch, dtype, layout, piece) -> None:
+def test_every_layout_and_dimension_has_the_largest_of_numpy(monkeypatch, dtype, layout, piece, few) -> None:
     monkeypatch.setattr(amax, "_PIECE", piece)
+    monkeypatch.setattr(amax, "_FEW", few)
     for shape in ((3, 5, 7), (2, 4, 130), (4, 70, 32), (2, 1, 1), (6, 1, 66)):
         x = layout(drawn(shape, dtype))
         if not x.numel():
@@ -91,13 +92,17 @@ def test_scales_lie_as_the_groups_of_a_turned_operand_do(name: str) -> None:
 )
 def test_any_bits_of_sixteen(bits: list[int], dtype: torch.dtype) -> None:
     x = torch.from_numpy(np.array(bits, np.uint16).view(np.int16)).view(dtype)
-    assert finite_amax(x, (0,)).double().item() == by_numpy(x, (0,)).item()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amax, "_FEW", 0)
+        assert finite_amax(x, (0,)).double().item() == by_numpy(x, (0,)).item()
 
 
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
 def test_any_bits_of_thirty_two(bits: list[int]) -> None:
     x = torch.from_numpy(np.array(bits, np.uint32).view(np.float32))
-    assert finite_amax(x, (0,)).double().item() == by_numpy(x, (0,)).item()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amax, "_FEW", 0)
+        assert finite_amax(x, (0,)).double().item() == by_numpy(x, (0,)).item()
 
 
 def test_a_parameter_is_read_as_what_it_holds() -> None:
