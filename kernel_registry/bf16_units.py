@@ -27,7 +27,7 @@ _AVAILABLE: Final[dict[str, bool]] = {"cpu": multiplies_bf16("cpu")}
 _BACKEND: Final = ("mkldnn", "matmul")  # torch.backends.mkldnn.matmul.fp32_precision, without its cost in Python
 _NOT_CHOSEN: Final = "none"
 # The smallest normal number of fp32, and of bf16.
-SMALLEST: Final[float] = 2.0**-126
+SMALLEST: Final[float] = torch.finfo(torch.float32).smallest_normal
 # Threads that draw, write or pass data on: by the start of the module that their work is defined in.
 _QUIET: Final[tuple[str, ...]] = (
     "loka.",
@@ -69,13 +69,18 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    if _idle.get() or torch._C._get_fp32_precision_getter(*_BACKEND) != _NOT_CHOSEN or not _is_alone():
+    if not usable():
         return matmul(a, b)
     try:
         torch._C._set_fp32_precision_setter(*_BACKEND, "bf16")
         return matmul(a, b)
     finally:
         torch._C._set_fp32_precision_setter(*_BACKEND, _NOT_CHOSEN)
+
+
+def usable() -> bool:
+    """Return whether these units may be taken for a product now; not to be asked while code is compiled."""
+    return not _idle.get() and torch._C._get_fp32_precision_getter(*_BACKEND) == _NOT_CHOSEN and _is_alone()
 
 
 def _is_alone() -> bool:

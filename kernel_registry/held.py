@@ -18,7 +18,7 @@ from torch import Tensor
 from loka.accumulation import reduced_product
 from loka.amax import readable
 from loka.formats import BLOCK, OperandSpec, Recipe
-from loka.kernel_registry.bf16_units import SMALLEST, available, exact_matmul
+from loka.kernel_registry.bf16_units import SMALLEST, available, exact_matmul, usable
 from loka.kernel_registry.operands import scaled
 from loka.kernel_registry.torch_mm import matmul
 from loka.quantize import dequantize, fake_quantize, held_codes, values_and_scale
@@ -62,7 +62,7 @@ def multiply(recipe: Recipe, a: Held, b: Held, out_dtype: torch.dtype) -> Tensor
         (codes_a, scale_a), (codes_b, scale_b) = a.tensors, b.tensors
         if a.spec.group_k is None:
             return _scaled_product(codes_a, scale_a, codes_b, scale_b, out_dtype)
-        if _is_moderate(scale_a) and _is_moderate(scale_b):
+        if usable() and _is_moderate(scale_a) and _is_moderate(scale_b):
             of_columns = scale_b.t().repeat_interleave(b.spec.group_rows or 1, dim=1)[:, : codes_b.shape[0]]
             return _sum_of_blocks(codes_a, scale_a, codes_b, of_columns).to(out_dtype)
     left, right = _values(a), _values(b)

@@ -7,7 +7,7 @@ An element that is not finite belongs to no scale: one NaN must not reach the ot
 Where values can be read (a CPU, nothing traced), how long it takes depends on how it is asked. A reduction writes its
 result in the order of its dimensions: in another order than that of memory, groups of a transposed fp32 tensor take 15
 to 25 times as long. Those of 16-bit elements compare in fp32, one by one; their bits without a sign, which are integers
-in the order of magnitudes, take a third to a tenth of the time. (`benchmarks.emulated_linear` has what it amounts to.)
+in the order of magnitudes, take a third of the time. (`benchmarks.emulated_linear` has what it amounts to.)
 """
 
 from typing import Final
@@ -15,6 +15,8 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from loka.pieces import cut_of
 
 # Not of a class of its own, as tensors that stand for others are.
 _PLAIN: Final[tuple[type[Tensor], ...]] = (Tensor, Parameter)
@@ -29,8 +31,6 @@ _BITS: Final[dict[int, tuple[torch.dtype, int]]] = {2: (torch.int16, 0x7FFF), 4:
 _LONG: Final[int] = 64
 # Elements that no order of reading makes a difference to.
 _FEW: Final[int] = 2**12
-# Elements of a piece, whose bits stay in the second cache of a server's core.
-_PIECE: Final[int] = 2**17
 
 
 def finite_amax(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
@@ -73,15 +73,14 @@ def _amax(x: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def _amax_in_order(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Do that for a tensor whose strides fall."""
+    """Do that for a tensor whose strides fall, or which is small."""
     recorded = x.requires_grad and torch.is_grad_enabled()  # bits have no gradient
     fast_as_numbers = x.dtype == torch.float32 and (x.dim() - 1 not in dim or x.shape[-1] >= _LONG)
     if recorded or fast_as_numbers or x.itemsize not in _BITS or x.numel() <= _FEW:
         return torch.maximum(x.amax(dim, keepdim=True).abs(), x.amin(dim, keepdim=True).abs())
     integer, magnitude = _BITS[x.itemsize]
     bits = x.detach().view(integer)
-    cut = next((d for d in range(x.dim()) if x.shape[d] > 1), 0)
-    step = max(1, _PIECE * x.shape[cut] // x.numel())
+    cut, step = cut_of(x)
     scratch = torch.empty_like(bits.narrow(cut, 0, min(step, x.shape[cut])))
     parts = []
     for piece in torch.split(bits, step, dim=cut):

@@ -83,11 +83,11 @@ def _plan(given: Plan | str | PathLike[str] | None) -> Plan:
             'options={"plan": "plan.json"}) with a file from `loka plan`; a mode goes into the options, too: '
             '{"plan": "plan.json", "mode": "max-autotune"}.'
         )
-    if isinstance(given, Plan):
-        return given
+    if not isinstance(given, str | PathLike):
+        return plan_of(given)
     try:
         state = os.stat(given)
-    except (OSError, TypeError, ValueError):
+    except (OSError, ValueError):
         return plan_of(given)  # which says what is wrong
     return _read(os.fspath(given), state.st_mtime_ns, state.st_size)
 

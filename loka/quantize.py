@@ -12,9 +12,7 @@ other: scales are taken over finite elements only.
 tested equal to `cast` on every input, up to the sign of zero, which it drops.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -22,15 +20,14 @@ from torch import Tensor
 
 from loka.amax import finite_amax, readable
 from loka.formats import Format, OperandSpec
+from loka.pieces import in_pieces
 
 # Smallest scale: the smallest normal fp32, so that its reciprocal stays finite.
-_MIN_SCALE: Final[float] = 2.0**-126
+_MIN_SCALE: Final[float] = torch.finfo(torch.float32).smallest_normal
 # Scales that leave room on both sides: none of theirs, and no number that they are multiplied with, leaves fp32.
 _MODERATE: Final[float] = 2.0**80
 # Of fewer groups, asking for their range takes longer than two more passes.
 _FEW_SCALES: Final[int] = 512
-# Elements of a piece, whose values and exponents, half a MB each, stay in the second cache of a server's core.
-_PIECE: Final[int] = 2**17
 # Whose largest element is found without a copy in fp32.
 _REDUCIBLE: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
 _FP32_MANTISSA_BITS: Final[int] = 23
@@ -256,9 +253,9 @@ def values_and_scale(x: Tensor, spec: OperandSpec, amax: Tensor | None = None) -
 
 
 def held_codes(x: Tensor, spec: OperandSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Quantise an operand [..., rows, k] that has one scale per row or in all, to codes held in bf16 or fp32.
+    """Quantise an operand [..., rows, k] to codes held in bf16 or fp32, where scales come after a sum over codes.
 
-    Returns the codes [..., rows, k], numbers of the FP8 format, and their fp32 scales [..., rows or 1, 1]. A code is
+    Returns the codes [..., rows, k], numbers of the FP8 format, and the fp32 scales that `quantize` gives it. A code is
     exact in bf16, which its product with a scale is not.
     """
     grouped, scale = _measured(x, spec, None)
@@ -305,12 +302,9 @@ def _rounded(grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bool) -> Ten
 def _rounded_in_pieces(
     grouped: Tensor, scale: Tensor, fmt: Format, *, clips: bool, codes: torch.dtype | None = None
 ) -> Tensor:
-    """Return the codes of x in this dtype, or the fp32 values they stand for; the same numbers as `_rounded`.
-
-    Six passes over a piece that stays in the second cache take less than two over memory.
-    """
+    """Return the codes of x in this dtype, or the fp32 values they stand for; the same numbers as `_rounded`."""
     out = torch.empty_like(grouped, dtype=codes or torch.float32)
-    for part, target, own, own_inverse in _in_pieces(grouped, out, scale, scale.reciprocal()):
+    for part, target, own, own_inverse in in_pieces(grouped, out, scale, scale.reciprocal()):
         values = target if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
         torch.mul(part, own_inverse, out=values)
         # A finite sum means finite elements; should finite ones overflow it, the general way is as right.
@@ -323,22 +317,6 @@ def _rounded_in_pieces(
         elif values is not target:
             target.copy_(values)
     return out
-
-
-def _in_pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield pieces of x, and those of tensors of its shape and of its scales' that belong to them.
-
-    Pieces are cut along the outermost dimension in memory, so that a transposed view is read, and its result written,
-    in order.
-    """
-    if x.numel() <= _PIECE:
-        if x.numel():
-            yield x, *others
-        return
-    dim = max(range(x.dim()), key=lambda d: (x.shape[d] > 1, x.stride(d)))
-    step = max(1, _PIECE * x.shape[dim] // x.numel())
-    rest = (torch.split(each, step, dim) if each.shape[dim] > 1 else itertools.repeat(each) for each in others)
-    yield from zip(torch.split(x, step, dim), *rest, strict=False)
 
 
 def _values_in_pieces(grouped: Tensor, scale: Tensor, spec: OperandSpec, *, clips: bool) -> Tensor:
@@ -362,7 +340,7 @@ def _rounded_where_it_is(grouped: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """
     out = torch.empty_like(grouped, dtype=torch.float32)
     held = scale.view(torch.int32) + (fmt.min_exponent << _FP32_MANTISSA_BITS)
-    for part, target, own in _in_pieces(grouped, out, held):
+    for part, target, own in in_pieces(grouped, out, held):
         if part.dtype != torch.float32:
             part = target.copy_(part)
         exponent = part.view(torch.int32).bitwise_and(_FP32_EXPONENT_MASK)

@@ -9,7 +9,7 @@ measured error it is a second road to the same number. Where a few rows make the
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Engine
 
@@ -76,12 +76,7 @@ def read_families(
 
     `steps` are the sampled steps of each site.
     """
-    shared = {}
-    for record in read_learned(engine, run_id, kind=SHARED_INPUT):
-        try:
-            shared[record.site] = restore(record)
-        except ArgumentError as error:
-            logger.warning("what %s shares its input with is not known: %s", record.site, error)
+    shared = _told(engine, run_id, SHARED_INPUT, "what %s shares its input with is not known: %s")
     return tuple(families(shared, steps))
 
 
@@ -92,27 +87,22 @@ def read_epilogues(engine: Engine, run_id: str | None = None) -> tuple[str, ...]
 
 def read_flows(engine: Engine, run_id: str | None = None) -> dict[str, str]:
     """Return such sites whose result has, in every sampled step, gone to one other layer alone, with that layer."""
-    found = {}
-    for record in read_learned(engine, run_id, kind=EPILOGUE):
-        try:
-            reader = restore(record).reader
-        except ArgumentError as error:
-            logger.warning("where the result of %s goes is not known: %s", record.site, error)
-            continue
-        if reader and reader != record.site:
-            found[record.site] = reader
-    return dict(sorted(found.items()))
+    told = _told(engine, run_id, EPILOGUE, "where the result of %s goes is not known: %s")
+    return {site: facts.reader for site, facts in told.items() if facts.reader and facts.reader != site}
 
 
 def read_outsides(engine: Engine, run_id: str | None = None) -> dict[str, str]:
     """Return the sites whose weight another module than their own multiplies with, with that module's name."""
+    told = _told(engine, run_id, LAYER, "which module multiplies with the weight of %s is not known: %s")
+    return {site: facts.outside for site, facts in told.items() if facts.outside}
+
+
+def _told(engine: Engine, run_id: str | None, kind: str, unknown: str) -> dict[str, Any]:
+    """Return what a run has learned of one kind, by site, in order; of what cannot be read it is logged why."""
     found = {}
-    for record in read_learned(engine, run_id, kind=LAYER):
+    for record in read_learned(engine, run_id, kind=kind):
         try:
-            outside = restore(record).outside
+            found[record.site] = restore(record)
         except ArgumentError as error:
-            logger.warning("which module multiplies with the weight of %s is not known: %s", record.site, error)
-            continue
-        if outside:
-            found[record.site] = outside
+            logger.warning(unknown, record.site, error)
     return dict(sorted(found.items()))

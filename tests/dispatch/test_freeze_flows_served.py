@@ -19,14 +19,13 @@ from loka.dispatch.freezing.handed import Handed
 from loka.dispatch.measuring.flows import flow_shapes, measure_flows
 from loka.dispatch.measuring.forms import Form
 from loka.hardware import device_info
+from loka.kernel_registry import bf16_units
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import default_registry
 from loka.probes.judging.evidence import load_evidence
 from tests.dispatch.made_conversion import needs_a_compiler
 from tests.dispatch.made_evidence import SAFE, built_in, timing
 from tests.dispatch.made_flows import CHAINS, flow, flow_plan, hands, pair
-
-BLOCKS = ("blockwise",)
 
 # --- saved, copied, compiled, exported ---
 
@@ -62,7 +61,7 @@ def casts(program):
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])
-def test_it_compiles_whole_for_any_batch_and_is_exported(recipe):
+def test_it_compiles_whole_for_any_batch_and_is_exported(recipe, monkeypatch):
     chained, apart, _ = pair(recipe)
     with torch.no_grad():
         for backend in ("eager", "aot_eager"):
@@ -73,11 +72,13 @@ def test_it_compiles_whole_for_any_batch_and_is_exported(recipe):
                 torch.testing.assert_close(compiled(x), apart(x))
         x = torch.randn(9, 13)
         for strict in (False, True):
-            program, other = (torch.export.export(each, (x,), strict=strict) for each in (chained, apart))
-            # An exported program has torch's own sums, and those of blocks are others: a last bit turns a code.
-            torch.testing.assert_close(program.module()(x), (other.module() if recipe in BLOCKS else apart)(x))
+            program = torch.export.export(chained, (x,), strict=strict)
+            with monkeypatch.context() as patch:
+                # An exported program has torch's own sums: those of a CPU's bf16 units may turn a code by a last bit.
+                patch.setitem(bf16_units._AVAILABLE, "cpu", False)
+                torch.testing.assert_close(program.module()(x), apart(x))
             assert casts(program) == 2  # codes that are handed on; what nobody else reads is emulated in fp32
-            assert casts(other) == 0
+            assert casts(torch.export.export(apart, (x,), strict=strict)) == 0
     assert hands(chained) == [recipe, recipe]
 
 

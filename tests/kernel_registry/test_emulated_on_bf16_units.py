@@ -208,6 +208,19 @@ def test_units_that_are_left_idle_compute_nothing(alone, precisions) -> None:
 
 
 @needs_bf16
+@pytest.mark.parametrize("name", BLOCKS)
+def test_while_they_are_idle_blocks_are_multiplied_as_without_them(name: str, alone, monkeypatch) -> None:
+    """One product of values: block after block would cost more, and nothing would be had for it."""
+    a, b = operands(draw, 40, 24, 300)
+    with bf16_units.left_idle():
+        idle = KERNELS[name](a, b, product="fprop", out_dtype=torch.float32)
+    quick = KERNELS[name](a, b, product="fprop", out_dtype=torch.float32)
+    monkeypatch.setitem(bf16_units._AVAILABLE, "cpu", False)
+    assert torch.equal(KERNELS[name](a, b, product="fprop", out_dtype=torch.float32), idle)
+    assert not torch.equal(quick, idle)
+
+
+@needs_bf16
 def test_a_plan_times_emulation_without_them(alone, precisions) -> None:
     request = GemmRequest(site="a", product="fprop", op="linear", m=4, n=8, k=16, dtype="float32")
     call = emulated.rowwise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from loka import amax
+from loka import amax, pieces
 from loka.amax import finite_amax, readable
 from loka.formats import RECIPES, ROLES
 from loka.quantize import _grouped
@@ -46,7 +46,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_layout_and_dimension_has_the_largest_of_numpy(monkeypatch, dtype, layout, piece, few) -> None:
-    monkeypatch.setattr(amax, "_PIECE", piece)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     monkeypatch.setattr(amax, "_FEW", few)
     for shape in ((3, 5, 7), (2, 4, 130), (4, 70, 32), (2, 1, 1), (6, 1, 66)):
         x = layout(drawn(shape, dtype))

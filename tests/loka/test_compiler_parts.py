@@ -14,6 +14,7 @@ from loka.compiler import _plan, unreached
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.running.convert import convert
 from loka.dispatch.running.linear import linear
+from loka.errors import ArgumentError
 from tests.dispatch.made_conversion import MIXED, emulated, plan_for
 from tests.loka.made_compiled import Backend
 
@@ -318,6 +319,12 @@ def test_a_plan_in_a_file_is_read_once_for_all_graphs_and_anew_when_it_changes(t
     plan_for(model, {"0": MIXED, "2": MIXED}).save(path)
     assert {each.request.site for each in _plan(path).decisions} == {"0", "2"}
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("given", [3, 0.5, object(), ["plan.json"]])
+def test_what_is_neither_a_plan_nor_a_path_is_refused_in_words(given: object) -> None:
+    with pytest.raises(ArgumentError, match="path of one"):
+        _plan(given)  # type: ignore[arg-type]  # what a user may give all the same
 
 
 def test_the_hash_of_a_plan_is_that_of_what_it_says_now():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loka import pieces
 from loka import quantize as definition
 from loka.formats import FORMATS, RECIPES, ROLES, Format, OperandSpec
 from loka.quantize import (
@@ -231,7 +232,7 @@ def test_the_three_ways_to_the_fp8_values_agree(spec: OperandSpec) -> None:
 @pytest.mark.parametrize("exponent", [-140, -118, -100, -82, -78, 70, 78, 84, 100, 120])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_they_agree_near_the_ends_of_fp32_and_in_pieces(monkeypatch, spec: OperandSpec, exponent: int) -> None:
-    monkeypatch.setattr(definition, "_PIECE", 512)
+    monkeypatch.setattr(pieces, "PIECE", 512)
     monkeypatch.setattr(definition, "_FEW_SCALES", 1)
     x = torch.randn(70, 150) * 2.0**exponent
     x[5, 40:80], x[6, 7], x[7, 8] = 0, NAN, INF
