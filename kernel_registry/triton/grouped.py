@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loka.hardware import BLACKWELL_CAPABILITY, HOPPER_CAPABILITY, has_capability
 from loka.kernel_registry.triton.gemm import program_count
 from loka.kernel_registry.triton.grouped_operands import check_device, check_gemm, check_wgrad
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable, wrap_triton
@@ -132,12 +133,16 @@ def _reduce_groups(  # noqa: PLR0913 - device code takes pointers, extents and s
     stride_sy: tl.tensor,
     stride_sx: tl.tensor,
     BLOCKWISE: tl.constexpr,
+    BYTES: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Write out [groups, n, k], contiguous, one tile per program; scales have one row per group or block of tokens."""
+    """Write out [groups, n, k], contiguous, one tile per program; scales have one row per group or block of tokens.
+
+    BYTES: codes come as bytes (`_as_bytes`).
+    """
     tiles_n, tiles_k = tl.cdiv(n, BLOCK_M), tl.cdiv(k, BLOCK_N)
     group = tl.program_id(0) // (tiles_n * tiles_k)
     inside = tl.program_id(0) % (tiles_n * tiles_k)
@@ -161,6 +166,8 @@ def _reduce_groups(  # noqa: PLR0913 - device code takes pointers, extents and s
         times = times.to(tl.int64)
         y = tl.load(y_ptr + rows[:, None] * stride_yn + times[None, :] * stride_yt, mask=y_mask, other=0.0)
         x = tl.load(x_ptr + times[:, None] * stride_xt + columns[None, :] * stride_xk, mask=x_mask, other=0.0)
+        if BYTES:
+            y, x = y.to(tl.float8e4nv, bitcast=True), x.to(tl.float8e4nv, bitcast=True)
         if INTERPRETED:
             y, x = readable(y, INTERPRETED), readable(x, INTERPRETED)
         if BLOCKWISE:
@@ -248,8 +255,9 @@ def grouped_wgrad(
 ) -> Tensor:
     """Multiply e4m3 codes grad_output [tokens, n] and input [tokens, k] over each expert's tokens; [experts, n, k].
 
-    Codes and scales are those of `quantize_tokens`; any strides, and a transposed copy of the codes reads fastest. An
-    expert without tokens gets zeros. Raises KernelError as `grouped_gemm` does.
+    Codes and scales are those of `quantize_tokens`; any strides, and codes that are contiguous read fastest: along the
+    tokens an expert may begin anywhere, so transposed ones come byte by byte. An expert without tokens gets zeros.
+    Raises KernelError as `grouped_gemm` does.
     """
     blockwise = check_wgrad(grad_output, input, offsets, (grad_scale, input_scale), out_dtype)
     check_device(input)
@@ -262,9 +270,10 @@ def grouped_wgrad(
     launch = launch_for(Key("grouped_wgrad", recipe, "wgrad", CODES, n, k, tokens, experts), input.device)
     tiles = -(-n // launch.block_m) * -(-k // launch.block_n)
     grad_scale, input_scale = grad_scale.contiguous(), input_scale.contiguous()
+    as_bytes = _as_bytes(input.device)
+    codes = (x.view(torch.uint8) if as_bytes else x for x in (grad_output, input))
     wrap_triton(_reduce_groups)[(experts * tiles,)](
-        grad_output,
-        input,
+        *codes,
         out,
         grad_scale,
         input_scale,
@@ -278,6 +287,7 @@ def grouped_wgrad(
         grad_scale.stride(0),
         input_scale.stride(0),
         BLOCKWISE=blockwise,
+        BYTES=as_bytes,
         INTERPRETED=INTERPRETED,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
@@ -300,6 +310,16 @@ def _(
 ) -> Tensor:
     check_wgrad(grad_output, input, offsets, (grad_scale, input_scale), out_dtype)
     return input.new_empty((offsets.shape[0], grad_output.shape[1], input.shape[1]), dtype=out_dtype)
+
+
+def _as_bytes(device: torch.device) -> bool:
+    """Whether a weight gradient's codes are read as bytes, and taken for codes in registers: on Hopper.
+
+    `wgmma` wants both operands contiguous along the tokens, which they are not, so they are turned on their way through
+    registers. Triton 3.9 loads ahead what is used in registers; of what goes to `wgmma` as it is, and has to be turned,
+    it has nothing in flight. Before Hopper, and after it, operands of either layout are loaded ahead.
+    """
+    return has_capability(device, HOPPER_CAPABILITY) and not has_capability(device, BLACKWELL_CAPABILITY)
 
 
 def stored_dtype(out_dtype: torch.dtype) -> torch.dtype:

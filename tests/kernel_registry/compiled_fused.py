@@ -4,6 +4,8 @@
 instruction, the Triton kernels that tracing meets, forward and backward, and what a call on the CPU is told.
 """
 
+from unittest import mock
+
 import torch
 import triton
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
@@ -14,7 +16,7 @@ from loka.errors import KernelError
 from loka.kernel_registry.triton import epilogue, grouped, grouped_linear, launches, unrouted
 from loka.kernel_registry.triton.epilogue_kernels import backward_tiles, fused_tiles
 
-INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "add.f32", "add.rn.f32")
+INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", ".shared.global", "add.f32", "add.rn.f32")
 POINTERS = {
     "x_scale_ptr": "*fp32",
     "w_scale_ptr": "*fp32",
@@ -73,12 +75,25 @@ def grouped_cases():
         ("few tokens, blockwise", grouped._multiply_groups, few, True),
         ("rowwise", grouped._multiply_groups, many, False),
         ("blockwise", grouped._multiply_groups, many, True),
+        ("wgrad, rowwise", grouped._reduce_groups, launches.GROUPED_WGRAD, False),
         ("wgrad, blockwise", grouped._reduce_groups, launches.GROUPED_WGRAD, True),
     ):
         sizes = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": 128, "PROGRAMS": 132}
         scales = {"BLOCKWISE": blockwise, "W_GROUP": 128 if blockwise else 1}
         yield name, kernel, codes, launch, sizes | scales
     yield "few: rows of nobody", unrouted.zero_tail, {}, few, {"ROWS": unrouted.ROWS, "COLUMNS": unrouted.COLUMNS}
+
+
+def handed(name, capability, types, launch, constants):
+    """What a weight gradient on a device of this capability is handed: its codes may be bytes."""
+    if "wgrad" not in name:
+        return types, launch, constants
+    with mock.patch.object(
+        grouped, "has_capability", lambda device, least: (capability // 10, capability % 10) >= least
+    ):
+        as_bytes = grouped._as_bytes(torch.device("cuda"))
+    types = dict.fromkeys(types, "*u8") if as_bytes else types
+    return types, launch, constants | {"BYTES": as_bytes}
 
 
 def epilogue_cases():
@@ -139,7 +154,7 @@ def found(which):
     for name, kernel, types, launch, constants in cases():
         # A small tile has nothing to choose from: one device shows that it is legal.
         for capability in (89,) if "few" in name else (89, 90, 100):
-            made = compiled(kernel, capability, types, launch, constants)
+            made = compiled(kernel, capability, *handed(name, capability, types, launch, constants))
             counts = {instruction: made.asm["ptx"].count(instruction) for instruction in INSTRUCTIONS}
             rows.append([name, capability, made.metadata.shared, counts])
     refused = refusal(epilogue.linear_norm_swish, torch.ones(4, 8), torch.ones(4, 8))

@@ -94,6 +94,20 @@ def test_gradients_are_the_modelled_products(device, recipe, draw, routing):
 
 @on_devices
 @of_recipes
+@of_draws
+def test_codes_that_come_as_bytes_are_the_same_codes(monkeypatch, device, recipe, draw):
+    x, weight, grad, offsets = made(draw, ROUTINGS["several_blocks"], device)
+    gradients = []
+    for as_bytes in (False, True):
+        monkeypatch.setattr(grouped, "_as_bytes", lambda device, given=as_bytes: given)
+        leaf = weight.clone().requires_grad_()
+        experts.grouped_linear(x, leaf, offsets, recipe).backward(grad)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0, equal_nan=True)
+
+
+@on_devices
+@of_recipes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_results_are_rounded_once_to_16_bits(device, recipe, dtype):
     x, weight, _, offsets = made(normal, ROUTINGS["ragged"], device)
@@ -317,6 +331,10 @@ def test_it_compiles_for_each_architecture_and_is_traced(tmp_path):
         assert shared <= SHARED_KIB[capability] * 1024
         if name in ("rowwise", "blockwise"):
             assert counts[TENSOR_CORES[capability]] > 0
+        if "few" not in name:
+            # The next tiles are on their way (cp.async) while tensor cores multiply, whichever way operands lie.
+            assert counts[".shared.global"] > 0
+            assert shared > 2 * 128 * 128
         if name == "rowwise":
             # 128 x 128 sums over 256 threads, promoted to fp32 every 128 elements of k.
             assert counts["add.f32"] + counts["add.rn.f32"] >= 64
