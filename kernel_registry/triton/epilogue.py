@@ -29,6 +29,7 @@ from loka.kernel_registry.triton.grouped_operands import check_device
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, wrap_triton
 from loka.kernel_registry.triton.launch import Key, dtype_name
 from loka.kernel_registry.triton.launches import EPILOGUE_TILE_BYTES
+from loka.kernel_registry.triton.lines import in_whole_lines
 from loka.kernel_registry.triton.quantize import NORM_EPS, fp8_cast
 from loka.kernel_registry.triton.tuned import launch_for
 
@@ -97,6 +98,7 @@ def _run(
     recipe = "" if not flags["FP8"] else "blockwise" if flags["BLOCKWISE"] else "rowwise"
     key = Key("epilogue", recipe, "fprop", dtype_name(x.dtype), m, n, x.shape[1], variant=variant)
     launch = launch_for(key, x.device)
+    x, weight = in_whole_lines(x, weight)
     blocks = 1 if flags["OUT"] == "rowwise" else -(-n // NORM_BLOCK)  # with rowwise codes a program has whole rows
     wrap_triton(fused_tiles)[(-(-m // launch.block_m) * blocks,)](
         x,

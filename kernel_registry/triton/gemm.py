@@ -27,6 +27,7 @@ from loka.hardware import HOPPER_CAPABILITY, has_capability
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, readable, wrap_triton
 from loka.kernel_registry.triton.launch import CODES, Key
 from loka.kernel_registry.triton.launches import RECIPE_OF_GROUP, TILE_K
+from loka.kernel_registry.triton.lines import begins_lines, in_lines, in_whole_lines
 from loka.kernel_registry.triton.tuned import launch_for
 
 # The element formats that NVIDIA's tensor cores multiply, as `tl.dot_scaled` calls them.
@@ -35,8 +36,6 @@ _OUT_DTYPES: Final[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, to
 # Extents of a group of elements that share a scale, along rows and along k; 0 is all of it.
 _GROUP_ROWS: Final[tuple[int, ...]] = (1, 0, 128)
 _GROUP_K: Final[tuple[int, ...]] = tuple(RECIPE_OF_GROUP)
-# TMA: base and strides in bytes are multiples of this (CUDA driver API, cuTensorMapEncodeTiled).
-_TMA_ALIGNMENT: Final[int] = 16
 _REDUCE_BLOCK: Final[int] = 1024
 
 
@@ -182,6 +181,7 @@ def scaled_gemm(
     programs = program_count(a.device)
     launch = launch_for(Key("gemm", RECIPE_OF_GROUP[group_k], "fprop", CODES, m, n, k), a.device, programs)
     parts = min(splits or launch.splits, int(-(-k // TILE_K)))
+    a, b = _loadable(a, b)
     tma = _takes_tma(a) and _takes_tma(b)
     if tma and a.is_cuda:
         triton.set_allocator(_allocate)
@@ -195,7 +195,7 @@ def scaled_gemm(
         b_scale,
         m,
         n,
-        k,
+        a.shape[1],
         *a.stride(),
         *b.stride(),
         *scale_strides(a_scale),
@@ -274,8 +274,12 @@ def scale_strides(scale: Tensor) -> tuple[int, int]:
 
 def _takes_tma(x: Tensor) -> bool:
     """Whether TMA can read x [rows, k] of one byte per element: rows contiguous and aligned, none of them shared."""
-    aligned = x.storage_offset() % _TMA_ALIGNMENT == 0 and x.stride(0) % _TMA_ALIGNMENT == 0
-    return x.stride(1) == 1 and aligned and x.stride(0) >= x.shape[1] and _has_tma(x.device)
+    return x.stride(1) == 1 and begins_lines(x) and x.stride(0) >= x.shape[1] and _has_tma(x.device)
+
+
+def _loadable(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes [.., k] whose rows are loaded many bytes at once; those of our casts are, where there is TMA."""
+    return (in_lines(a), in_lines(b)) if _has_tma(a.device) else in_whole_lines(a, b)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Quantise in Triton: `loka.quantize.quantize` at memory speed, codes and scales bit for bit.
 
-    data    [m, k] row-major, FP8
+    data    [m, k] FP8, row by row, each of which begins at a multiple of 16 bytes (`lines`)
     scale   [m / group_rows, k / group_k] row-major, fp32; a ragged end is a group of its own
 
 `quantize` writes one copy, of x or of its transpose; `quantize_both` writes x [m, k], quantised along k as fprop reads
@@ -29,6 +29,7 @@ from loka.hardware import FP8_CAPABILITY, HOPPER_CAPABILITY, device_info
 from loka.kernel_registry.triton.interpreter import INTERPRETED, define_op, wrap_triton
 from loka.kernel_registry.triton.launch import Launch, dtype_name
 from loka.kernel_registry.triton.launches import Groups, quantize_key, quantize_tile
+from loka.kernel_registry.triton.lines import empty_lines
 from loka.kernel_registry.triton.quantize_kernels import cast_by_amax, find_amax, quantize_groups
 from loka.kernel_registry.triton.tuned import measured
 
@@ -55,7 +56,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Quantise an operand x [m, k] to FP8 under `spec`, or its transpose [k, m].
 
-    Returns data [m, k] and fp32 scales [m / group_rows, k / group_k], both row-major, equal to what
+    Returns data [m, k] and fp32 scales [m / group_rows, k / group_k] as described above, equal to what
     `loka.quantize.quantize` returns for activation(x) in fp32; they carry no gradient. With `norm_block` the activation
     is that of x / RMS over so many of its k features, the last block being what is left: a power of two up to 256;
     `norm_eps` is added to the mean square, by default what nn.RMSNorm adds. Raises KernelError for operands, specs,
@@ -253,10 +254,11 @@ def _run(
         "num_warps": launch.num_warps,
     }
     codes, codes_t = data.view(torch.uint8), data_t.view(torch.uint8) if data_t is not None else None
+    strides = *x.stride(), data.stride(0), 0 if data_t is None else data_t.stride(0)
     if sides is not None:
         extents = dict(zip(("GROUP_M", "GROUP_K", "GROUP_M_T", "GROUP_K_T"), sides, strict=True))
         wrap_triton(quantize_groups)[grid](
-            x, codes, scale, codes_t, scale_t, m, k, *x.stride(), **extents, **arithmetic.constants(), **shared
+            x, codes, scale, codes_t, scale_t, m, k, *strides, **extents, **arithmetic.constants(), **shared
         )
         return
     per_tensor = groups[0] is None
@@ -267,7 +269,7 @@ def _run(
     shared["PER_TENSOR"] = per_tensor
     wrap_triton(find_amax)[grid](x, amax, amax_t, m, k, *x.stride(), **shared)
     wrap_triton(cast_by_amax)[grid](
-        x, amax, amax_t, codes, scale, codes_t, scale_t, m, k, *x.stride(), **arithmetic.constants(), **shared
+        x, amax, amax_t, codes, scale, codes_t, scale_t, m, k, *strides, **arithmetic.constants(), **shared
     )
 
 
@@ -287,9 +289,9 @@ def chosen(
 
 
 def _empty(x: Tensor, format_name: str, group_rows: int | None, group_k: int | None) -> tuple[Tensor, Tensor]:
-    """Return uninitialised data and scale of x [m, k], row-major."""
+    """Return uninitialised data and scale of x [m, k]."""
     m, k = x.shape
-    data = x.new_empty((m, k), dtype=FORMATS[format_name].dtype)
+    data = empty_lines(x, m, k, FORMATS[format_name].dtype)
     return data, x.new_empty((_groups(m, group_rows), _groups(k, group_k)), dtype=torch.float32)
 
 

@@ -221,6 +221,14 @@ def _store(
 
 
 @triton.jit
+def _store_codes(
+    ptr: tl.tensor, code: tl.tensor, rows: tl.tensor, columns: tl.tensor, num_rows: tl.tensor, stride: tl.tensor
+) -> None:
+    """Store a tile of codes whose rows begin at multiples of 16 bytes: the zeros between them, too, in whole words."""
+    _store(ptr, code, rows, columns, num_rows, stride)
+
+
+@triton.jit
 def quantize_groups(  # noqa: PLR0913 - device code takes pointers, extents and strides one by one
     x_ptr: tl.tensor,
     data_ptr: tl.tensor,
@@ -231,6 +239,8 @@ def quantize_groups(  # noqa: PLR0913 - device code takes pointers, extents and 
     k: tl.tensor,
     stride_m: tl.tensor,
     stride_k: tl.tensor,
+    stride_data: tl.tensor,
+    stride_data_t: tl.tensor,
     TRANSPOSED: tl.constexpr,
     GROUP_M: tl.constexpr,
     GROUP_K: tl.constexpr,
@@ -266,7 +276,7 @@ def quantize_groups(  # noqa: PLR0913 - device code takes pointers, extents and 
     _store(scale_ptr, scale, group_rows, group_columns, tl.cdiv(m, GROUP_M), tl.cdiv(k, GROUP_K))
     inverse = _spread(tl.div_rn(1.0, scale), TILE_M, TILE_K, GROUP_M, GROUP_K)
     code = encode(x, inverse, MAX, MANTISSA_BITS, MIN_EXPONENT, HAS_INFINITY, CAST)
-    _store(data_ptr, code, rows, columns, m, k)
+    _store_codes(data_ptr, code, rows, columns, m, stride_data)
     if TRANSPOSED:
         if GROUP_M != GROUP_M_T or GROUP_K != GROUP_K_T:  # else the same codes, transposed
             scale = group_scale(_group_amax(bits, TILE_M, TILE_K, GROUP_M_T, GROUP_K_T), DIVISOR, RULE)
@@ -277,7 +287,7 @@ def quantize_groups(  # noqa: PLR0913 - device code takes pointers, extents and 
         group_columns = (tl.program_id(0) % tl.cdiv(k, TILE_K)).to(tl.int64) * (TILE_K // GROUP_K_T)
         group_columns += tl.arange(0, TILE_K // GROUP_K_T)
         _store(scale_t_ptr, tl.trans(scale), group_columns, group_rows, tl.cdiv(k, GROUP_K_T), tl.cdiv(m, GROUP_M_T))
-        _store(data_t_ptr, tl.trans(code), columns, rows, k, m)
+        _store_codes(data_t_ptr, tl.trans(code), columns, rows, k, stride_data_t)
 
 
 @triton.jit
@@ -327,6 +337,8 @@ def cast_by_amax(  # noqa: PLR0913 - device code takes pointers, extents and str
     k: tl.tensor,
     stride_m: tl.tensor,
     stride_k: tl.tensor,
+    stride_data: tl.tensor,
+    stride_data_t: tl.tensor,
     PER_TENSOR: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     DIVISOR: tl.constexpr,
@@ -362,7 +374,7 @@ def cast_by_amax(  # noqa: PLR0913 - device code takes pointers, extents and str
             tl.store(scale_ptr + rows, scale, mask=rows < m)
         inverse = tl.div_rn(1.0, scale)[:, None]
     code = encode(x, inverse, MAX, MANTISSA_BITS, MIN_EXPONENT, HAS_INFINITY, CAST)
-    _store(data_ptr, code, rows, columns, m, k)
+    _store_codes(data_ptr, code, rows, columns, m, stride_data)
     if TRANSPOSED:
         if PER_TENSOR:
             if tl.program_id(0) == 0:
@@ -373,4 +385,4 @@ def cast_by_amax(  # noqa: PLR0913 - device code takes pointers, extents and str
                 tl.store(scale_t_ptr + columns, scale, mask=columns < k)
             inverse = tl.div_rn(1.0, scale)[None, :]
             code = encode(x, inverse, MAX, MANTISSA_BITS, MIN_EXPONENT, HAS_INFINITY, CAST)
-        _store(data_t_ptr, tl.trans(code), columns, rows, k, m)
+        _store_codes(data_t_ptr, tl.trans(code), columns, rows, k, stride_data_t)

@@ -14,13 +14,14 @@ from loka.kernel_registry.triton import launches
 from loka.kernel_registry.triton.launch import CODES, Key, Launch
 from loka.kernel_registry.triton.tuned import forced
 from loka.quantize import quantize
-from tests.kernel_registry.made_devices import SHARED_KIB, triton_devices
+from tests.kernel_registry.made_devices import SHARED_KIB, needs_interpreter, triton_devices
 from tests.kernel_registry.made_gemm import DRAWS, SHAPES, normal, operands
 from tests.kernel_registry.made_triton import assert_product, compiled_elsewhere, model
 
 pytest.importorskip("triton")
 gemm = pytest.importorskip("loka.kernel_registry.triton.gemm")
 scaled = pytest.importorskip("loka.kernel_registry.triton.scaled")
+casts = pytest.importorskip("loka.kernel_registry.triton.quantize")
 
 RECIPE_NAMES = ("tensorwise", "rowwise", "blockwise", "mxfp8")
 on_devices = pytest.mark.parametrize("device", triton_devices())
@@ -336,6 +337,37 @@ def test_a_negative_number_of_parts_is_refused(device):
     arguments = [x.to(device) for x in (fp8(4, 8), fp8(5, 8), ones(4, 1), ones(5, 1))]
     with pytest.raises(KernelError, match="-2 parts"):
         gemm.scaled_gemm(*arguments, out_dtype=torch.float32, splits=-2)
+
+
+@on_devices
+@pytest.mark.parametrize("has_tma", [True, False])
+@pytest.mark.parametrize("k", [13, 429, 130])
+@of_recipes
+def test_rows_that_end_anywhere_are_read_many_bytes_at_once(recipe, k, has_tma, device, monkeypatch):
+    a, b = (x.to(device) for x in operands(DRAWS["heavy_tailed"], 20, 24, k))
+    if device == "cpu" or not has_tma:
+        monkeypatch.setattr(gemm, "_has_tma", lambda device: has_tma)
+    want = multiply(recipe, a, b)
+    assert_modelled(want, recipe, a, b, "fprop")
+    data_a, data_b, scale_a, scale_b = codes(recipe, a, b)
+    for given in ((data_a.contiguous(), data_b.contiguous()), (data_a.contiguous(), data_b.t().contiguous().t())):
+        torch.testing.assert_close(
+            gemm.scaled_gemm(*given, scale_a, scale_b, out_dtype=torch.float32), want, rtol=1e-6, atol=1e-5
+        )
+
+
+@needs_interpreter
+def test_only_codes_whose_rows_begin_anywhere_are_copied_for_tma(monkeypatch):
+    monkeypatch.setattr(gemm, "_has_tma", lambda device: True)
+    spec = RECIPES["rowwise"].operand("input")
+    ours = casts.quantize(torch.randn(20, 429), spec)[0]
+    plain = ours.contiguous()
+    assert (ours.stride(0), plain.stride(0)) == (432, 429)
+    for x in gemm._loadable(ours, plain):
+        assert x.shape == (20, 429)
+        assert gemm._takes_tma(x)
+        assert torch.equal(x.view(torch.uint8), plain.view(torch.uint8))
+    assert gemm._loadable(ours, plain)[0] is ours
 
 
 # --- tracing ---

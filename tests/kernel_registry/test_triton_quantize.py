@@ -71,11 +71,19 @@ def bits(x):
     return torch.where(x.cpu().float().isnan(), 0x7F, codes)
 
 
+def lies_well(x):
+    """Whether scales are row-major, and codes in rows that begin at multiples of 16 bytes, as TMA reads them."""
+    if x.dtype == torch.float32:
+        return x.is_contiguous()
+    in_lines = x.stride(1) == 1 and x.stride(0) == -(-x.shape[1] // 16) * 16 and x.storage_offset() == 0
+    return in_lines or not x.numel()
+
+
 def assert_same(got, expected):
     assert len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == other.dtype
-        assert one.is_contiguous()
+        assert lies_well(one)
         torch.testing.assert_close(bits(one), bits(other), rtol=0, atol=0)
 
 
@@ -237,7 +245,7 @@ def test_fake_operands_give_the_shapes_of_real_ones(spec):
         expected = defined_both(torch.zeros(shape), spec)
         with FakeTensorMode():
             got = kernels.quantize_both(torch.empty(shape, device="cuda", dtype=torch.bfloat16), spec)
-        assert [(x.shape, x.dtype, True) for x in expected] == [(x.shape, x.dtype, x.is_contiguous()) for x in got]
+        assert [(x.shape, x.dtype, True) for x in expected] == [(x.shape, x.dtype, lies_well(x)) for x in got]
 
 
 @on_devices
