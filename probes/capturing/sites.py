@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from loka.kernel_registry.norm_act import runs_fused
 from loka.naming import clean_fqn
 from loka.probes.capturing.storage import hold, inner_tensors, storage_key
-from loka.probes.experts.slices import Slice
+from loka.probes.experts.slices import Slice, slice_of
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -41,15 +41,9 @@ class Owner:
         stack = getattr(self.module, self.parameter.rpartition(".")[2], None)
         if not isinstance(stack, Tensor) or type(stack) not in (Tensor, nn.Parameter):
             return None
-        if stack.dim() != 3 or not stack.numel():
-            return None
-        experts = stack.shape[0]
-        if weight.dim() == 3:
-            return Slice(None, experts) if weight.shape[0] == experts else None
-        if storage_key(weight) != storage_key(stack) or weight.numel() > stack[0].numel() or not stack.stride(0):
-            return None
-        expert = (int(weight.storage_offset()) - int(stack.storage_offset())) // stack.stride(0)
-        return Slice(expert, experts) if 0 <= expert < experts else None
+        found = slice_of(self.parameter, stack, weight) if stack.numel() else None
+        is_one = found is not None and found.expert is not None
+        return None if is_one and storage_key(weight) != storage_key(stack) else found
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,12 +128,21 @@ def cache_length(cache: Any) -> int:
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
+        # The first layer may keep what it has seen in a place of its own (MiniMax): the others know.
+        return int(cache.get_seq_length()) or _length_of_layers(getattr(cache, "layers", ()))
     if isinstance(cache, tuple | list):
         first = next(iter(cache), None)
         key = next(iter(first), None) if isinstance(first, tuple | list) else first
         return int(key.shape[-2]) if isinstance(key, Tensor) and key.ndim >= 2 else int(first is not None)
     return 1
+
+
+def _length_of_layers(layers: Any) -> int:
+    """Return how many tokens the first layer has that has any; 0 where these are no layers of a cache."""
+    for layer in layers if isinstance(layers, list | tuple) else ():
+        if hasattr(layer, "get_seq_length") and (length := int(layer.get_seq_length())):
+            return length
+    return 0
 
 
 def cache_in(output: Any) -> Any:

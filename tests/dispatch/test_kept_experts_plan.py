@@ -6,7 +6,7 @@ import torch
 import loka
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.running.convert import planned_sites
-from tests.probes.made_fragile_experts import FRAGILE, TOKENS, Grouped, Looped, rows, train_probed
+from tests.probes.made_fragile_experts import FRAGILE, TOKENS, Grouped, Looped, Stacked, rows, train_probed
 
 SHARE = TOKENS[FRAGILE] / sum(TOKENS)
 
@@ -16,7 +16,7 @@ def runs(tmp_path_factory):
     """Databases of experts under tensorwise scales, which one loud row spoils for its whole expert."""
     torch.manual_seed(0)
     found = {}
-    for kind in (Grouped, Looped):
+    for kind in (Grouped, Looped, Stacked):
         model = kind()
         path = tmp_path_factory.mktemp("runs") / f"{kind.__name__}.db"
         train_probed(model, path, steps=90, recipes=["tensorwise"])
@@ -65,18 +65,18 @@ def test_a_bound_on_something_else_keeps_none(runs):
     assert plan.decision("weight_of", "fprop").kept_experts == ()
 
 
-@pytest.mark.parametrize("kind", [Grouped, Looped])
+@pytest.mark.parametrize("kind", [Grouped, Looped, Stacked])
 def test_the_plan_runs_as_it_says(runs, kind, tmp_path):
     model, path = runs[kind]
     plan = planned(path, 0.075)
     plan.save(tmp_path / "plan.json")
-    kept = plan.decision("weight_of", "fprop").kept_experts
+    kept = plan.decision(kind.site, "fprop").kept_experts
     assert kept == (FRAGILE,)
     x = rows(200)
     exact = model(x, TOKENS)
     loka.convert(model, Plan.load(tmp_path / "plan.json"))
     try:
-        assert planned_sites(model)["weight_of"].kept[0] == kept
+        assert planned_sites(model)[kind.site].kept[0] == kept
         out = model(x, TOKENS)
     finally:
         loka.revert(model)

@@ -13,6 +13,8 @@ FRAGILE = 2
 class Grouped(nn.Module):
     """Experts as torch's grouped product runs them: rows sorted by expert."""
 
+    site = "weight_of"
+
     def __init__(self):
         super().__init__()
         self.weight_of = nn.Parameter(torch.randn(EXPERTS, OUT, IN) / IN**0.5)
@@ -28,6 +30,22 @@ class Looped(Grouped):
     def forward(self, x, tokens):
         parts = x.split(tokens)
         return torch.cat([nn.functional.linear(part, self.weight_of[e]) for e, part in enumerate(parts) if len(part)])
+
+
+class Stacked(Grouped):
+    """The same with the weights of all experts one below the other in a matrix, as DBRX has them."""
+
+    site = "experts.weight_of"
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.weight_of = nn.Parameter(self.weight_of.data.flatten(0, 1))
+        del self.weight_of
+
+    def forward(self, x, tokens):
+        weights = self.experts.weight_of.view(EXPERTS, OUT, IN)
+        return torch.cat([part @ weights[e].t() for e, part in enumerate(x.split(tokens)) if len(part)])
 
 
 class Everyone(Grouped):

@@ -19,7 +19,19 @@ from loka.probes.experts.verdicts import judge_experts, unsafe_experts
 from loka.probes.judging.intervals import MIN_SAMPLES
 from loka.probes.judging.predictions import read_experts
 from loka.probes.storing.database import open_database
-from tests.probes.made_fragile_experts import EXPERTS, FRAGILE, TOKENS, Everyone, Grouped, Looped, rows, train_probed
+from tests.probes.made_fragile_experts import (
+    EXPERTS,
+    FRAGILE,
+    IN,
+    OUT,
+    TOKENS,
+    Everyone,
+    Grouped,
+    Looped,
+    Stacked,
+    rows,
+    train_probed,
+)
 
 
 def error(value):
@@ -33,7 +45,7 @@ def probed(model, path, steps=12):
     train_probed(model, path, steps)
     engine = open_database(path, create=False)
     try:
-        return {key: value for key, value in read_experts(engine).items() if key[0] == "weight_of"}
+        return {key: value for key, value in read_experts(engine).items() if key[0] == model.site}
     finally:
         engine.dispose()
 
@@ -47,23 +59,24 @@ def cast(x):
 def expected(model, expert, step):
     start = sum(TOKENS[:expert])
     x = rows(step)[start : start + TOKENS[expert]].double().numpy()
-    weight = model.weight_of[expert].detach().double().numpy()
+    weights = model.get_parameter(model.site).detach().double().numpy()
+    weight = weights.reshape(EXPERTS, OUT, IN)[expert]
     exact, rounded = x @ weight.T, cast(x) @ cast(weight).T
     return float((np.linalg.norm(rounded - exact, axis=1) / np.linalg.norm(exact, axis=1)).mean())
 
 
-@pytest.mark.parametrize("kind", [Grouped, Looped, Everyone])
+@pytest.mark.parametrize("kind", [Grouped, Looped, Stacked, Everyone])
 def test_tokens_and_errors_are_those_of_each_expert(tmp_path, kind):
     torch.manual_seed(3)
     model = kind()
     found = probed(model, tmp_path / "run.db", steps=40)
-    assert set(found) == {("weight_of", name) for name in ("fprop", "dgrad", "wgrad")}
+    assert set(found) == {(kind.site, name) for name in ("fprop", "dgrad", "wgrad")}
     for statistics in found.values():
         assert (statistics.tokens / statistics.steps).tolist() == list(TOKENS)
         assert statistics.idle == (1,)
         assert statistics.shares == tuple(sorted((count / sum(TOKENS) for count in TOKENS), reverse=True))
         assert statistics.imbalance == pytest.approx(max(TOKENS) * EXPERTS / sum(TOKENS))
-    statistics = found["weight_of", "fprop"]
+    statistics = found[kind.site, "fprop"]
     errors = {each.expert: each for each in statistics.errors("tensorwise")}
     assert len(errors) >= 4
     assert errors[FRAGILE] == statistics.errors("tensorwise")[0]
@@ -172,6 +185,67 @@ def test_parts_of_a_layer_are_told_from_shapes():
         "encoder.mlp.router.classifier.weight": "router",
         "encoder.mlp.experts.expert_0.wi.weight": "expert",
         "encoder.mlp.experts.expert_3.wi.weight": "expert",
+    }
+
+
+def test_a_router_tells_the_experts_beside_it_where_no_name_does():
+    layer = {
+        "mlp.router.layer.weight": (4, 64),
+        "mlp.input_linear.weight": (4, 192, 64),  # JetMoE
+        "mlp.output_linear.weight": (4, 64, 96),
+        "mlp.bias": (64,),
+        "moe.gate.weight": (4, 64),
+        "moe.w1": (4, 64, 96),  # held by the layer itself
+        "moe.w1_bias": (4, 96),
+        "moe.out": (64, 32),
+        "ffn.router.layer.weight": (4, 64),
+        "ffn.experts.mlp.w1": (384, 64),  # DBRX: one below the other
+        "ffn.experts.mlp.w2": (384, 64),
+    }
+    beside = {
+        "mixer.gate.weight": (64, 64),
+        "mixer.conv1d.weight": (64, 1, 4),  # has as many rows, and reads something else
+        "attention.router.weight": (3, 64),
+        "attention.kernels": (4, 64, 64),  # more than there are to choose from
+        "dense.experts.mlp.w1": (384, 64),  # nothing chooses
+    }
+    parts = parts_of(layer | beside)
+    assert {name: part for name, part in parts.items() if part != "router"} == dict.fromkeys(
+        [
+            *("mlp.input_linear.weight", "mlp.output_linear.weight"),
+            *("moe.w1", "moe.w1_bias", "ffn.experts.mlp.w1", "ffn.experts.mlp.w2"),
+        ],
+        "expert",
+    )
+    assert {name for name, part in parts.items() if part == "router"} == {
+        "mlp.router.layer.weight",
+        "moe.gate.weight",
+        "ffn.router.layer.weight",
+    }
+
+
+def test_a_router_may_be_a_network_or_choose_more_than_there_is_and_shared_experts_may_stand_beside():
+    parts = parts_of(
+        {
+            "layers.0.mlp.gate.router_mlp.fc1.weight": (256, 64),  # Zaya: of a row for no expert, too
+            "layers.0.mlp.gate.router_mlp.out_proj.weight": (5, 256),
+            "layers.0.mlp.experts.gate_up_proj": (4, 96, 64),
+            "layers.1.mlp.router.classifier.weight": (6, 64),  # LongCat: two of them compute nothing
+            "layers.1.mlp.experts.gate_up_proj": (6, 96, 64),
+            "layers.1.mlp.experts.down_proj": (4, 64, 48),
+            "layers.2.moe.router.weight": (4, 64),
+            "layers.2.moe.experts.gate_up_proj": (4, 96, 64),
+            "layers.2.shared_mlp.input_linear.weight": (96, 64),  # Granite
+            "layers.2.attention.shared.weight": (96, 64),
+            "layers.3.shared_mlp.input_linear.weight": (96, 64),  # without experts
+        }
+    )
+    assert {name: part for name, part in parts.items() if part != "expert"} == {
+        "layers.0.mlp.gate.router_mlp.fc1.weight": "router",
+        "layers.0.mlp.gate.router_mlp.out_proj.weight": "router",
+        "layers.1.mlp.router.classifier.weight": "router",
+        "layers.2.moe.router.weight": "router",
+        "layers.2.shared_mlp.input_linear.weight": "shared",
     }
 
 

@@ -210,6 +210,27 @@ def test_a_static_cache_is_followed(tmp_path):
     assert made.shape == (2, 9)
 
 
+def test_a_cache_of_whose_layers_not_the_first_counts_tokens_is_followed(tmp_path):
+    import transformers
+
+    # The layers of linear attention keep their state beside the cache's layers.
+    sizes = {**SIZES, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}
+    torch.manual_seed(0)
+    model = transformers.MiniMaxForCausalLM(transformers.MiniMaxConfig(**sizes)).double().eval()
+    model.set_experts_implementation("eager")
+    model.generation_config.eos_token_id = None
+    prompt = torch.randint(3, VOCABULARY, (2, 5))
+    with loka.trace_routing(model, tmp_path / "t.npz", stop_tokens=()):
+        model.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
+    found = RoutingTrace.load(tmp_path / "t.npz")
+    assert found.requests == 2
+    for row in range(2):
+        one = prompt[row : row + 1]
+        counts = alone(model, "Mixtral", lambda one=one: model.generate(one, max_new_tokens=4, do_sample=False))
+        assert np.array_equal(found.counts[row], counts)
+        assert counts[1].sum() == 2 * 3 * 2  # layers, decode steps, experts of a token
+
+
 def test_the_inner_model_alone_is_traced(tmp_path):
     model = build("Qwen3-MoE")
     prompt = torch.randint(3, VOCABULARY, (2, 5))
