@@ -32,8 +32,8 @@ def _fp8_product(device: torch.device) -> Callable[[int], object]:
 
     def product(extent: int) -> object:
         if extent not in made:
-            codes, _ = quantize(torch.randn(extent, extent, device=device), spec)
-            made[extent] = codes, torch.ones((), device=device)
+            codes, _ = quantize(torch.randn(extent, extent, dtype=torch.float32, device=device), spec)
+            made[extent] = codes, torch.ones((), dtype=torch.float32, device=device)
         codes, one = made[extent]
         return torch._scaled_mm(
             codes, codes.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True

@@ -73,12 +73,13 @@ def measure_ceilings(
     share_s = budget_s / (len(_HIGH_PRECISION) + 2)
     rates = {}
     for name in _HIGH_PRECISION:
-        x = torch.randn(extent, extent, device=device).to(getattr(torch, name))
+        x = torch.randn(extent, extent, dtype=torch.float32, device=device).to(getattr(torch, name))
         rates[name] = _rate(2.0 * extent**3, partial(torch.mm, x, x), device, share_s)
     if fp8_product is not None:
         rates["fp8"] = _rate(2.0 * extent**3, partial(fp8_product, extent), device, share_s)
     count = min(_COPY_OF_CACHE * cache_bytes(device), _MAX_COPY_BYTES) // 4
-    source, target = torch.zeros(count, device=device), torch.empty(count, device=device)
+    source = torch.zeros(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
     return Ceilings(bytes_per_s=_rate(8.0 * count, partial(target.copy_, source), device, share_s), flops_per_s=rates)
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from torch import nn
 
-from loka.calls import is_compiled
+from loka.calls import is_compiled, is_watched
 from loka.errors import ModError
 from loka.mods.claims import CARRIED_HOOKS, Claim, FilterFn, Mod, listing, walk
 from loka.naming import clean_fqn
@@ -46,6 +46,8 @@ def refuse_unready(model: nn.Module) -> None:
 
 
 def _taken(module: nn.Module) -> str:
+    if is_watched(module):
+        return "watched by a probe or a monitor, which know it as it was when their block began"
     if "_orig_mod" in module._modules or is_compiled(module):
         return "compiled (torch.compile), and the compiled code would go on running the old modules"
     for kind in type(module).__mro__:

@@ -200,7 +200,7 @@ def columns_to_keep(terms: Tensor, times: float) -> tuple[int, float]:
     falling = terms.double().nan_to_num().sort(descending=True).values
     total = falling.sum()
     total = torch.where(total > 0, total, 1.0)
-    left = torch.cat([torch.ones(1, dtype=torch.float64), 1.0 - falling.cumsum(0) / total])
+    left = torch.cat([total.new_ones(1), 1.0 - falling.cumsum(0) / total])
     enough = min(int((left > 1.0 / (times * _MARGIN) ** 2).sum()), len(terms))  # it falls
     rest = (len(terms) - enough) // _MULTIPLE * _MULTIPLE if len(terms) > _MULTIPLE else len(terms) - enough
     return len(terms) - rest, max(float(left[len(terms) - rest]), 0.0)

@@ -58,10 +58,10 @@ def _tried(module: nn.Module) -> FeatureNorm | None:
     if len(shape) != 1 or shape[0] == 0 or "forward" in vars(module):
         return None
     generator = torch.Generator().manual_seed(0)
-    loudness = torch.tensor(_LOUDNESS, dtype=torch.float64)[:, None]
-    x = loudness * torch.randn(len(_LOUDNESS), shape[0], generator=generator, dtype=torch.float64)
+    loudness = torch.tensor(_LOUDNESS, dtype=torch.float64, device="cpu")[:, None]
+    x = loudness * torch.randn(len(_LOUDNESS), shape[0], generator=generator, dtype=torch.float64, device="cpu")
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
-    scales = {name: torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5 for name in names}
+    scales = {name: torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5 for name in names}
     found = _output(module, scales, x)
     if found is None or len(names) > 2:
         return None

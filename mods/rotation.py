@@ -50,7 +50,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 def hartley(width: int) -> Tensor:
     """Return the orthogonal, symmetric matrix (cos + sin)(2 pi j k / n) / sqrt(n) in fp64."""
-    steps = torch.arange(width, dtype=torch.float64)
+    steps = torch.arange(width, dtype=torch.float64, device="cpu")
     angle = 2 * math.pi * (steps.unsqueeze(1) * steps % width) / width
     return (angle.cos() + angle.sin()) / math.sqrt(width)
 

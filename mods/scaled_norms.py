@@ -60,7 +60,8 @@ def _eps_of(module: nn.Module) -> float | None:
 def _acts_alike(norm: nn.Module, plain: nn.Module, weight: Tensor) -> bool:
     """Compare on rows of several sizes, loud and quiet, so that eps and the place of the scale both show."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(8, weight.shape[0], generator=generator) * torch.logspace(-3, 1, 8).unsqueeze(1)
+    sizes = torch.logspace(-3, 1, 8, dtype=torch.float32, device="cpu")
+    rows = torch.randn(8, weight.shape[0], generator=generator, dtype=sizes.dtype, device="cpu") * sizes.unsqueeze(1)
     x, shift = rows.to(weight.device, weight.dtype), shift_of(norm)
     expected = plain(x.float()) * weight.float() + (0.0 if shift is None else shift.float())
     try:

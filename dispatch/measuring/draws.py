@@ -62,9 +62,9 @@ class Source:
             # Each role has numbers of its own: the operands of a wgrad are drawn independently of each other.
             found = _drawn(record, min(rows, _DRAWN_ROWS), features, seed=ROLES.index(role))
             if found is not None:
-                index = torch.arange(rows) % len(found)
+                index = torch.arange(rows, device="cpu") % len(found)
                 return found[index].to(generator.device), True
-        draw = torch.randn(rows, features, generator=generator, device=generator.device)
+        draw = torch.randn(rows, features, generator=generator, dtype=torch.float32, device=generator.device)
         return draw.mul_(self.rms.get(role) or 1.0), False
 
 

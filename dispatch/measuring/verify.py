@@ -185,7 +185,7 @@ def compare(blank: Verification, actual: Tensor, parts: Sequence[Part]) -> Verif
 
 def _some_rows(x: Tensor, most: int) -> Tensor:
     """Return at most so many rows, spread over all, the first and the last among them."""
-    return torch.linspace(0, len(x) - 1, min(most, len(x)), device=x.device).round().long()
+    return torch.linspace(0, len(x) - 1, min(most, len(x)), dtype=torch.float32, device=x.device).round().long()
 
 
 def _shares(blank: Verification, actual: Tensor, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ _PRODUCT: Final = (torch.mul, torch.multiply)
 _PRODUCT_METHODS: Final = ("mul", "mul_", "multiply")
 _NORMS: Final = (F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm, F.batch_norm, F.group_norm)
 _SWISH_NAMES: Final = frozenset({"silu", "sigmoid", "expit"})
-_GRID: Final = torch.linspace(-8, 8, 65, dtype=torch.float64)
+_GRID: Final = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)

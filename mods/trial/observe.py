@@ -196,7 +196,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch doe
                 self._measure(cast(nn.Linear, module), x.detach(), output.detach())
             finally:
                 self._own = False
-        if id(module) in self._sources and isinstance(output, Tensor):
+        if id(module) in self._sources and isinstance(output, Tensor) and _followed(output):
             value = self._value_of(output, make=True, fresh=True)
             value.producer = module
             self.traffic.outputs[id(module)].append(value)
@@ -211,8 +211,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch doe
         amax, peak = magnitude.amax(0), magnitude.amax(1)
         seen.peaks.append(peak)
         seen.amax = amax if seen.amax is None else torch.maximum(seen.amax, amax)
-        chosen = torch.linspace(0, rows - 1, min(_SPREAD, (rows + 1) // 2), device=x.device).long()
-        chosen = torch.cat([chosen, peak.topk(min(_LOUDEST, rows)).indices])
+        spread = torch.linspace(0, rows - 1, min(_SPREAD, (rows + 1) // 2), dtype=torch.float32, device=x.device)
+        chosen = torch.cat([spread.long(), peak.topk(min(_LOUDEST, rows)).indices])
         chosen = torch.unique(chosen)
         keep = len(seen.kept) < _CALLS
         if keep:
@@ -317,7 +317,10 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def _followed(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    # Under a transform of torch.func it stands for others, and has no storage.
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -71,7 +71,7 @@ def convolution_gemm(args: tuple[Any, ...]) -> Gemm:
 
     def parts(draw: Draw) -> list[Part]:
         drawn = stratified(m, draw.rows, draw.generator)
-        positions = torch.arange(m) if drawn is None else drawn
+        positions = torch.arange(m, device="cpu") if drawn is None else drawn
         # The scale of a whole tensor is that of the input itself; unfolding repeats its elements and adds zeros.
         return [Part(_unfold(x, geometry, positions).unsqueeze(0), x.unsqueeze(0), weight.reshape(1, n, k))]
 
@@ -82,12 +82,12 @@ def _unfold(x: Tensor, geometry: _Geometry, positions: Tensor) -> Tensor:
     """Gather what the given output positions see of x [samples, channels, *space]: [positions, channels * window]."""
     count, dims = positions.numel(), len(geometry.window)
     shape = (count, *geometry.window)
-    inside = torch.ones(shape, dtype=torch.bool)
+    inside = torch.ones(shape, dtype=torch.bool, device="cpu")
     indices: list[Tensor] = []
     rest = positions
     for d in reversed(range(dims)):
         place, rest = rest % geometry.space[d], rest // geometry.space[d]
-        offset = torch.arange(geometry.window[d]) * geometry.dilation[d]
+        offset = torch.arange(geometry.window[d], device="cpu") * geometry.dilation[d]
         at = (place * geometry.stride[d] - geometry.padding[d])[:, None] + offset
         at = at.view(count, *(geometry.window[d] if i == d else 1 for i in range(dims)))
         inside = inside & (at >= 0) & (at < x.shape[2 + d])

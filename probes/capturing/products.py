@@ -218,9 +218,9 @@ def stratified(extent: int, wanted: int, generator: torch.Generator) -> Tensor |
     """Draw `wanted` of `extent` positions, one from each of as many equal strata; None stands for all of them."""
     if extent <= wanted:
         return None
-    bounds = torch.arange(wanted + 1) * extent // wanted
+    bounds = torch.arange(wanted + 1, device="cpu") * extent // wanted
     width = bounds.diff()
-    jitter = torch.rand(wanted, generator=generator, dtype=torch.float64)
+    jitter = torch.rand(wanted, generator=generator, dtype=torch.float64, device="cpu")
     return bounds[:-1] + (jitter * width).long().minimum(width - 1)
 
 
@@ -230,7 +230,7 @@ def drawn_rows(extent: int, draw: Draw) -> Tensor | None:
     blocks = stratified(extent // block, -(-draw.rows // block), draw.generator)
     if blocks is None or block == 1:
         return blocks
-    return (blocks.unsqueeze(1) * block + torch.arange(block)).flatten()
+    return (blocks.unsqueeze(1) * block + torch.arange(block, device="cpu")).flatten()
 
 
 def _take(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
@@ -288,7 +288,7 @@ def _own_rows(a: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
 
 def _chosen_groups(groups: int, generator: torch.Generator) -> list[int]:
     """Draw the groups to measure, each as likely as any other: of few groups, strata would hold one or two."""
-    return sorted(torch.randperm(groups, generator=generator)[:_MAX_GROUPS].tolist())
+    return sorted(torch.randperm(groups, generator=generator, device="cpu")[:_MAX_GROUPS].tolist())
 
 
 def _grouped_gemm(factors: Factors, a: Tensor, b: Tensor, reason: str) -> Gemm:

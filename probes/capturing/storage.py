@@ -54,6 +54,13 @@ def _strides(tensor: Tensor, key: int) -> tuple[int, ...]:
     return tuple(stride if extent > 1 else 0 for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def stands_for_many(tensor: Tensor) -> bool:
+    """Whether `torch.vmap` maps over a tensor: it stands for one of every item, and outlives none of them."""
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
 def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
     """Return the plain tensors behind a wrapper such as DTensor; the tensor itself where it is none.
 

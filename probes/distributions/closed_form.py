@@ -57,7 +57,7 @@ class NoClosedFormError(EvidenceError):
 def bin_errors(format_name: str, scale_rule: ScaleRule) -> npt.NDArray[np.float64]:
     """Return the relative squared error [PHASES, BINS] of the true cast, by mantissa of amax and bin of the ratio."""
     ratio = _ratios()
-    steps = torch.arange(PHASES * _MANTISSAS, dtype=torch.float64)
+    steps = torch.arange(PHASES * _MANTISSAS, dtype=torch.float64, device="cpu")
     mantissa = 1 + (steps + 0.5) / (PHASES * _MANTISSAS)
     spec = OperandSpec(format=FORMATS[format_name], group_rows=1, group_k=None, scale_rule=scale_rule)
     x = (mantissa[:, None] * ratio.flatten()).float()
@@ -246,7 +246,8 @@ def _spread(index: Tensor) -> Tensor:
     step = len(index) / SAMPLED_ROWS
     if step <= 1:
         return index
-    return index[((torch.arange(SAMPLED_ROWS, device=index.device) + 0.5) * step).long()]
+    place = torch.arange(SAMPLED_ROWS, dtype=torch.float32, device=index.device)
+    return index[((place + 0.5) * step).long()]
 
 
 def _refusal(recipe: Recipe) -> NoClosedFormError:
@@ -263,13 +264,13 @@ def _refusal(recipe: Recipe) -> NoClosedFormError:
 
 def _ratios() -> Tensor:
     """Return log-uniform ratios [BINS, _VALUES] float64 in the bins of a histogram."""
-    within = (torch.arange(_VALUES, dtype=torch.float64) + 0.5) / _VALUES
-    place = torch.arange(OCTAVES * BINS_PER_OCTAVE)
+    within = (torch.arange(_VALUES, dtype=torch.float64, device="cpu") + 0.5) / _VALUES
+    place = torch.arange(OCTAVES * BINS_PER_OCTAVE, device="cpu")
     exponent = -(place // BINS_PER_OCTAVE).double() - 1
     low = 1 + (BINS_PER_OCTAVE - 1 - place % BINS_PER_OCTAVE).double() / BINS_PER_OCTAVE
     high = low + 1 / BINS_PER_OCTAVE
     inside = torch.exp2(exponent)[:, None] * low[:, None] * (high / low)[:, None] ** within
     below = torch.exp2(-OCTAVES - _OCTAVES_BELOW * within)
-    result = torch.cat((torch.ones(1, _VALUES, dtype=torch.float64), inside, below[None]))
+    result = torch.cat((torch.ones_like(below[None]), inside, below[None]))
     assert len(result) == BINS
     return result

@@ -44,7 +44,7 @@ class Covariance:
     def empty(cls, features: int, *, rank: int | None = None) -> "Covariance":
         """Return the neutral element of `merge`; `rank` as in `of`."""
         rank = _chosen(features, rank)
-        matrix = torch.zeros(features, features if rank is None else rank)
+        matrix = torch.zeros(features, features if rank is None else rank, dtype=torch.float32, device="cpu")
         return cls(moments=Moments.empty(features), matrix=matrix, rank=rank)
 
     @classmethod
@@ -149,7 +149,7 @@ class Covariance:
         """Restore what `arrays` gave, on the CPU. Raises ArgumentError where parts are missing or do not fit."""
         check_arrays("Covariance", arrays, ("rank", "matrix"))
         moments, rank = Moments.from_arrays(arrays), int(arrays["rank"]) or None
-        matrix = torch.tensor(arrays["matrix"], dtype=torch.float32)
+        matrix = torch.tensor(arrays["matrix"], dtype=torch.float32, device="cpu")
         expected = (moments.features, moments.features if rank is None else rank)
         if tuple(matrix.shape) != expected:
             raise ArgumentError(

@@ -168,7 +168,7 @@ def _sizes(size: int, group: dist.ProcessGroup | None, device: torch.device) -> 
 
 def _tensor(payload: bytes, length: int, device: torch.device) -> Tensor:
     """Return the payload as uint8, padded with zeros to `length`."""
-    buffer = torch.zeros(length, dtype=torch.uint8)
+    buffer = torch.zeros(length, dtype=torch.uint8, device="cpu")
     if payload:
         buffer[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     return buffer.to(device)

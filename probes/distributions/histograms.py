@@ -258,7 +258,7 @@ class _Rows:
         if kind == (None, None) and amax is not None:
             # Never below what is here: an element above its amax would count as free of error.
             largest = max(float(amax), *(float(rows.abs().max()) for _, rows in self.pieces()))
-            return torch.full((len(self.index), 1), largest)
+            return torch.full((len(self.index), 1), largest, dtype=torch.float32, device="cpu")
         position = torch.div(self.index.cpu(), height, rounding_mode="floor").tolist()
         known = {
             block: _grouped(column_amax(self.x[block * height : (block + 1) * height]).cpu()[None], width).amax(dim=2)
@@ -280,7 +280,7 @@ class Survey:
         x = x.detach()
         rows, features = x.shape
         energy = torch.zeros(features, dtype=torch.float64, device=x.device)
-        amax = torch.zeros(-(-rows // SURVEY_ROWS), features, device=x.device)
+        amax = torch.zeros(-(-rows // SURVEY_ROWS), features, dtype=torch.float32, device=x.device)
         for block in range(len(amax)):
             slab = x[block * SURVEY_ROWS : (block + 1) * SURVEY_ROWS]
             for part in pieces(features, _TILES * SURVEY_ROWS):
@@ -300,7 +300,7 @@ class Survey:
 
 def column_amax(x: Tensor) -> Tensor:
     """Return the largest finite |x| of every column [K] in fp32, without a copy of x."""
-    result = torch.zeros(x.shape[1], device=x.device)
+    result = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
     parts = list(pieces(len(x), x.shape[1]))
     for part in parts:
         result = torch.maximum(result, torch.maximum(x[part].amax(0), -x[part].amin(0)).float())

@@ -98,7 +98,8 @@ class OperandDistribution:
         if kind == "normal":
             return Sampler(features=self.features)
         if self.count == 0:
-            return Sampler(features=self.features, factor=torch.zeros(self.features, 0))
+            nothing = torch.zeros(self.features, 0, dtype=torch.float32, device="cpu")
+            return Sampler(features=self.features, factor=nothing)
         if kind == "gaussian":
             factor, diagonal = _raw_factor(self.raw)
             return Sampler(features=self.features, factor=factor, diagonal=diagonal, mean=self.raw.mean.float().cpu())
@@ -137,13 +138,13 @@ class Sampler:
 
     def draw(self, rows: int, generator: torch.Generator) -> Tensor:
         """Return rows [rows, K] fp32 on the CPU; the same generator state gives the same rows."""
-        result = torch.empty(rows, self.features)
+        result = torch.empty(rows, self.features, dtype=torch.float32, device="cpu")
         if self.factor is None:
             return result.normal_(generator=generator)
         step = max(1, _BLOCK // max(1, self.features))
         for start in range(0, rows, step):
             block = result[start : start + step]
-            noise = torch.empty(len(block), self.factor.shape[1]).normal_(generator=generator)
+            noise = result.new_empty(len(block), self.factor.shape[1]).normal_(generator=generator)
             torch.mm(noise, self.factor.T, out=block)
             if self.diagonal is not None:
                 block += torch.empty_like(block).normal_(generator=generator).mul_(self.diagonal)
@@ -232,7 +233,8 @@ def _operands(
     if product == "wgrad":
         first = a.sample(tokens, generator, kind=draw.kind).T
         # Evenly spread: neighbouring features, of one head say, are alike.
-        first = first[torch.linspace(0, len(first) - 1, min(draw.rows, len(first))).long()].contiguous()
+        spread = torch.linspace(0, len(first) - 1, min(draw.rows, len(first)), dtype=torch.float32, device="cpu")
+        first = first[spread.long()].contiguous()
     else:
         first = a.sample(draw.rows, generator, kind=draw.kind)
     if draw.weight is not None:
@@ -284,7 +286,7 @@ def _looked_up(scores: Tensor, grid: Tensor) -> Tensor:
     position = scores.add(EXTENT).mul_((POINTS - 1) / (2 * EXTENT)).clamp_(0, POINTS - 1)
     low = position.to(torch.int32).clamp_(max=POINTS - 2)
     share = position.sub_(low)
-    index = low.mul_(features).add_(torch.arange(features, dtype=torch.int32))
+    index = low.mul_(features).add_(torch.arange(features, dtype=torch.int32, device="cpu"))
     left = grid.flatten().index_select(0, index.flatten()).view_as(share)
     right = grid.flatten()[features:].index_select(0, index.flatten()).view_as(share)
     return torch.lerp(left, right, share)

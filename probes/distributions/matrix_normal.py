@@ -99,7 +99,8 @@ class MatrixNormal:
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw a weight [N, K], fp32, on the generator's device."""
         left, right = (_root(side.to(generator.device)) for side in (self.rows, self.columns))
-        noise = torch.randn(_width(left), _width(right), generator=generator, device=generator.device)
+        shape = _width(left), _width(right)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
         drawn = _times(_times(noise.T, right).T, left)
         return drawn.mul_(math.sqrt(self.variance)).add_(self.mean)
 
@@ -178,7 +179,7 @@ class MatrixNormal:
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> "MatrixNormal":
         """Restore what `arrays` gave, on the CPU. Raises ArgumentError where parts are missing or do not fit."""
         check_arrays("MatrixNormal", arrays, ("numbers", "counts", "rows", "columns"))
-        rows, columns = (torch.tensor(arrays[name], dtype=torch.float32) for name in ("rows", "columns"))
+        rows, columns = (torch.tensor(arrays[name], dtype=torch.float32, device="cpu") for name in ("rows", "columns"))
         for side in (rows, columns):
             if side.ndim not in (1, 2) or side.shape != _identity(len(side)).shape:
                 raise ArgumentError(
@@ -208,7 +209,8 @@ def _shape(weight: Tensor) -> tuple[int, int]:
 
 
 def _identity(length: int) -> Tensor:
-    return torch.eye(length) if length <= FULL_FEATURES else torch.ones(length)
+    shape = torch.eye if length <= FULL_FEATURES else torch.ones
+    return shape(length, dtype=torch.float32, device="cpu")
 
 
 def _mean(weight: Tensor) -> float:

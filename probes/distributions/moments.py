@@ -36,7 +36,7 @@ class Moments:
     @classmethod
     def empty(cls, features: int) -> "Moments":
         """Return the neutral element of `merge`."""
-        zeros = torch.zeros(features, dtype=torch.float64)
+        zeros = torch.zeros(features, dtype=torch.float64, device="cpu")
         return cls(count=0, mean=zeros, m2=zeros.clone())
 
     @classmethod
@@ -97,7 +97,7 @@ class Moments:
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> "Moments":
         """Restore what `arrays` gave, on the CPU. Raises ArgumentError where parts are missing or do not fit."""
         check_arrays("Moments", arrays, ("count", "skipped", "mean", "m2"))
-        mean, m2 = (torch.tensor(arrays[name], dtype=torch.float64) for name in ("mean", "m2"))
+        mean, m2 = (torch.tensor(arrays[name], dtype=torch.float64, device="cpu") for name in ("mean", "m2"))
         if mean.ndim != 1 or mean.shape != m2.shape:
             raise ArgumentError(
                 f"Stored moments have a mean of shape {tuple(mean.shape)} and an m2 of {tuple(m2.shape)}: both must "

@@ -133,7 +133,7 @@ class Quantiles:
         result = np.empty((seen, self.features), dtype=np.float32)
         if seen == 0:
             return torch.from_numpy(result)
-        halves = torch.arange(1, 2 * seen, dtype=torch.float64) / (2 * seen)  # (first + last + 1) / 2n
+        halves = torch.arange(1, 2 * seen, dtype=torch.float64, device="cpu") / (2 * seen)  # (first + last + 1) / 2n
         table = torch.special.ndtri(halves).float().numpy()
         for start in range(0, self.features, _PIECE):
             part = slice(start, start + _PIECE)

@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from loka.formats import RECIPES
 from loka.naming import class_name, clean_fqn
 from loka.probes.capturing.sites import SiteKey
-from loka.probes.capturing.storage import hold, storage_key
+from loka.probes.capturing.storage import hold, stands_for_many, storage_key
 from loka.probes.records import DynamicsKind, DynamicsRecord
 from loka.quantize import fake_quantize
 
@@ -133,8 +133,11 @@ class DynamicsMeter:
 
 
 def _is_readable(x: object) -> bool:
-    plain = isinstance(x, Tensor) and type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
-    return plain and x.is_floating_point() and x.dtype.itemsize > 1 and not x.is_meta and x.numel() > 0  # type: ignore[attr-defined]
+    if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
+        return False
+    if stands_for_many(x):
+        return False
+    return x.is_floating_point() and x.dtype.itemsize > 1 and not x.is_meta and x.numel() > 0
 
 
 def _is_of_features(module: nn.Module, x: Tensor) -> bool:

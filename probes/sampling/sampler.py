@@ -21,6 +21,7 @@ from loka.probes.capturing.layer_facts import LayerNotes
 from loka.probes.capturing.products import Draw
 from loka.probes.capturing.shared_inputs import Inputs
 from loka.probes.capturing.sites import SiteKey, SiteMap
+from loka.probes.capturing.storage import stands_for_many
 from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.records import DynamicsRecord, LossImpact, ProductRecord, StepRecord
 from loka.probes.sampling.budget import Budget
@@ -243,10 +244,12 @@ class Sampler:
         """Take note of the loss that the loop's own backward begins at; two different ones are none."""
         if self.meter.labelled:
             return
-        root = roots[0] if len(roots) == 1 else None
-        is_number = isinstance(root, Tensor) and root.numel() == 1 and not root.is_meta
-        with _disable_current_modes():
-            value = _number(root) if root is not None and is_number else math.nan
+        try:
+            with _disable_current_modes():
+                value = _number(roots[0]) if len(roots) == 1 else math.nan
+        except Exception as error:  # noqa: BLE001 - a probe must never stop the training it watches; it is told and ends
+            self.failed(error)
+            return
         self.meter.root_value = value if self.meter.root_value is None else math.nan
 
     def _wait_for(self, tensor: Tensor) -> None:
@@ -271,7 +274,7 @@ class Sampler:
 
     def finish(self) -> StepRecord:
         """Return the step's record; names are settled here, when all of a module's products are known."""
-        seen = self._seen
+        seen = {key: entry for key, entry in self._seen.items() if entry.calls}  # none where looking failed
         self.budget.known(seen)
         for key, entry in seen.items():
             if entry.measurement is not None and entry.measurement.errors and self.watch is None:
@@ -360,11 +363,11 @@ def _record(site: str, product: Pass, seen: _Seen, impacts: Mapping[str, LossImp
     )
 
 
-def _number(loss: Tensor) -> float:
-    """Return the value of a loss; NaN under `torch.vmap`, where it stands for one of every item."""
-    while torch._C._functorch.is_gradtrackingtensor(loss):
-        loss = torch._C._functorch.get_unwrapped(loss)
-    return math.nan if torch._C._functorch.is_batchedtensor(loss) else float(loss.detach())
+def _number(root: Any) -> float:
+    """Return the value of a loss; NaN for what is none, and under `torch.vmap`, where it stands for many."""
+    if not isinstance(root, Tensor) or root.numel() != 1 or root.is_meta or not root.is_floating_point():
+        return math.nan
+    return math.nan if root.is_nested or stands_for_many(root) else float(root.detach())
 
 
 def _turn(samples: int, calls: int) -> int:

@@ -78,7 +78,7 @@ def _draw(case: Case, site: str) -> Drawn | None:
     columns = torch.from_numpy(extremes.weight_amax.copy())
     spread = torch.from_numpy(extremes.weight_energy / extremes.weight_rows).sqrt().float()
     count = min(extremes.weight_rows, _COLUMNS, limit)
-    weight = torch.empty(count, x.features).normal_(generator=generator).mul_(spread).clamp_(-columns, columns)
+    weight = rows.new_empty(count, x.features).normal_(generator=generator).mul_(spread).clamp_(-columns, columns)
     return Drawn(
         x=rows,
         w=weight,

@@ -13,7 +13,7 @@ from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.running.convert import convert
 from loka.errors import ModError
 from loka.kernel_registry.spec import GemmRequest
-from loka.mods import BlockNorm
+from loka.mods import BlockNorm, FoldNorm, Hadamard, KeepRowsHigh, KeepShareHigh, Smooth
 from tests.mods.made_models import ALL, make_model
 
 
@@ -91,3 +91,35 @@ def test_a_forward_overridden_on_the_instance_is_refused():
 def test_a_model_that_is_itself_the_norm_has_to_be_put_into_something():
     with pytest.raises(ModError, match=r"nn\.Sequential"):
         loka.mods.apply(nn.LayerNorm(16), [BlockNorm(8)])
+
+
+class Mapped(nn.Module):
+    """A norm and a linear within `torch.vmap`, behind a norm and a linear in the open."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.up = nn.LayerNorm(16), nn.Linear(16, 32)
+        self.norm, self.down = nn.LayerNorm(32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return torch.vmap(lambda row: self.down(self.norm(row)))(self.up(self.first(x)))
+
+
+@pytest.mark.parametrize("mod", [Smooth(), KeepRowsHigh(), KeepShareHigh(times=2), Hadamard(), FoldNorm()])
+def test_layers_within_vmap_are_left_and_named(mod):
+    torch.manual_seed(0)
+    model = Mapped().eval()
+    with torch.no_grad():
+        model.first.weight[:2] *= 3000.0
+    batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    before, exact = model(batches[0]), Mapped().eval().double()
+    exact.load_state_dict(model.state_dict())
+    down = model.down.weight.detach().clone()
+    applied = loka.mods.apply(model, [mod], inputs=batches)
+    assert {each.fqn.split(".")[0] for each in applied.replacements} & {"first", "up"}
+    assert any("not called" in each.reason for each in applied.refused if each.fqn in ("norm", "down"))
+    assert torch.equal(model.down.weight, down)
+    reference = exact(batches[0].double())
+    assert torch.linalg.norm(model(batches[0]) - reference) <= 1e-4 * torch.linalg.norm(reference)
+    applied.undo()
+    assert torch.equal(model(batches[0]), before)

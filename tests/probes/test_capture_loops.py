@@ -1,5 +1,6 @@
 """Loops that are not one forward and one backward: every product is still counted once, in its own pass."""
 
+import math
 import warnings
 from collections import Counter
 
@@ -223,6 +224,33 @@ def test_a_graph_run_backward_twice(tmp_path):
 
     _, steps = probed(model, tmp_path, loop)
     assert seen(steps[0]) == PASSES_OF_TWO + Counter({key: 1 for key in PASSES_OF_TWO if key[1] != "fprop"})
+
+
+def from_complex(y):
+    torch.complex(y.sum(), y.square().sum()).backward(torch.tensor(1 + 1j))
+
+
+def from_nested(y):
+    root = torch.nested.as_nested_tensor([y.square().mean().view(1, 1)], layout=torch.jagged)
+    root.backward(torch.ones_like(root))
+
+
+@pytest.mark.parametrize("run_backward", [from_complex, from_nested])
+def test_backward_may_begin_at_what_has_no_number(run_backward, tmp_path):
+    model, gradients = Two(), []
+
+    def loop():
+        for step in range(3):
+            model.zero_grad()
+            run_backward(model(torch.randn(8, 16, generator=torch.Generator().manual_seed(step))))
+            gradients.extend(each.grad.clone() for each in model.parameters())
+
+    loop()
+    run, steps = probed(model, tmp_path, loop, every=1)
+    assert len(gradients) == 2 * 3 * 4
+    assert all(map(torch.equal, gradients[:12], gradients[12:]))
+    assert (run.progress.status, [seen(step) for step in steps]) == ("complete", [PASSES_OF_TWO] * 3)
+    assert all(step.loss is None or math.isnan(step.loss) for step in steps)
 
 
 def test_products_of_hooks_in_backward_are_not_the_models(tmp_path):

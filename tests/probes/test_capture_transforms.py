@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 
 import loka
 from loka.errors import EvidenceError
-from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, probed, product, seen
+from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, probed, product, seen, train
 from tests.probes.made_situations import assert_as_eager
 
 
@@ -36,6 +36,35 @@ def test_training_by_torch_func_is_probed_to_its_end_with_its_losses(tmp_path):
     assert losses == alone
     assert_as_eager(run, steps, samples=5)
     assert [step.loss for step in steps] == losses[::2]
+
+
+class Mapped(nn.Module):
+    """A norm and an activation within `torch.vmap`, and the same in the open."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.LayerNorm(16)
+        self.up = nn.Linear(16, 32)
+        self.norm = nn.LayerNorm(32)
+        self.act = nn.SiLU()
+        self.down = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return vmap(lambda row: self.down(self.act(self.norm(row))))(self.up(self.first(x)))
+
+
+def test_modules_within_vmap_do_not_end_the_probe(tmp_path):
+    model = Mapped()
+    alone, losses = train(model), []
+    run, steps = probed(model, tmp_path, lambda: losses.extend(train(model)), every=1)
+    assert losses == alone
+    assert (run.progress.status, len(steps)) == ("complete", 4)
+    assert {("up", "fprop"), ("up", "wgrad"), ("down", "fprop"), ("down", "wgrad")} <= set(seen(steps[0]))
+    (norm,) = [each for each in steps[0].dynamics if each.kind == "norm"]
+    assert norm.name == "first"  # the other one's input is of one row at a time, which has no values of its own
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).double()
+    crest = (x.abs().amax(1) / x.square().mean(1).sqrt()).mean()
+    assert norm.crest == pytest.approx(float(crest), rel=1e-12)
 
 
 def test_weights_that_torch_func_is_given_are_known_for_what_they_are(tmp_path):

@@ -15,6 +15,8 @@ from torch import nn
 
 import loka
 from loka.errors import ArgumentError, EvidenceError
+from loka.probes.sampling import sampler
+from loka.probes.sampling.measure import measure
 from loka.probes.storing.database import list_runs, open_database
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, probed, product, recorded, seen, train
 from tests.probes.made_session import warned
@@ -143,6 +145,36 @@ def test_a_failure_in_looking_ends_the_probe_and_not_the_training(tmp_path, capl
     assert run.progress.reason.startswith("Looking into step 0 failed")
     assert [seen(step) for step in steps] == [{("up", "fprop"): 1}]
     assert "probe detached at step" in caplog.text
+    assert_nothing_attached(model)
+
+
+def test_a_failure_in_measuring_is_told_by_its_own_words(tmp_path, monkeypatch):
+    model, told, losses = Two(), [], []
+
+    def cannot(gemm, *rest, **options):
+        if gemm.n == 16:  # the second product of a step
+            raise ValueError("cannot measure")
+        return measure(gemm, *rest, **options)
+
+    monkeypatch.setattr(sampler, "measure", cannot)
+    warned(model, tmp_path, lambda probe: losses.append(train(model, 6)), told)
+    assert told[0].startswith("Looking into step 0 failed (ValueError: cannot measure).")
+    assert losses[0] == train(model, 6)
+    run, steps = recorded(tmp_path / "run.db")
+    assert run.progress.status == "detached"
+    assert [seen(step) for step in steps] == [{("up", "fprop"): 1}]
+
+
+def test_a_failure_in_reading_the_loss_ends_the_probe_and_not_the_training(tmp_path, monkeypatch):
+    model, told, losses = Two(), [], []
+
+    def cannot(root):
+        raise ValueError("cannot read")
+
+    monkeypatch.setattr(sampler, "_number", cannot)
+    warned(model, tmp_path, lambda probe: losses.append(train(model, 6)), told)
+    assert told[0].startswith("Looking into step 0 failed (ValueError: cannot read).")
+    assert losses[0] == train(model, 6)
     assert_nothing_attached(model)
 
 
