@@ -22,6 +22,7 @@ from loka.kernel_registry.bf16_units import SMALLEST, available, exact_matmul, u
 from loka.kernel_registry.operands import scaled
 from loka.kernel_registry.torch_mm import matmul
 from loka.quantize import dequantize, fake_quantize, held_codes, values_and_scale
+from loka.sizes import known_positive
 
 # Block scales within these leave every number between codes and result in the range of fp32.
 _LARGEST_SCALE: Final[float] = 2.0**48
@@ -144,4 +145,4 @@ def _is_exact_in_bf16(recipe: Recipe, x: Tensor) -> bool:
 
 
 def _is_for_units(recipe: Recipe, x: Tensor) -> bool:
-    return recipe.accumulation == "fp32" and x.shape[-1] > 0 and available(x.device)
+    return recipe.accumulation == "fp32" and available(x.device) and known_positive(x.shape[-1])

@@ -35,7 +35,9 @@ _FEW: Final[int] = 2**12
 
 def finite_amax(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tensor:
     """Return the largest finite |x| over `dim`, 0 for an empty or wholly non-finite group; any float dtype."""
-    if x.numel() == 0:
+    if torch.compiler.is_dynamo_compiling() or type(x.numel()) is not int:
+        x = _with_an_element(x, dim)
+    elif x.numel() == 0:
         shape = [1 if d in {i % x.dim() for i in dim} else n for d, n in enumerate(x.shape)]
         amax = x.new_zeros(shape)
         return amax if keepdim else amax.squeeze(dim)
@@ -45,6 +47,21 @@ def finite_amax(x: Tensor, dim: tuple[int, ...], keepdim: bool = False) -> Tenso
             return amax if keepdim else amax.squeeze(dim)
     magnitude = x.abs()
     return torch.where(magnitude < float("inf"), magnitude, 0.0).amax(dim, keepdim=keepdim)
+
+
+def _with_an_element(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Return x with a zero in every group that may turn out to have no element, where the graph of it is made.
+
+    Sizes that are known only once data is there (the tokens of an expert) cannot be asked for, and a largest element of
+    none is an error when the graph runs.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # only where code is traced: it is heavy
+
+    for d in dim:
+        if not guard_or_false(x.shape[d] > 0):
+            shape = [1 if i == d % x.dim() else n for i, n in enumerate(x.shape)]
+            x = torch.cat([x, x.new_zeros(shape)], d)
+    return x
 
 
 def readable(x: Tensor) -> bool:

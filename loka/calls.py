@@ -95,6 +95,14 @@ def is_compiled(module: nn.Module) -> bool:
     return found is not None and found is not _EMPTY
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a probe or a monitor stands in front of a module's call, for as long as its block lasts."""
+    call = _call_of(module.__dict__.get(_SLOT))
+    while call is not None and call.hidden:
+        call = _call_of(call._before)
+    return call is not None
+
+
 def forward_of(module: nn.Module) -> Any:
     """Return the function that a module's class has for its forward; None of TorchScript, which has none in Python."""
     return getattr(type(module), "forward", None)

@@ -22,7 +22,7 @@ from loka.dispatch.monitoring.effect import changed_kernels, note_graph
 from loka.dispatch.running.convert import plan_of
 from loka.dispatch.running.executions import counted, graph_kernels
 from loka.dispatch.running.graph import operands, origin
-from loka.dispatch.running.parameters import Parameters, device_of_graph, planned_parameters, site_of
+from loka.dispatch.running.parameters import Parameters, device_of_graph, is_looked_up, planned_parameters, site_of
 from loka.dispatch.running.regions import regions
 from loka.dispatch.running.routing import SiteKernels, site_kernels
 from loka.errors import ArgumentError, nearest
@@ -189,7 +189,9 @@ def _site(
 def _tell_unreached(parameters: Parameters, routes: Mapping[str, SiteKernels], found: Sequence[str]) -> None:
     """Name the sites whose weight is in this graph and whose product is not one that can be rerouted."""
     # Of a weight that is computed there is what it is computed from.
-    names = {each for name in parameters.names.values() for each in (name, name.partition(".parametrizations.")[0])}
+    # A table of which this graph takes rows has its product, the scores of all rows, in another graph.
+    own = [name for node, name in parameters.names.items() if not is_looked_up(node)]
+    names = {each for name in own for each in (name, name.partition(".parametrizations.")[0])}
     here = set(map(site_of, names))
     for site in sorted((here & routes.keys()) - set(found)):
         log.warning("%s is planned in FP8, but its product in this graph is of a form that stays as written", site)

@@ -154,11 +154,18 @@ def _power_of_two(amax: Tensor, largest: float, *, round_up: bool) -> Tensor:
 def _grouped(x: Tensor, spec: OperandSpec) -> Tensor:
     """View [..., rows, k] as [..., rows / group, group, k / group, group], zero-padding ragged ends."""
     rows, k = x.shape[-2:]
-    group_rows, group_k = spec.group_rows or max(rows, 1), spec.group_k or max(k, 1)
     pad_rows, pad_k = _padding(rows, spec.group_rows), _padding(k, spec.group_k)
     if isinstance(pad_rows, torch.SymInt) or isinstance(pad_k, torch.SymInt) or pad_rows or pad_k:
         x = torch.nn.functional.pad(x, (0, pad_k, 0, pad_rows))
-    return x.reshape(*x.shape[:-2], (rows + pad_rows) // group_rows, group_rows, (k + pad_k) // group_k, group_k)
+    return x.reshape(*x.shape[:-2], *_extents(rows + pad_rows, spec.group_rows), *_extents(k + pad_k, spec.group_k))
+
+
+def _extents(extent: int, group: int | None) -> tuple[int, int]:
+    """Return how many groups there are along a dimension, and the elements of each; without `group` it is one."""
+    if group is None and (torch.compiler.is_dynamo_compiling() or isinstance(extent, torch.SymInt)):
+        return 1, extent  # where it is known only once data is there, a quotient would not be known to be one
+    group = group or max(extent, 1)
+    return extent // group, group
 
 
 def _padding(extent: int, group: int | None) -> int:

@@ -64,8 +64,8 @@ ATEN_OPS: Final[dict[str, Op]] = {
     "convolution_backward": "convolution",
     "_convolution": "convolution",
 }
-
-
+# A matrix times a vector: where the vector is the model's, it is no weight of a linear layer, and stays as written.
+_BY_VECTOR: Final[frozenset[str]] = frozenset({"mv", "addmv"})
 # Weights of experts are held as [experts, n, k] or [experts, k, n].
 _EXPERTS_DIM: Final[int] = 3
 
@@ -96,10 +96,10 @@ def request_of(evidence: ProductEvidence, parameters: Mapping[str, tuple[int, ..
     do not, it is 0.
     """
     op = ATEN_OPS.get(evidence.op, ATEN_OPS.get(evidence.op.removesuffix("_"), "other"))
-    batch = evidence.batch
+    batch, shape = evidence.batch, (parameters or {}).get(evidence.parameter, ())
     if op == "grouped_linear":
-        shape = (parameters or {}).get(evidence.parameter, ())
         batch = shape[0] if len(shape) == _EXPERTS_DIM else 0
+    op = "other" if evidence.op in _BY_VECTOR and len(shape) == 1 else op
     return GemmRequest(
         site=evidence.site,
         product=evidence.product,

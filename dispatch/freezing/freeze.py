@@ -32,6 +32,7 @@ from loka.dispatch.freezing.stored_grouped import stored_kernel
 from loka.dispatch.freezing.stored_norm_act import reads_stored_codes
 from loka.dispatch.running.convert import (
     check_eager,
+    check_module,
     check_not_frozen,
     plan_of,
     revert,
@@ -157,7 +158,8 @@ class _Place:
 
 
 def _check_ready(model: nn.Module) -> None:
-    """Raise PlanError for a model that is frozen or compiled already, or TorchScript."""
+    """Raise PlanError for a model that is frozen, compiled or watched already, or TorchScript; ArgumentError."""
+    check_module(model, "loka.freeze")
     check_not_frozen(model)
     check_eager(model, "look for weights that are gone. Freeze first and compile afterwards.")
     if is_scripted(root := unwrap(model)):

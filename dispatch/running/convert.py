@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from loka.calls import forward_of, is_compiled, is_scripted
+from loka.calls import forward_of, is_compiled, is_scripted, is_watched
 from loka.dispatch.deciding.by_rows import kernels_of
 from loka.dispatch.deciding.job import all_or_none, check_plans
 from loka.dispatch.deciding.plan import Plan
@@ -64,10 +64,11 @@ def convert(
     `plan`: a plan, or the path of one.
     `emulate=True` lets emulated kernels stand in for those that cannot run on this device. With a `process_group`, all
     its ranks, each of which has to call this, first make sure that they hold the same plan. Raises PlanError, with the
-    model untouched, when the plan belongs to another model, a kernel cannot run here, or the model is compiled or
-    converted already. A weight that is used where its own module's forward does not run is reached where the plan's run
-    has seen it used; else it is not, and after a step `unreached` names such sites. The same holds for a checkpoint
-    that begins inside of the forward that uses a bare Parameter: what it recomputes stays in high precision.
+    model untouched, when the plan belongs to another model, a kernel cannot run here, or the model is compiled,
+    converted already or watched by a probe. A weight that is used where its own module's forward does not run is
+    reached where the plan's run has seen it used; else it is not, and after a step `unreached` names such sites. The
+    same holds for a checkpoint that begins inside of the forward that uses a bare Parameter: what it recomputes stays
+    in high precision.
 
     A weight is quantised once per optimiser step and pass, and not in every micro-batch, where gradient accumulation
     repeats; no number changes. By default that begins after a first whole window, needs the weights to be held by an
@@ -76,6 +77,7 @@ def convert(
     edited through `.data` between two steps; `False` keeps none. What is kept is a copy of the weight per pass, in FP8
     (in fp32 where kernels are emulated). `dispatch.running.weights` says what is left alone.
     """
+    check_module(model, "loka.convert")
     load = partial(plan_of, plan)
     loaded = load() if process_group is None else all_or_none(load, process_group)
     prepare = partial(_prepare, model, loaded, emulate=emulate)
@@ -94,6 +96,13 @@ def convert(
         for parameter in _parameters_of(module) if cache_weights is not False else ():
             keep(parameter, None if cache_weights else module)
     return model
+
+
+def check_module(model: object, taker: str) -> None:
+    """Raise ArgumentError for anything but a module, e.g. the class of one; `taker` is what was called with it."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ArgumentError(f"{taker} takes the torch.nn.Module that the loop calls, not {given}.")
 
 
 def plan_of(given: Plan | str | PathLike[str]) -> Plan:
@@ -116,6 +125,7 @@ def revert(model: nn.Module) -> nn.Module:
     before or after the conversion; parametrisations from before can be removed only once it is undone. Raises
     PlanError, with nothing changed, for a compiled model.
     """
+    check_module(model, "loka.revert")
     converted = [module for module in model.modules() if _MARK in vars(module)]
     if converted:
         check_eager(model, "go on as planned. Revert the model first and compile it again afterwards.")
@@ -201,8 +211,13 @@ def _check_convertible(model: nn.Module) -> None:
 
 
 def check_eager(model: nn.Module, what: str) -> None:
-    """Raise PlanError when the model or a part of it is compiled; `what` its compiled code would do."""
+    """Raise PlanError when the model or a part of it is compiled or watched; `what` its compiled code would do."""
     for name, module in model.named_modules():
+        if is_watched(module):
+            raise PlanError(
+                f"{name or 'The model'!r} is watched by a probe or a monitor, which know it as it was when their block "
+                "began. Leave the block first."
+            )
         if is_compiled(module) or hasattr(module, "_orig_mod"):
             raise PlanError(f"{name or 'The model'!r} is compiled, and its compiled code would {what}")
 
@@ -298,21 +313,26 @@ def _kind_of(module: nn.Module, parameters: Mapping[str, Route]) -> Kind:
 def _converted_class(kind: Kind, base: Any) -> Any:
     """Make the class that a module of class `base` becomes."""
 
-    def planned(self: Any, input: Tensor) -> Tensor:
+    # Code that has wrapped a converted forward still calls it once the conversion is undone: then it is that of `base`.
+    def planned(self: Any, input: Tensor) -> Any:
+        if not hasattr(self, _MARK):
+            return base.forward(self, input)
         route: Route = self._loka_routes["weight"]
         route.reached = True
         kernels = route.kernels
         return linear(input, self.weight, self.bias, kernels.fprop, kernels.dgrad, kernels.wgrad)
 
     @is_norm_act
-    def joint(self: Any, input: Tensor) -> Tensor:
+    def joint(self: Any, input: Tensor) -> Any:
+        if not hasattr(self, _MARK):
+            return base.forward(self, input)
         route: Route = self._loka_routes["weight"]
         route.reached = True
         return linear_norm_act(input, self.weight, self.bias, self.eps, route.kernels.as_tuple())
 
     @functools.wraps(base.forward)
     def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with Reroute.of(self, self._loka_routes):
+        with Reroute.of(self, getattr(self, _MARK, {})):
             return base.forward(self, *args, **kwargs)
 
     def restore(self: Any, state: Any) -> None:

@@ -18,7 +18,7 @@ from loka.dispatch.running.contractions import einsum, is_linear_einsum, is_line
 from loka.dispatch.running.grouped import GroupedCall, grouped_matmul, is_grouped
 from loka.dispatch.running.linear import linear
 from loka.dispatch.running.norm_act import linear_norm_act
-from loka.dispatch.running.reroute import attention, attention_weights
+from loka.dispatch.running.reroute import attention, attention_weights, is_one_matrix
 from loka.dispatch.running.routing import SiteKernels
 from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
@@ -110,10 +110,17 @@ def _match_linear(node: fx.Node) -> list[Operand]:
 
 def _match_matmul(node: fx.Node) -> list[Operand]:
     left, right = _argument(node, 0, "input"), _argument(node, 1, "other", "mat2", "vec")
+    if is_one_matrix(shape_of(left), shape_of(right)):
+        return [Operand(right, functools.partial(_place_one_matrix, left, right))]
     return [
         *_if_matrix(right, _place_transposed, left, right, None),
         *(_if_matrix(left, _place_left, left, right) if shape_of(right) else []),
     ]
+
+
+def _match_inner(node: fx.Node) -> list[Operand]:
+    x, weight = _argument(node, 0, "input"), _argument(node, 1, "other")
+    return _if_matrix(weight, _place_linear, x, weight, None) if shape_of(x) else []
 
 
 def _match_addmm(node: fx.Node) -> list[Operand]:
@@ -180,6 +187,8 @@ _FUNCTIONS: Final[dict[Any, Callable[[fx.Node], list[Operand]]]] = {
     torch.matmul: _match_matmul,
     torch.mm: _match_matmul,
     torch.mv: _match_matmul,
+    torch.linalg.matmul: _match_matmul,
+    torch.inner: _match_inner,
     torch.addmm: _match_addmm,
     torch.tensordot: _match_tensordot,
     torch.einsum: _match_einsum,
@@ -193,6 +202,7 @@ _METHODS: Final[dict[Any, Callable[[fx.Node], list[Operand]]]] = {
     "__matmul__": _match_matmul,
     "mm": _match_matmul,
     "mv": _match_matmul,
+    "inner": _match_inner,
     "addmm": _match_addmm,
 }
 
@@ -211,6 +221,13 @@ def _place_linear(x: fx.Node, weight: fx.Node, bias: Any, graph: fx.Graph, kerne
 def _place_transposed(x: fx.Node, weight: fx.Node, bias: Any, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:
     """x @ W + bias with W [K, N]."""
     return _place_linear(x, _transposed(graph, weight), bias, graph, kernels)
+
+
+def _place_one_matrix(x: fx.Node, weight: fx.Node, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:
+    """x @ W with W [1, .., K, N]."""
+    for _ in shape_of(weight)[:-2]:
+        weight = graph.call_method("select", (weight, 0, 0))
+    return _place_transposed(x, weight, None, graph, kernels)
 
 
 def _place_left(weight: fx.Node, x: fx.Node, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:

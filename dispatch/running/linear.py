@@ -36,6 +36,7 @@ from loka.kernel_registry.norm_act import FusedLayer
 from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
+from loka.sizes import known_positive
 from loka.stepping_aside import steps_aside
 from loka.torch_release import of_its_own
 
@@ -234,7 +235,9 @@ def load_layer(name: str) -> Layer:
 def _shares_casts(kernels: tuple[str, str, str], x: Tensor, weight: Tensor) -> bool:
     """Whether all passes are on one kernel that knows what to make of it."""
     name = kernels[0]
-    if kernels[1] != name or kernels[2] != name or name == HIGH_PRECISION or not x.numel() * weight.numel():
+    if kernels[1] != name or kernels[2] != name or name == HIGH_PRECISION:
+        return False
+    if not known_positive(x.numel() * weight.numel()):
         return False
     if name not in _layers:
         _layers[name] = default_registry().get(name).load_layer()

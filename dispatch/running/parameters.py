@@ -224,7 +224,7 @@ def _of_parts(
     for each in inputs:
         sites = tuple(site_of(f"{home}.{each.name}") for home in parts.get(each.root, ()))
         if any(routes.get(site) != routes.get(sites[0]) for site in sites):
-            apart += [] if _is_looked_up(each.node) else [each.name]
+            apart += [] if is_looked_up(each.node) else [each.name]
         elif sites and not _is_stored(each.node):
             names[each.node] = f"{parts[each.root][0]}.{each.name}"
             alike[sites[0]] = sites
@@ -240,7 +240,7 @@ def _of_parts(
     return replace(found, names=names, alike=alike, places=(*found.places, *places))
 
 
-def _is_looked_up(node: fx.Node) -> bool:
+def is_looked_up(node: fx.Node) -> bool:
     """Whether a weight is a table of which a graph takes rows, and no operand of a product."""
     return all(user.target in _LOOKUPS for user in node.users)
 

@@ -8,7 +8,7 @@ there.
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Final, Protocol, Self, cast
@@ -63,11 +63,15 @@ class Route:
 
 
 def _expert_of(weight: Tensor) -> int | None:
-    """Return which matrix of a stacked Parameter a view is of; None where that cannot be told."""
+    """Return which matrix of a stacked Parameter a view is of; None where that cannot be told.
+
+    Those of a Parameter that is a matrix itself lie one below the other (`probes.experts.slices`).
+    """
     stack = weight._base
-    if stack is None or stack.dim() != 3 or not stack.stride(0):
+    if stack is None or stack.dim() not in (2, 3):
         return None
-    return (int(weight.storage_offset()) - int(stack.storage_offset())) // stack.stride(0)
+    size = stack.stride(0) if stack.dim() == 3 else weight.numel()
+    return (int(weight.storage_offset()) - int(stack.storage_offset())) // size if size else None
 
 
 # What a rerouted call came to: None where it is not the planned product, or not in a form that can be rerouted.
@@ -150,6 +154,7 @@ def _reroute_matmul(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     right = args[1] if len(args) > 1 else next((kwargs[key] for key in ("other", "mat2", "vec") if key in kwargs), None)
     if left is None or right is None or "out" in kwargs:
         return None
+    right = _one_matrix(left, right)
     if (route := find(right)) is not None:
         return route, route.linear(left, right.mT, None)
     if (route := find(left)) is not None:
@@ -159,8 +164,28 @@ def _reroute_matmul(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     return None
 
 
+def _one_matrix(left: Any, right: Any) -> Any:
+    """Return the matrix of a stack of one, as `split` makes, that multiplies all of `left`; else `right` itself."""
+    if is_one_matrix(getattr(left, "shape", ()), getattr(right, "shape", ())):
+        for _ in right.shape[:-2]:
+            right = right.select(0, 0)
+    return right
+
+
+def is_one_matrix(left: Sequence[int], right: Sequence[int]) -> bool:
+    """Whether a matmul of operands of these shapes has one matrix on its right, behind dimensions of one."""
+    return 2 < len(right) <= len(left) and all(type(extent) is int and extent == 1 for extent in right[:-2])
+
+
 def _reroute_rmatmul(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     return _reroute_matmul(find, (args[1], args[0]), kwargs)
+
+
+def _reroute_inner(find: Find, args: Arguments, kwargs: Options) -> Outcome:
+    input, weight = _bind(("input", "other"), args, kwargs)
+    if "out" in kwargs or not input.dim() or (route := find(weight)) is None:
+        return None
+    return route, route.linear(input, weight, None)
 
 
 def _reroute_addmm(find: Find, args: Arguments, kwargs: Options) -> Outcome:
@@ -264,6 +289,9 @@ PRODUCTS: Final[dict[Any, Callable[[Find, Arguments, Options], Outcome]]] = {
     Tensor.mv: _reroute_matmul,
     Tensor.__matmul__: _reroute_matmul,
     Tensor.__rmatmul__: _reroute_rmatmul,
+    torch.linalg.matmul: _reroute_matmul,
+    torch.inner: _reroute_inner,
+    Tensor.inner: _reroute_inner,
     torch.addmm: _reroute_addmm,
     Tensor.addmm: _reroute_addmm,
     torch.tensordot: _reroute_tensordot,

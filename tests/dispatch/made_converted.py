@@ -65,6 +65,7 @@ FORMS = {
     "x @ w.mT": Form(NK, lambda m, x: x @ m.w.mT),
     "x @ w.transpose": Form(NK, lambda m, x: x @ m.w.transpose(0, 1)),
     "x @ w[i]": Form((3, 16, 12), lambda m, x: x @ m.w[1], weight=lambda w: w[1].t()),
+    "x @ one of w.split": Form((3, 16, 12), lambda m, x: x @ m.w.split(1)[1], weight=lambda w: w[1].t()),
     "x @ half of w": Form((16, 24), lambda m, x: x @ m.w.chunk(2, 1)[1], weight=lambda w: w[:, 12:].t()),
     "x @ w.view": Form((16 * 12,), lambda m, x: x @ m.w.view(16, 12), weight=lambda w: w.view(16, 12).t()),
     "x @ w.to": Form(KN, lambda m, x: x @ m.w.double().float(), weight=Tensor.t),
@@ -82,6 +83,9 @@ FORMS = {
     "b.addmm": Form(KN, lambda m, x: m.b.addmm(x[0], m.w), weight=Tensor.t, bias=True, x=lambda x: x[0]),
     "tensordot": Form(KN, lambda m, x: torch.tensordot(x, m.w, dims=([-1], [0])), weight=Tensor.t),
     "tensordot of one axis": Form(KN, lambda m, x: torch.tensordot(x, m.w, 1), weight=Tensor.t),
+    "torch.linalg.matmul": Form(KN, lambda m, x: torch.linalg.matmul(x, m.w), weight=Tensor.t),
+    "torch.inner": Form(NK, lambda m, x: torch.inner(x, m.w)),
+    "x.inner": Form(NK, lambda m, x: x.inner(other=m.w)),
     "einsum": Form(NK, lambda m, x: torch.einsum("btk,nk->btn", x, m.w)),
     "einsum of a list": Form(NK, lambda m, x: torch.einsum("btk,nk->btn", [x, m.w])),
 }

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import loka
-from loka.dispatch.running.convert import convert, planned_sites
-from loka.errors import ArgumentError, PlanError
+from loka.dispatch.freezing.freeze import freeze
+from loka.dispatch.running.convert import convert, planned_sites, revert
+from loka.errors import ArgumentError, ModError, PlanError
 from tests.dispatch.made_conversion import MIXED, emulated, plan_for
 from tests.dispatch.made_converted import Mlp, state_of
 
@@ -104,3 +105,37 @@ def test_a_converted_bf16_model_compiles_in_one_graph(recipe: str) -> None:
 
 def test_the_front_door_leads_here() -> None:
     assert loka.convert is convert
+
+
+def test_a_model_that_is_watched_is_left_until_its_block_ends(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, plain = Mlp(), Mlp()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(8, 16)
+    plan = plan_for(model, ["up"])
+    with loka.probe(model, tmp_path / "run.db", every=1):
+        before = model(x)
+        for change in (convert, freeze):
+            with pytest.raises(
+                PlanError, match=r"'The model' is watched by a probe or a monitor.* Leave the block first"
+            ):
+                change(model, plan)
+        with pytest.raises(ModError, match="is watched by a probe or a monitor"):
+            loka.mods.apply(model, [loka.mods.NoBias()])
+        assert torch.equal(model(x), before)
+    convert(model, plan)
+    with loka.monitor(model, plan):
+        model(x)
+        with pytest.raises(PlanError, match="is watched by a probe or a monitor"):
+            revert(model)
+    revert(model)
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("given", [None, nn.Linear, torch.zeros(2), "model"], ids=repr)
+def test_what_is_no_module_is_refused_in_words(given: object) -> None:
+    plan = plan_for(Mlp(), ["up"])
+    named = "the class Linear" if isinstance(given, type) else type(given).__name__
+    for name, change in (("convert", convert), ("freeze", freeze), ("revert", lambda model, _: revert(model))):
+        with pytest.raises(ArgumentError, match=f"loka.{name} takes the torch.nn.Module .*, not {named}"):
+            change(given, plan)  # type: ignore[arg-type]

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
+from loka.amax import finite_amax
 from loka.compiler import rewrite
 from loka.dispatch.freezing.freeze import freeze
 from loka.kernel_registry.registry import default_registry
@@ -95,3 +97,46 @@ def test_a_kernel_that_cannot_be_traced_is_one_operator(monkeypatch: pytest.Monk
     assert sum("stored_product" in name for name in called) == 2
     arguments = x, model.up.weight.codes, model.up.weight_scale, KERNEL
     torch.library.opcheck(torch.ops.loka.stored_product.default, arguments, test_utils="test_faketensor")
+
+
+class Sparse(nn.Module):
+    """Experts one by one: how many rows each gets is known only once data is there, and may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 3, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(16, 40) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, out = self.router(x).argmax(-1), x.new_zeros(len(x), 40)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == number)
+            out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "blockwise", "mxfp8"])
+def test_experts_with_any_number_of_rows_are_exported(recipe: str) -> None:
+    torch.manual_seed(0)
+    model = Sparse().eval()
+    freeze(model, plan_of(model, [f"experts.{number}" for number in range(3)], f"emulated.linear.{recipe}"))
+    x = torch.randn(24, 16)
+    with torch.no_grad():
+        counts = torch.bincount(model.router(x).argmax(-1), minlength=3)
+        program = torch.export.export(model, (x,), strict=False).module()
+        for given in (x, x[:1].expand(24, 16).contiguous()):  # of the second, two experts get nothing
+            torch.testing.assert_close(program(given), model(given), rtol=1e-6, atol=1e-6)
+    assert counts.min() > 0
+
+
+def test_the_largest_of_no_element_is_zero_where_their_number_is_not_known() -> None:
+    class Largest(nn.Module):
+        def forward(self, x: Tensor, wanted: Tensor) -> Tensor:
+            some = x[torch.where(wanted)[0]]
+            whole, columns = finite_amax(some, (0, 1)), finite_amax(some, (0,))
+            return torch.cat([whole.view(1), columns, finite_amax(some, (-2, -1), keepdim=True).view(1)])
+
+    x, wanted = torch.tensor([[1.0, -2.0], [float("nan"), -5.0], [9.0, 9.0]]), torch.tensor([True, True, False])
+    program = torch.export.export(Largest(), (x, wanted), strict=False).module()
+    assert program(x, wanted).tolist() == [5.0, 1.0, 5.0, 5.0]
+    assert program(x, torch.zeros(3, dtype=torch.bool)).tolist() == [0.0] * 4

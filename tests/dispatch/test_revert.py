@@ -18,6 +18,7 @@ from loka.dispatch.running.convert import convert, planned_sites, revert
 from loka.dispatch.running.weights import kept_bytes
 from loka.errors import PlanError
 from tests.dispatch.made_conversion import Calls, plan_for
+from tests.dispatch.made_fused import fused_model, fused_plan
 from tests.made_processes import ranks
 
 SITES = ["up", "down", "w"]
@@ -348,3 +349,36 @@ def work(folder: Path, rank: int, group: dist.ProcessGroup, kind: str, when: str
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_distributed_model_trains_converted_and_reverted(kind: str, when: str, tmp_path: Path) -> None:
     ranks(2, work, tmp_path, kind, when)
+
+
+def wrapped(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap a forward as libraries do that hold on to the one that was there."""
+    return lambda *args: 2.0 * forward(*args)
+
+
+def test_forwards_that_were_wrapped_while_converted_are_the_models_own_after_the_way_back() -> None:
+    torch.manual_seed(0)
+    model, plain = Net().eval(), Net().eval()
+    plain.load_state_dict(model.state_dict())
+    convert(model, plan_for(model, SITES))
+    for net in (model, plain):
+        net.up.forward = wrapped(net.up.forward)  # type: ignore[method-assign]
+        net.forward = wrapped(net.forward)  # type: ignore[method-assign]
+    x = torch.randn(8, 16)
+    with torch.no_grad():
+        assert not torch.equal(model(x), plain(x))
+        revert(model)
+        assert torch.equal(model(x), plain(x))
+
+
+def test_a_wrapped_layer_with_its_norm_and_activation_is_the_models_own_after_the_way_back() -> None:
+    model = fused_model().eval()
+    plain = copy.deepcopy(model)
+    convert(model, fused_plan(model, recipes=dict.fromkeys(("fprop", "dgrad", "wgrad"), "rowwise")))
+    for net in (model, plain):
+        net[0].forward = wrapped(net[0].forward)
+    x = torch.randn(8, 13)
+    with torch.no_grad():
+        assert not torch.equal(model(x), plain(x))
+        revert(model)
+        assert torch.equal(model(x), plain(x))

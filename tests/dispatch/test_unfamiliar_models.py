@@ -9,10 +9,13 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.parametrizations import spectral_norm
 
+import loka
 from loka.dispatch.freezing.freeze import freeze
 from loka.dispatch.running.convert import convert, revert, unreached
 from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.errors import KernelError, PlanError
+from loka.formats import RECIPES
+from loka.quantize import fake_quantize
 from tests.dispatch.made_conversion import decision, plan_for
 
 SHARED = dict.fromkeys(("fprop", "dgrad", "wgrad"), "rowwise")  # all passes on one kernel, which shares their casts
@@ -229,3 +232,39 @@ def test_a_model_of_torchscript_is_refused_in_words_and_left_as_it_is(change):
     with pytest.raises(PlanError, match="TorchScript, whose code is fixed"):
         change(model, plan_for(model, {"0": SHARED}))
     model(torch.randn(4, 16)).sum().backward()
+
+
+# --- a vector that takes the place of a weight ---
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.gate = nn.Linear(16, 32), nn.Parameter(torch.randn(32) / 4)
+        self.flat = nn.Parameter(torch.randn(32 * 8) / 4)
+
+    def forward(self, x):
+        hidden = self.up(x)
+        return (hidden * torch.sigmoid(hidden @ self.gate).unsqueeze(-1)) @ self.flat.view(32, 8)
+
+
+def test_a_product_with_a_vector_of_the_model_stays_as_written(tmp_path):
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(24, 16)
+    with loka.probe(model, tmp_path / "run.db", every=1, overhead=1e6):
+        for _ in range(12):
+            model(x).square().mean().backward()
+    plan = loka.plan(tmp_path / "run.db", loka.Bound(row_error=0.9), assume_speedup=1.3)
+    assert {each.request.site for each in plan.decisions if each.recipe} == {"up", "flat"}
+    gates = {each.request.product: each.request.op for each in plan.decisions if each.request.site == "gate"}
+    assert gates == {"fprop": "other", "wgrad": "other"}
+    convert(model, plan)
+    found = model(x)
+    assert unreached(model) == ()
+    hidden = model.up(x)
+    gated, recipe = hidden * torch.sigmoid(hidden @ model.gate).unsqueeze(-1), plan.decision("flat", "fprop").recipe
+    input, weight = (
+        fake_quantize(values, RECIPES[recipe].operand(role)).double()
+        for values, role in ((gated, "input"), (model.flat.view(32, 8).mT, "weight"))
+    )
+    torch.testing.assert_close(found.double(), input @ weight.mT, rtol=1e-5, atol=1e-5)

@@ -239,6 +239,30 @@ def test_a_graph_with_a_table_that_is_no_parameter_is_no_other_model(caplog: pyt
     assert "has nothing of" not in caplog.text
 
 
+class Scores(nn.Module):
+    """Scores of all items against a history, by the table that the history is looked up in, with a break between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.Embedding(40, 32)
+        self.up = nn.Linear(32, 32)
+
+    def forward(self, history: Tensor) -> Tensor:
+        h = self.up(self.items(history).mean(1))
+        torch._dynamo.graph_break()
+        return h @ self.items.weight.t()
+
+
+def test_a_table_that_a_graph_only_takes_rows_of_is_no_product_that_stays(caplog: pytest.LogCaptureFixture) -> None:
+    model, history = Scores(), torch.randint(40, (8, 5))
+    plan = plan_for(model, ["items", "up"])
+    expected = convert(copy.deepcopy(model), plan)(history)
+    backend = Backend(plan)
+    torch.testing.assert_close(torch.compile(model, backend=backend)(history), expected)
+    assert backend.found == [("up",), ("items",)]
+    assert "stays as written" not in caplog.text
+
+
 def test_a_step_that_clips_gradients_is_compiled_whole() -> None:
     """Behind the backward pass graphs take gradients, which are no parameters."""
     model, x = Stack(), torch.randn(5, 12)

@@ -19,9 +19,9 @@ from loka.compiler import rewrite
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.running.convert import convert, unreached
 from loka.errors import ArgumentError, PlanError
-from loka.formats import RECIPES
+from loka.formats import PASSES, RECIPES
 from loka.quantize import fake_quantize
-from tests.dispatch.made_conversion import needs_a_compiler, plan_for
+from tests.dispatch.made_conversion import MIXED, needs_a_compiler, plan_for
 from tests.dispatch.made_converted import Mlp
 from tests.loka.made_compiled import Backend, SmallWukong, train
 
@@ -204,6 +204,48 @@ def test_a_dynamic_batch_compiles_once_and_serves_inference() -> None:
         for x, _ in batches(SIZES):
             torch.testing.assert_close(compiled(x), converted(x), rtol=1e-5, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+class Experts(nn.Module):
+    """A matrix for each expert, and the rows that it gets: how many, only data say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 40, 32) / 6)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        parts = x.split(counts.tolist())
+        return torch.cat([F.linear(part, self.w[expert]) for expert, part in enumerate(parts)])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "by_hand"),
+    [(each, by_hand) for each in (None, "tensorwise", "rowwise", "blockwise", "mxfp8") for by_hand in (False, True)],
+)
+def test_experts_of_as_many_rows_as_data_say_are_one_graph(recipe: str | None, by_hand: bool) -> None:
+    model, x = Experts(), torch.randn(12, 32)
+    passes = dict.fromkeys(PASSES, recipe) if recipe else MIXED
+    plan = plan_for(model, {"w": passes})
+    converted = convert(copy.deepcopy(model), plan)
+    plain = copy.deepcopy(model)
+    backend = Backend(plan)
+    counters.clear()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(
+            convert(model, plan) if by_hand else model, backend="aot_eager" if by_hand else backend, fullgraph=True
+        )
+        for counts in (torch.tensor([5, 3, 4]), torch.tensor([12, 0, 0]), torch.tensor([0, 11, 1])):
+            for each in (compiled, converted, plain):
+                each.zero_grad()
+            outs = [each(x, counts) for each in (compiled, converted, plain)]
+            for out in outs:
+                out.square().sum().backward()
+            torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model.w.grad, converted.w.grad, rtol=1e-5, atol=1e-5)
+            assert 0.005 < (outs[0] - outs[2]).norm() / outs[2].norm() < 0.1  # FP8 it was
+            assert not model.w.grad[counts == 0].any()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert by_hand or backend.found == [("w",) * 3]
 
 
 @needs_a_compiler
