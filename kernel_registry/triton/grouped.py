@@ -10,6 +10,8 @@ device, so that the host never waits for the routing. Rows after the last offset
 its predecessor counts as an empty expert and one beyond the tokens as their end: no memory outside is touched.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -312,6 +314,7 @@ def _(
     return input.new_empty((offsets.shape[0], grad_output.shape[1], input.shape[1]), dtype=out_dtype)
 
 
+@functools.cache
 def _as_bytes(device: torch.device) -> bool:
     """Whether a weight gradient's codes are read as bytes, and taken for codes in registers: on Hopper.
 

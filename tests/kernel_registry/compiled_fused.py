@@ -91,7 +91,7 @@ def handed(name, capability, types, launch, constants):
     with mock.patch.object(
         grouped, "has_capability", lambda device, least: (capability // 10, capability % 10) >= least
     ):
-        as_bytes = grouped._as_bytes(torch.device("cuda"))
+        as_bytes = grouped._as_bytes.__wrapped__(torch.device("cuda"))
     types = dict.fromkeys(types, "*u8") if as_bytes else types
     return types, launch, constants | {"BYTES": as_bytes}
 
