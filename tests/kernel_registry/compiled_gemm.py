@@ -1,7 +1,7 @@
 """What a process without Triton's interpreter does: compile the product for devices that are not here, and trace it.
 
-`found` gives, per configuration, its shared memory and how often it has each instruction, and per recipe what its graph
-calls.
+`found` gives, per configuration, its shared memory and how often it has each instruction, the latter also where the
+depth is no multiple of anything, and per recipe what its graph calls.
 """
 
 import torch
@@ -13,10 +13,13 @@ from triton.compiler import ASTSource
 from loka.kernel_registry.triton import gemm, launches, scaled
 
 TYPES = {"e4m3": "*fp8e4nv", "e5m2": "*fp8e5"}
-INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor", "add.f32", "add.rn.f32")
+INSTRUCTIONS = (
+    *("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor", "add.f32", "add.rn.f32"),
+    "ld.global.b8",
+)
 
 
-def compiled(capability, launch, group_k, formats):
+def compiled(capability, launch, group_k, formats, depth_is_odd=False):
     kernel = gemm._multiply_tiles
     constants = {
         "stride_ak": 1,
@@ -43,7 +46,8 @@ def compiled(capability, launch, group_k, formats):
         "b_scale_ptr": "*fp32",
     }
     names = kernel.arg_names
-    aligned = {*types, "k", "stride_am", "stride_bn"}
+    # Rows begin at whole lines whatever the depth is; without TMA it has been filled up to one.
+    aligned = {*types, "stride_am", "stride_bn"} | ({"k"} if capability < 90 or not depth_is_odd else set())
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
@@ -63,8 +67,18 @@ def compilations():
             cases += [(large, 0, mixed), (launches.GEMM[0].launch, 0, e4m3)]
         for launch, group_k, formats in cases:
             made = compiled(capability, launch, group_k, formats)
-            counts = {name: made.asm["ptx"].count(name) for name in INSTRUCTIONS}
-            yield capability, launch.block_m, group_k, made.metadata.shared, counts
+            yield capability, launch.block_m, group_k, made.metadata.shared, instructions(made)
+
+
+def instructions(made):
+    return {name: made.asm["ptx"].count(name) for name in INSTRUCTIONS}
+
+
+def of_odd_depth():
+    large, e4m3 = launches.GEMM[-1].launch, ("e4m3", "e4m3")
+    for capability in (90, 100):
+        for group_k in (0, 128):
+            yield instructions(compiled(capability, large, group_k, e4m3, depth_is_odd=True))
 
 
 class Hopper:
@@ -91,4 +105,4 @@ def traced(recipe):
 def found():
     triton.runtime.driver.set_active(Hopper())
     calls = [traced(recipe) for recipe in ("rowwise", "blockwise", "mxfp8")]
-    return {"rows": list(compilations()), "traced": calls}
+    return {"rows": list(compilations()), "odd": list(of_odd_depth()), "traced": calls}

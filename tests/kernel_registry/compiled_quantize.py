@@ -1,7 +1,7 @@
 """What a process without Triton's interpreter does: compile the quantise kernels for devices that are not here.
 
-`found` gives, per compilation, its shared memory and how often it has each instruction, what the ops' graphs call, and
-the error that a CPU operand raises.
+`found` gives, per compilation, its shared memory and how often it has each instruction, the latter also of an operand
+with an odd number of columns, what the ops' graphs call, and the error that a CPU operand raises.
 """
 
 import re
@@ -38,7 +38,11 @@ CASES = (
 )
 
 
-def compiled(capability, name, recipe, role, both, block):
+# What is a multiple of nothing where x has an odd number of columns; the rows of its codes begin at whole lines.
+ODD = ("k", "stride_m")
+
+
+def compiled(capability, name, recipe, role, both, block, unaligned=()):
     kernel, spec = getattr(quantize_kernels, name), RECIPES[recipe].operand(role)
     groups = spec.group_rows, spec.group_k
     norm = (1, block) if block else (0, 0)
@@ -61,7 +65,7 @@ def compiled(capability, name, recipe, role, both, block):
         fn=kernel,
         signature={arg: "constexpr" if arg in constants else POINTERS.get(arg, "i32") for arg in names},
         constexprs={(names.index(arg),): value for arg, value in constants.items() if arg in names},
-        attrs={(at,): [["tt.divisibility", 16]] for at, arg in enumerate(names) if arg not in constants},
+        attrs={(at,): [["tt.divisibility", 16]] for at, arg in enumerate(names) if arg not in (*constants, *unaligned)},
     )
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
     return [capability, name, built.metadata.shared, Counter(re.findall(INSTRUCTIONS, built.asm["ptx"]))]
@@ -108,5 +112,6 @@ def found():
     return {
         "refusal": refused,
         "rows": rows,
+        "odd": [compiled(90, *case, ODD)[-1] for case in CASES if case[0] != "find_amax"],
         "traced": {recipe: traced(recipe) for recipe in ("tensorwise", "blockwise")},
     }

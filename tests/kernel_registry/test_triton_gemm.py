@@ -409,12 +409,16 @@ def test_every_recipe_compiles_for_each_architecture_with_its_instructions(tmp_p
     for capability, block_m, group_k, shared, counts in found["rows"]:
         assert shared <= SHARED_KIB[capability] * 1024
         assert (counts["cp.async.bulk.tensor"] > 0) == (capability >= 90)
+        assert not counts["ld.global.b8"]
         if block_m == 128:
             name = {89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
             assert counts[name] > 0
         if capability == 90 and block_m == 128 and group_k == 0:
             # The running sum, 128 x 128 numbers over 256 threads, is promoted to fp32 once every 128 elements of k.
             assert counts["add.f32"] + counts["add.rn.f32"] == 64
+    for counts in found["odd"]:  # no code is loaded by itself
+        assert counts["cp.async.bulk.tensor"] > 0
+        assert not counts["ld.global.b8"]
     # Inductor sees the kernel itself, and that it writes to nothing but its result.
     assert found["traced"] == [["triton_kernel_wrapper_functional"]] * 3
 

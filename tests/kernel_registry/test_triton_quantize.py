@@ -333,6 +333,9 @@ def test_the_kernels_compile_for_each_architecture(tmp_path):
             assert casts
             # From fp16 a number would be rounded twice; before 9.0, where it is, it is a value of the format already.
             assert capability < 90 or all(count.endswith(".f32") for count in casts)
+    for counts in found["odd"]:  # codes are stored 16 bytes at a time all the same
+        assert counts["st.global.v4.b32"] >= 4
+        assert not counts.get("st.global.b8")
     assert "TRITON_INTERPRET=1" in found["refusal"]
     # Inductor sees the kernels themselves, and that they write to nothing but their results.
     assert found["traced"]["blockwise"] == ["triton_kernel_wrapper_functional"]
