@@ -56,9 +56,7 @@ def _strides(tensor: Tensor, key: int) -> tuple[int, ...]:
 
 def stands_for_many(tensor: Tensor) -> bool:
     """Whether `torch.vmap` maps over a tensor: it stands for one of every item, and outlives none of them."""
-    while torch._C._functorch.is_gradtrackingtensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return bool(torch._C._functorch.is_batchedtensor(tensor))
+    return bool(torch._C._functorch.is_batchedtensor(_behind_gradients(tensor)))
 
 
 def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -66,10 +64,16 @@ def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
 
     Also behind what torch.func takes gradients of: products come by with what it is inside.
     """
-    while torch._C._functorch.is_gradtrackingtensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    tensor = _behind_gradients(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         return (tensor,)
     names, _ = tensor.__tensor_flatten__()
     parts = (getattr(tensor, name) for name in names)
     return tuple(inner for part in parts if isinstance(part, Tensor) for inner in inner_tensors(part))
+
+
+def _behind_gradients(tensor: Tensor) -> Tensor:
+    """Return what is inside of a tensor that torch.func takes gradients of; any other one itself."""
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
