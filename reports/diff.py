@@ -9,7 +9,7 @@ stays the error.
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -109,11 +109,12 @@ class PlanDiff:
     decisions: tuple[tuple[Decision, Decision], ...]
     compared: int
     chains: tuple[Difference, ...] = ()  # sites that hand FP8 on to another one, or to none
+    outsides: tuple[Difference, ...] = ()  # sites whose weight another module multiplies with, or their own
 
     @property
     def changed(self) -> bool:
-        """Whether a decision, a chain or the set of products differs; the environment alone is no change."""
-        return bool(self.decisions or self.chains or self.only_first or self.only_second)
+        """Whether a decision, a way to a product or the set of products differs; the environment alone is no change."""
+        return bool(self.decisions or self.chains or self.outsides or self.only_first or self.only_second)
 
 
 def diff(
@@ -200,7 +201,7 @@ def diff_plans(first: Plan, second: Plan, *, common: bool = False) -> PlanDiff:
         check_same_model(first.fingerprint, second.fingerprint, instead=_INSTEAD)
     mine, others = ({(d.request.site, d.request.product): d for d in plan.decisions} for plan in (first, second))
     shared = [key for key in mine if key in others]
-    sites = dict.fromkeys(site for site, _ in shared) if common else dict.fromkeys((*first.chains, *second.chains))
+    common_sites = {site for site, _ in shared} if common else None
     names = dict.fromkeys((*first.environment, *second.environment))
     facts = [(name, first.environment.get(name, ""), second.environment.get(name, "")) for name in names]
     facts += [("model", first.model, second.model), ("bound", str(first.bound), str(second.bound))]
@@ -212,8 +213,15 @@ def diff_plans(first: Plan, second: Plan, *, common: bool = False) -> PlanDiff:
         only_second=() if common else tuple(key for key in others if key not in mine),
         decisions=tuple((mine[key], others[key]) for key in shared if _decided_otherwise(mine[key], others[key])),
         compared=len(shared),
-        chains=_differing([(site, first.chains.get(site, ""), second.chains.get(site, "")) for site in sites]),
+        chains=_links(first.chains, second.chains, common_sites),
+        outsides=_links(first.outsides, second.outsides, common_sites),
     )
+
+
+def _links(first: Mapping[str, str], second: Mapping[str, str], among: Set[str] | None) -> tuple[Difference, ...]:
+    """Return the sites that two plans link to something else, or only one of them to anything; `among`: of these."""
+    sites = [site for site in dict.fromkeys((*first, *second)) if among is None or site in among]
+    return _differing((site, first.get(site, ""), second.get(site, "")) for site in sites)
 
 
 def _decided_otherwise(one: Decision, two: Decision) -> bool:

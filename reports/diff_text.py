@@ -33,6 +33,8 @@ def diff_text(found: RunDiff | PlanDiff) -> Group:
         parts += _table("Decisions", header, rows)
         handed = [(one.name, one.first or "nobody", one.second or "nobody") for one in found.chains]
         parts += _table("Frozen, FP8 goes", ("product", "first to", "second to"), handed)
+        outside = [(one.name, one.first or "its own", one.second or "its own") for one in found.outsides]
+        parts += _table("Multiplied in the forward of", ("product", "first", "second"), outside)
     only = [(_name(key), "first") for key in found.only_first] + [(_name(key), "second") for key in found.only_second]
     return Group(*parts, *_table("Only on one side", ("product", "in"), only))
 
@@ -42,6 +44,7 @@ def headline(found: RunDiff | PlanDiff) -> str:
     if isinstance(found, PlanDiff):
         what = f"{len(found.decisions):,} of {plural(found.compared, 'decision')} changed"
         what += f"; {plural(len(found.chains), 'chain')} changed" if found.chains else ""
+        what += f"; {plural(len(found.outsides), 'product')} reached otherwise" if found.outsides else ""
     else:
         what = (
             f"{len(found.errors):,} of {plural(found.compared, 'error')} changed beyond noise at "
@@ -73,9 +76,10 @@ def diff_json(found: RunDiff | PlanDiff) -> str:
             {"site": one.request.site, "pass": one.request.product, "first": _decided(one), "second": _decided(two)}
             for one, two in found.decisions
         ]
-        document["chains"] = [
-            {"site": one.name, "first": one.first or None, "second": one.second or None} for one in found.chains
-        ]
+        for name, links in (("chains", found.chains), ("outsides", found.outsides)):
+            document[name] = [
+                {"site": one.name, "first": one.first or None, "second": one.second or None} for one in links
+            ]
     return json.dumps(document, indent=2, allow_nan=False)
 
 

@@ -172,6 +172,21 @@ def test_a_layer_that_hands_fp8_to_another_one_is_a_change_of_a_plan():
     assert "nobody" in shown
 
 
+def test_a_layer_that_another_module_multiplies_for_is_a_change_of_a_plan():
+    up, down = product(), product(site="down")
+    inside = plan(decision(up), decision(down))
+    outside = dataclasses.replace(inside, outsides={"up": "block"})
+    found = diff_plans(inside, outside)
+    assert found.changed
+    assert (found.decisions, found.chains) == ((), ())
+    assert [(one.name, one.first, one.second) for one in found.outsides] == [("up", "", "block")]
+    assert json.loads(diff_json(found))["outsides"] == [{"site": "up", "first": None, "second": "block"}]
+    shown = text(found)
+    assert "0 of 2 decisions changed; 1 product reached otherwise." in shown
+    assert "its own" in shown
+    assert not diff_plans(outside, outside).changed
+
+
 def test_plans_of_different_models_are_refused_in_the_same_words():
     with pytest.raises(EvidenceError, match=r"two different models: up\.weight is only in the first"):
         diff_plans(plan(decision(product())), plan(fingerprint={"w": (1,)}))
