@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from loka.formats import PASSES, Pass
 from loka.hardware import BLACKWELL_CAPABILITY, FP8_CAPABILITY, HOPPER_CAPABILITY
-from loka.kernel_registry.spec import KernelSpec, Op
+from loka.kernel_registry.spec import ANYWHERE, KernelSpec, Op
 from loka.torch_release import ROW_SCALES_ON_CPU
 
 _HERE: Final[str] = "loka.kernel_registry"
@@ -18,7 +18,12 @@ _FPROP: Final[tuple[Pass, ...]] = ("fprop",)
 
 def _baseline(name: str, op: Op, function: str, dtypes: tuple[str, ...] = ()) -> KernelSpec:
     return KernelSpec(
-        name=f"torch.{name}", op=op, recipe=None, implementation=f"{_HERE}.torch_mm:{function}", dtypes=dtypes
+        name=f"torch.{name}",
+        op=op,
+        recipe=None,
+        implementation=f"{_HERE}.torch_mm:{function}",
+        dtypes=dtypes,
+        device_types=ANYWHERE,
     )
 
 
@@ -30,6 +35,7 @@ def _emulated(op: Op, recipe: str) -> KernelSpec:
         recipe=recipe,
         implementation=function,
         prepared=f"{function}_halves" if op == "linear" else "",
+        device_types=ANYWHERE,
     )
 
 
@@ -42,6 +48,7 @@ def _baseline_of(module: str, name: str, op: Op, dtypes: tuple[str, ...] = ()) -
         implementation=f"{_HERE}.{module}:{name.rpartition('.')[2] if dtypes else 'native'}",
         passes=("fprop",) if op == "linear_norm_act" else PASSES,
         dtypes=dtypes,
+        device_types=ANYWHERE,
         # Below 9.0, and on a CPU, torch multiplies expert by expert, which waits for the routing.
         traceable=op != "grouped_linear",
     )
@@ -57,6 +64,7 @@ def _defined(module: str, op: Op, recipe: str) -> KernelSpec:
         fused=f"{_HERE}.{module}:{recipe}_layer" if op == "linear_norm_act" else "",
         stored=f"{_HERE}.{module}:{recipe}_stored" if op == "grouped_linear" else "",
         passes=("fprop",) if op == "linear_norm_act" else PASSES,
+        device_types=ANYWHERE,
         traceable=op != "grouped_linear",  # it reads the offsets
     )
 

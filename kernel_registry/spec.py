@@ -143,6 +143,10 @@ class GemmRequest:
         return f"{self.site}.{self.product} {self.op} {batch}{self.m}x{self.k}x{self.n} {self.dtype}"
 
 
+# Of a kernel in plain torch: it runs where a model runs.
+ANYWHERE: Final[tuple[str, ...]] = ("any",)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelSpec:
     """One implementation of one op under one recipe by one library, named `library.op.recipe`.
@@ -170,7 +174,7 @@ class KernelSpec:
     stored: str = ""  # "module:object"
     passes: tuple[Pass, ...] = PASSES
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    device_types: tuple[str, ...] = ("cpu", "cuda")
+    device_types: tuple[str, ...] = ("cpu", "cuda")  # or ANYWHERE
     min_capability: tuple[int, int] | None = None
     below_capability: tuple[int, int] | None = None
     min_torch_on_cpu: tuple[int, int] | None = None
@@ -209,7 +213,7 @@ class KernelSpec:
         """Return why this kernel cannot run on `device`, or None."""
         if self.defect:
             return self.defect
-        if device.type not in self.device_types:
+        if self.device_types != ANYWHERE and device.type not in self.device_types:
             return f"needs {' or '.join(self.device_types)}, this device is {device.type}"
         if device.type == "cpu" and self.interpreter and os.environ.get(self.interpreter, "").lower() not in _TRUE:
             return f"needs cuda (a cpu interprets it, for tests, under {self.interpreter}=1)"

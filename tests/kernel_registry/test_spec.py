@@ -5,7 +5,7 @@ import torch
 
 from loka.errors import KernelError
 from loka.hardware import DeviceInfo
-from loka.kernel_registry.spec import GemmRequest, KernelSpec
+from loka.kernel_registry.spec import ANYWHERE, GemmRequest, KernelSpec
 
 CPU = DeviceInfo(type="cpu", name="test")
 AMPERE = DeviceInfo(type="cuda", name="A100", capability=(8, 0))
@@ -36,6 +36,11 @@ def request(**changes):
 )
 def test_an_unavailable_kernel_says_what_it_needs(changes, device, word):
     assert word in spec(**changes).unavailable(device)
+
+
+def test_what_runs_anywhere_runs_on_a_device_that_nobody_has_thought_of():
+    assert spec(device_types=ANYWHERE).unavailable(DeviceInfo(type="npu", name="some")) is None
+    assert "needs cpu or cuda" in spec().unavailable(DeviceInfo(type="npu", name="some"))
 
 
 @pytest.mark.parametrize("device", [CPU, HOPPER])
