@@ -60,25 +60,26 @@ def product_error(actual: Tensor, reference: Tensor) -> ProductError:
 def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
     """Compare several candidates [candidates, rows, columns] with one reference [rows, columns]; see `product_error`.
 
-    Differences are taken in fp32, norms in fp64; one transfer to the host serves all candidates.
+    Differences are taken in fp32, norms in fp64; two transfers to the host serve all candidates, where no row is left
+    out.
     """
     reference = reference.float()
     step = max(_AT_ONCE // max(actual[:, :1].numel(), 1), 1)
     # Squares of fp32 cannot overflow fp64: a norm is infinite only where an element is.
     row_norm = torch.cat([block.double().norm(dim=-1) for block in torch.split(reference, step)])
     finite = torch.isfinite(row_norm)
-    bad_rows = int((~finite).sum())
+    counts = torch.stack([~finite, row_norm == 0]).sum(dim=1).double()
+    bad_rows, zero_rows, norm = torch.cat([counts, torch.where(finite, row_norm, 0.0).norm().view(1)]).tolist()
     if bad_rows:
         reference, actual, row_norm = reference[finite], actual[:, finite], row_norm[finite]
-    norm = float(row_norm.norm())
     if reference.numel() == 0 or norm == 0:
-        nothing = _nothing_compared(zero_rows=reference.shape[0] if reference.numel() else 0, bad_rows=bad_rows)
+        nothing = _nothing_compared(zero_rows=reference.shape[0] if reference.numel() else 0, bad_rows=int(bad_rows))
         return [nothing] * actual.shape[0]
     floor = max(MERE_FLOOR * norm / math.sqrt(reference.numel()), _TINY)
     blocks = zip(torch.split(actual, step, dim=1), torch.split(reference, step), strict=True)
     by_row = [_compare_rows(some, exact, floor) for some, exact in blocks]
     row_difference, along, relative_by_row = (torch.cat(column, dim=-1) for column in zip(*by_row, strict=True))
-    some = row_norm > 0
+    some = row_norm > 0 if zero_rows else slice(None)
     ratio = row_difference[:, some] / row_norm[some]
     columns = torch.stack(
         [
@@ -100,7 +101,7 @@ def product_errors(actual: Tensor, reference: Tensor) -> list[ProductError]:
             mere=mere,
             rows=rows,
             zero_rows=reference.shape[0] - rows,
-            bad_rows=bad_rows,
+            bad_rows=int(bad_rows),
             bias=along,
         )
         for row_error, p99, relative, mere, along in columns.tolist()

@@ -24,7 +24,8 @@ from loka.formats import PASS_OPERANDS, Accumulation, OperandSpec, Pass, Recipe,
 from loka.numerics import ProductError, product_errors
 from loka.probes.capturing.products import Draw, Gemm, Part
 from loka.probes.records import OperandRecord
-from loka.quantize import fake_quantize, saturated_share
+from loka.probes.sampling.operand_records import Counts, records_of, statistics_of, unmeasured
+from loka.quantize import fake_quantize
 
 # Rows per product and step: 64 rows with all columns are within 5 % of the full product at the worst site measured.
 ROWS: Final[int] = 64
@@ -41,46 +42,6 @@ _DEVICE_SLAB: Final[int] = 1 << 24
 _GROUP: Final[int] = 128
 # Elements of a row that are looked at together.
 _PIECE: Final[int] = 1 << 13
-
-
-@dataclass(slots=True)
-class _Counts:
-    """What becomes of the elements of one operand, by recipe; zeros are counted over one in `step` of its rows.
-
-    Counts are added up in place: small tensors that outlive the slabs would lie between them and break up the heap.
-    """
-
-    step: int = 1
-    elements: int = 0
-    saturated: dict[str, float] = field(default_factory=dict)  # elements
-    _non_zero: Tensor | None = None
-    _kept: dict[str, Tensor] = field(default_factory=dict)  # of those, elements that are still not zero
-
-    def add(self, exact: Tensor) -> None:
-        """Count a piece of the operand; once, whatever the number of recipes."""
-        self.elements += exact.numel()
-        count = torch.count_nonzero(exact[:, :: self.step])
-        self._non_zero = count if self._non_zero is None else self._non_zero.add_(count)
-
-    def add_rounded(
-        self, recipe: Recipe, exact: Tensor, rounded: Tensor, spec: OperandSpec, amax: Tensor | None
-    ) -> None:
-        """Count what a recipe made of that piece."""
-        count = torch.count_nonzero(rounded[:, :: self.step])
-        self._kept[recipe.name] = self._kept[recipe.name].add_(count) if recipe.name in self._kept else count
-        clipped = saturated_share(exact, spec, amax) * exact.numel() if recipe.saturating else 0.0
-        self.saturated[recipe.name] = self.saturated.get(recipe.name, 0.0) + clipped
-
-    def underflow(self) -> dict[str, float]:
-        """Share of the non-zero elements that became zero; one transfer to the host."""
-        if self._non_zero is None or not self._kept:
-            return {}
-        non_zero, *kept = torch.stack([self._non_zero, *self._kept.values()]).tolist()
-        return {name: 1.0 - count / non_zero if non_zero else 0.0 for name, count in zip(self._kept, kept, strict=True)}
-
-    def saturation(self) -> dict[str, float]:
-        """Share of all elements that were clipped."""
-        return {name: count / max(self.elements, 1) for name, count in self.saturated.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,13 +118,13 @@ def measure(
     roles = PASS_OPERANDS[product]
     tensors = (gemm.a, gemm.b)
     if gemm.unmeasured:
-        return Measurement(errors={}, operands=tuple(map(_unread, roles, tensors)))
-    counts = (_Counts(), _Counts(step=max(gemm.n // ROWS, 1)))
+        return Measurement(errors={}, operands=tuple(map(unmeasured, roles, tensors)))
+    counts = (Counts(), Counts(step=max(gemm.n // ROWS, 1)))
     errors: Mapping[str, ProductError] = {}
     by_expert: Mapping[int, Sequence[ProductError]] = {}
     alignment, deviations, sampled = math.nan, None, None
     with exact_arithmetic():
-        statistics = [_statistics(tensor) for tensor in tensors]
+        statistics = statistics_of(tensors)
         rows = min(draw.rows, most_rows(gemm))
         parts = [part for part in gemm.parts(replace(draw, rows=rows)) if part.a.numel() and part.b.numel()]
         results = [_Result(part, recipes) for part in parts]
@@ -183,7 +144,7 @@ def measure(
                 block = draw.block if gemm.m % draw.block == 0 else 1
                 values = results[0].candidates.sub_(results[0].reference)
                 deviations = Deviations(values=values, index=parts[0].index, extent=gemm.m, block=block)
-    operands = tuple(entry.record(role, count) for role, entry, count in zip(roles, statistics, counts, strict=True))
+    operands = records_of(roles, statistics, counts)
     found = Measurement(errors=errors, operands=operands, alignment=alignment, by_expert=by_expert)
     return replace(found, deviations=deviations, sampled=sampled)
 
@@ -227,7 +188,7 @@ class _Result:
 
 
 def _multiply(
-    part: Part, result: _Result, specs: _Specs, counts: tuple[_Counts, _Counts], known: Sequence[float | None]
+    part: Part, result: _Result, specs: _Specs, counts: tuple[Counts, Counts], known: Sequence[float | None]
 ) -> None:
     """Fill in the result of one part and count what rounding did, one slab of b's rows at a time."""
     count_a, count_b = counts
@@ -295,7 +256,10 @@ def _mean_alignment(results: Sequence["_Result"]) -> float:
     terms = torch.cat([torch.bmm(one.a.double().square_(), one.energy.unsqueeze(-1)).flatten() for one in results])
     reference = torch.cat([one.reference.double().square_().sum(-1) for one in results])
     some = terms.isfinite() & reference.isfinite() & (reference > 0)
-    return float((terms[some] / reference[some]).sqrt_().mean()) if bool(some.any()) else math.nan
+    mean, kept = torch.stack([(terms / reference).sqrt_().mean(), some.sum().double()]).tolist()
+    if 0 < kept < some.numel():
+        mean = float((terms[some] / reference[some]).sqrt_().mean())
+    return mean if kept else math.nan
 
 
 def _product(a: Tensor, b: Tensor, accumulation: Accumulation = "fp32") -> Tensor:
@@ -319,61 +283,3 @@ def _tensor_amax(x: Tensor, known: float | None) -> Tensor:
     if known is not None and x.shape[0] == 1:
         return torch.full((1, 1, 1, 1, 1), known, dtype=torch.float32, device=x.device)
     return finite_amax(x.flatten(1), (1,)).float().view(-1, 1, 1, 1, 1)
-
-
-# --- statistics of whole operands ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Statistics:
-    amax: float
-    rms: float
-    zeros: float
-    nan: int
-    inf: int
-    elements: int
-
-    def record(self, role: Role, counts: _Counts) -> OperandRecord:
-        return OperandRecord(
-            role=role,
-            amax=self.amax,
-            rms=self.rms,
-            zeros=self.zeros,
-            nan=self.nan,
-            inf=self.inf,
-            elements=self.elements,
-            underflow=counts.underflow(),
-            saturation=counts.saturation(),
-        )
-
-
-def _unread(role: Role, tensor: Tensor) -> OperandRecord:
-    """Record an operand of a product that is not measured: its statistics, where it has any numbers."""
-    readable = tensor.dtype.itemsize > 1 and not tensor.is_meta
-    statistics = _statistics(tensor) if readable else _Statistics(0.0, 0.0, 0.0, 0, 0, tensor.numel())
-    return statistics.record(role, _Counts())
-
-
-def _statistics(tensor: Tensor) -> _Statistics:
-    """Take the statistics of a whole operand: three passes, one transfer to the host."""
-    elements = tensor.numel()
-    if not elements:
-        return _Statistics(0.0, 0.0, 0.0, 0, 0, 0)
-    x = _in_memory_order(tensor.detach())
-    low, high = torch.aminmax(x)
-    square = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    zero_count = elements - torch.count_nonzero(x)
-    stats = torch.stack([low.double(), high.double(), square.double(), zero_count.double()]).tolist()
-    amax, rms, zeros = max(-stats[0], stats[1]), stats[2] / elements**0.5, stats[3] / elements
-    nan = inf = 0
-    if not abs(stats[2]) < float("inf"):
-        nan, inf = int(x.isnan().sum()), int(x.isinf().sum())
-        kept = x[x.isfinite()].double()
-        amax = float(kept.abs().max()) if kept.numel() else 0.0
-        rms = float(kept.norm() / max(kept.numel(), 1) ** 0.5)
-    return _Statistics(amax, rms, zeros, nan, inf, elements)
-
-
-def _in_memory_order(x: Tensor) -> Tensor:
-    """Permute the dimensions so that the largest stride comes first: reductions then read memory as it lies."""
-    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))

@@ -14,6 +14,7 @@ import loka
 from loka.bounds import Bound
 from loka.dispatch.deciding.plan import Plan
 from loka.probes.judging.evidence import load_evidence
+from loka.probes.records import Event, RunInfo, RunProgress, StepRecord
 from tests.device import made_device
 from tests.made_processes import Started
 
@@ -103,11 +104,13 @@ def bound() -> Bound:
     return Bound(row_error=0.5)
 
 
-def probed(device: str, db: Path) -> Training:
-    training = Training(device)
-    with loka.probe(training.model, db=db, every=EVERY, overhead=10.0):
-        training.run()
-    return training
+def probed(device: str, db: Path) -> "Heard":
+    heard = Heard(Training(device))
+    probe = loka.probe(heard.training.model, db=db, every=EVERY, overhead=10.0)
+    probe.subscribe(heard)
+    with probe:
+        heard.training.run()
+    return heard
 
 
 def made_plan(db: Path, recipe: str) -> Plan:
@@ -155,10 +158,12 @@ def test_a_probe_waits_in_sampled_steps_alone_and_changes_nothing(library, tmp_p
 def _waits_where_it_samples(db: Path):
     plain = Training("simulated").run()
     assert plain.waits == [NO_WAITS] * STEPS
-    watched = probed("simulated", db)
+    watched = probed("simulated", db).training
     assert all(map(torch.equal, watched.ended_with, plain.ended_with))
-    sampled = [step for step, waits in enumerate(watched.waits) if waits["aten::nonzero"]]
-    assert sampled == list(range(0, STEPS, EVERY))
+    sampled = range(0, STEPS, EVERY)
+    assert all(watched.waits[step] != NO_WAITS for step in sampled)
+    # Half a dozen times per product, whatever the number of recipes, where no row is left out.
+    assert watched.waits[0].total() < 7 * len(load_evidence(db).products)
     # What a sampled step leaves to be read, such as biases, is read as the next one begins.
     others = [step for step in range(STEPS) if step not in sampled and step - 1 not in sampled]
     assert [watched.waits[step] for step in others] == [NO_WAITS] * len(others)
@@ -168,21 +173,29 @@ def test_a_device_has_the_errors_of_the_cpu(library, tmp_path):
     on_device(_has_the_errors, library, tmp_path)
 
 
+class Heard:
+    """A listener that keeps the errors of products that sum over anything, by step."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.errors: dict[tuple[int, str, str, str], float] = {}
+
+    def write(self, step: StepRecord, progress: RunProgress) -> None:
+        for product in step.products:
+            for recipe, error in product.errors.items() if product.k > 1 else ():
+                self.errors[step.step, product.site, product.product, recipe] = error.row_error
+
+    def begin(self, info: RunInfo) -> None: ...
+    def event(self, event: Event) -> None: ...
+    def finish(self, progress: RunProgress) -> None: ...
+
+
 def _has_the_errors(folder: Path):
-    found = {}
-    for device in ("cpu", "simulated"):
-        probed(device, folder / f"{device}.db")
-        evidence = load_evidence(folder / f"{device}.db")
-        found[device] = {
-            (product.site, product.product, recipe.recipe): recipe.error.mean
-            for product in evidence.products
-            for recipe in product.recipes
-            if product.k > 1  # else there is no sum to judge
-        }
-    assert found["cpu"].keys() == found["simulated"].keys()
-    assert len(found["cpu"]) > 100
-    for key, error in found["cpu"].items():
-        assert found["simulated"][key] == pytest.approx(error, rel=0.02), key
+    found = {device: probed(device, folder / f"{device}.db").errors for device in ("cpu", "simulated")}
+    both = found["cpu"].keys() & found["simulated"].keys()
+    assert len(both) > 200  # a busy machine may leave some products of a step to the next one
+    for key in both:
+        assert found["simulated"][key] == pytest.approx(found["cpu"][key], rel=0.02), key
 
 
 # --- dispatch
