@@ -43,14 +43,24 @@ PASS_SYNONYMS: Final[dict[str, Pass]] = {"output": "fprop", "grad_input": "dgrad
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """One 8-bit floating-point element format; `max` is the largest finite value."""
+    """One 8-bit floating-point element format.
+
+    All of it is integers: under `torch.compile(dynamic=True)` Dynamo makes an input of a number of floating point that
+    it finds anywhere but in code, and of one that two layers read it fails (torch 2.13, an assertion of
+    `lift_tracked_freevar_to_input`).
+    """
 
     name: str
     dtype: torch.dtype
     mantissa_bits: int
     min_exponent: int  # of the smallest normal number
-    max: float
+    largest: int  # finite value
     has_infinity: bool
+
+    @property
+    def max(self) -> float:
+        """The largest finite value."""
+        return float(self.largest)
 
     @property
     def min_subnormal(self) -> float:
@@ -61,15 +71,19 @@ class Format:
 FORMATS: Final[dict[str, Format]] = {
     fmt.name: fmt
     for fmt in (
-        Format(name="e4m3", dtype=torch.float8_e4m3fn, mantissa_bits=3, min_exponent=-6, max=448.0, has_infinity=False),
-        Format(name="e5m2", dtype=torch.float8_e5m2, mantissa_bits=2, min_exponent=-14, max=57344.0, has_infinity=True),
+        Format(
+            name="e4m3", dtype=torch.float8_e4m3fn, mantissa_bits=3, min_exponent=-6, largest=448, has_infinity=False
+        ),
+        Format(
+            name="e5m2", dtype=torch.float8_e5m2, mantissa_bits=2, min_exponent=-14, largest=57344, has_infinity=True
+        ),
         # AMD MI300: one more exponent step at the bottom, no negative zero, NaN as 0x80.
         Format(
             name="e4m3fnuz",
             dtype=torch.float8_e4m3fnuz,
             mantissa_bits=3,
             min_exponent=-7,
-            max=240.0,
+            largest=240,
             has_infinity=False,
         ),
         Format(
@@ -77,7 +91,7 @@ FORMATS: Final[dict[str, Format]] = {
             dtype=torch.float8_e5m2fnuz,
             mantissa_bits=2,
             min_exponent=-15,
-            max=57344.0,
+            largest=57344,
             has_infinity=False,
         ),
     )

@@ -22,8 +22,8 @@ from loka.amax import finite_amax, readable
 from loka.formats import Format, OperandSpec
 from loka.pieces import in_pieces
 
-# Smallest scale: the smallest normal fp32, so that its reciprocal stays finite.
-_MIN_SCALE: Final[float] = torch.finfo(torch.float32).smallest_normal
+# Of the smallest scale, the smallest normal fp32, so that its reciprocal stays finite. An integer: see `Format`.
+_MIN_SCALE_EXPONENT: Final[int] = -126
 # Scales that leave room on both sides: none of theirs, and no number that they are multiplied with, leaves fp32.
 _MODERATE: Final[float] = 2.0**80
 # Of fewer groups, asking for their range takes longer than two more passes.
@@ -130,7 +130,7 @@ def scale_from_amax(amax: Tensor, spec: OperandSpec) -> Tensor:
     """Return the fp32 scale of groups with these amax values, under the rule of `spec`; 1 where amax is 0."""
     amax = amax.float()
     if spec.scale_rule == "fp32":
-        scale = (amax / spec.format.max).clamp_min(_MIN_SCALE)
+        scale = (amax / spec.format.max).clamp_min(2.0**_MIN_SCALE_EXPONENT)
     else:
         scale = _power_of_two(amax, spec.format.max, round_up=spec.scale_rule == "pow2_up")
     return torch.where(amax > 0, scale, torch.ones_like(scale))
