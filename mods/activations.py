@@ -55,9 +55,19 @@ class ActivationMod(Mod):
                 looked[id(module)] = list(self._of_module(fqn, module))
             if looked[id(module)]:
                 found[fqn] = [replace(claim, fqn=fqn) for claim in looked[id(module)]]
+        for claim in self.of_gates(model):
+            found.setdefault(claim.fqn, []).append(claim)
         chosen = found if self.only is None else select(self.only, found, what=self.looks_for, inside=True)
         for fqn in chosen:
             yield from found[fqn]
+
+    def of_gates(self, model: nn.Module) -> Iterable[Claim]:
+        """Claim what is no activation by itself, and part of one where it is called; nothing by default."""
+        return ()
+
+    def hard_gates(self, model: nn.Module) -> Iterable[str]:
+        """Return the names of those that have been replaced; none by default."""
+        return ()
 
     def _of_module(self, fqn: str, module: nn.Module) -> Iterator[Claim]:
         if self.takes(module):
@@ -87,6 +97,7 @@ class ActivationMod(Mod):
         """Say that the mod is applied already, or which activations there are."""
         text = f"It looks for {self.looks_for}, as modules and as calls."
         applied = [fqn or "the model" for fqn, module in walk(model) if self._applied(module)]
+        applied += self.hard_gates(model)
         if applied:
             return f"{text} It is applied already, in {listing(applied)}."
         other = [

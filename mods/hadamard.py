@@ -60,6 +60,12 @@ class RotatedLinear(LinearWrapper):
         output: Tensor = self.inner(turned[..., : self.body])
         return output if self.loud is None else output + self.loud(turned[..., self.body :])
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the linear that stood here."""
+        held: Tensor | None = self.inner.bias
+        return held
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return the product of [..., in_features] without bias."""
         turned = self.rotation(x)

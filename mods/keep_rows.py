@@ -62,6 +62,12 @@ class SplitLinear(LinearWrapper):
         exact = multiply(self.rest, rows.index_select(0, loudest))
         return output.index_add(0, loudest, exact.to(output.dtype)).reshape(*x.shape[:-1], self.out_features)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the linear that stood here."""
+        held: Tensor | None = self.rest.bias
+        return held
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return the product of [..., in_features] without bias."""
         if self.loud is None:

@@ -97,12 +97,18 @@ class NoBias(Mod):
         left = [name for name, present in places.items() if present]
         if left:
             others = f"; the other {len(places) - len(left)} have none" if len(left) < len(places) else ""
-            again = "Narrow `keep`, or it is applied already."
-            return f"All {len(left)} biases there are kept: {listing(left)}{others}. {again}"
+            return f"All {len(left)} biases there are kept: {listing(left)}{others}. {self._why_kept(model)}"
         if places:
             return f"None of the {len(places)} linears, convolutions and norms has a bias: it is applied already."
         kinds = listing(type(module).__name__ for module in model.modules())
         return f"It looks for linears, convolutions, norms and attention; this model consists of {kinds}."
+
+    def _why_kept(self, model: nn.Module) -> str:
+        if self.keep is not None:
+            return "Narrow `keep`, or it is applied already."
+        how = find_heads(model, self.example).how
+        which = f"They are those of layers {how}" if how else "They belong to prediction heads"
+        return f"{which}. Name in `keep` those that are heads, [] if none is; or it is applied already."
 
 
 def _known(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

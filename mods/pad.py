@@ -40,6 +40,12 @@ class PaddedLinear(LinearWrapper):
         output: Tensor = self.inner(F.pad(input, (0, self._missing)) if self._missing else input)
         return output[..., : self.out_features]
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the linear that stood here, as a view."""
+        held: Tensor | None = self.inner.bias
+        return None if held is None else held[: self.out_features]
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return the product of [..., in_features] without bias."""
         return multiply(self.inner, F.pad(x, (0, self._missing)))[..., : self.out_features]

@@ -49,7 +49,7 @@ class SwishCalls(Pattern):
         """Return the Swish at this expression, or the gate of the one that it multiplies."""
         if isinstance(node, ast.Call) and is_swish(scope.value(node.func)):
             return Match(node=node, form="call", stand_in="hard_swish", words=ast.unparse(node.func))
-        for value, gate in _products(node, scope):
+        for value, gate in products(node, scope):
             holder = resolved(gate, known)
             argument = _sigmoid_of(holder, scope)
             if argument is None or (isinstance(gate, ast.Name) and holder is not gate and scope.loads[gate.id] != 1):
@@ -115,7 +115,7 @@ def computes(function: Callable[[Tensor], object], reference: Callable[[Tensor],
     return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found.to(wanted), wanted)
 
 
-def _products(node: ast.AST, scope: Scope) -> Iterator[tuple[ast.expr, ast.expr]]:
+def products(node: ast.AST, scope: Scope) -> Iterator[tuple[ast.expr, ast.expr]]:
     """Yield the factors of a product, in both orders."""
     factors: Sequence[ast.expr] = ()
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
@@ -169,7 +169,12 @@ def _is_norm_of(node: ast.expr, value: ast.expr, scope: Scope) -> bool:
     if not isinstance(node, ast.Call) or not node.args or not same(value, node.args[0]):
         return False
     called = scope.value(node.func)
-    return _is_one_of(called, _NORMS) or (isinstance(called, nn.Module) and "norm" in type(called).__name__.lower())
+    return _is_one_of(called, _NORMS) or is_called_norm(called)
+
+
+def is_called_norm(value: object) -> bool:
+    """Whether an object is a module whose class calls itself a norm."""
+    return isinstance(value, nn.Module) and "norm" in type(value).__name__.lower()
 
 
 def _is_method(node: ast.Call, name: str, scope: Scope) -> bool:

@@ -32,6 +32,18 @@ class LinearWrapper(nn.Module):
         """Return the product alone, without bias, past any conversion: in the precision of the operands."""
 
     @property
+    def weight(self) -> Tensor:
+        """The weight [out_features, in_features] of the linear that stood here, put together anew.
+
+        For code that reads it, as a penalty on weights does: gradients reach the parameters that are held. Writing to
+        it changes nothing.
+        """
+        held = next(module.weight for module in self.modules() if isinstance(module, nn.Linear))
+        identity = torch.eye(self.in_features, dtype=held.dtype, device=held.device)
+        with torch.autocast(held.device.type, enabled=False):
+            return self.multiply(identity).mT
+
+    @property
     def high_work(self) -> float:
         """Multiply-adds of one row that stay in high precision here, whatever is converted; inner wrappers' apart."""
         return 0.0

@@ -154,6 +154,12 @@ def _without(case: Case, hit: Hit, found: Predictions) -> str:
     return f"loka.mods.NoBias({kept})  # for {hit.targets[0]} alone: filter_fn={_one_module(case, hit)}"
 
 
+def _fold(case: Case, hit: Hit, found: Predictions) -> str:
+    """Write FoldNorm for one norm; its filter passes the linears behind it as well."""
+    names = [*hit.targets, *hit.sites]
+    return f"loka.mods.FoldNorm()  # for {hit.targets[0]} alone: filter_fn=lambda module, fqn: fqn in {names!r}"
+
+
 def _part(case: Case, name: str) -> Trajectory:
     return next(each for each in case.trajectories if each.name == name)
 
@@ -296,6 +302,6 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks="no norm was seen whose output a linear reads",
         detect=scaled_norms,
         predict=_folding,
-        use=lambda case, hit, found: f"loka.mods.FoldNorm()  # for {hit.targets[0]} alone: filter_fn",
+        use=_fold,
     ),
 )

@@ -285,3 +285,25 @@ def test_biases_in_a_list_are_named_too():
     with pytest.warns(LokaWarning, match=r"'bias\.0', 'bias\.1'"):
         applied = loka.mods.apply(Cross(), [NoBias()])
     assert [each.fqn for each in applied.replacements] == ["up.bias"]
+
+
+def test_where_only_heads_are_left_it_says_so_and_how_to_take_them_too():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
+
+        def forward(self, x):
+            return torch.tanh(self.left(x)) * torch.tanh(self.right(x))
+
+    model = TwoHeads()
+    words = (
+        r"All 2 biases there are kept: 'left\.bias', 'right\.bias'\. They are those of layers found as prediction "
+        r"heads: no product lies between them and the output\. Name in `keep` those that are heads, \[\] if none is"
+    )
+    with pytest.raises(ModError, match=words):
+        loka.mods.apply(model, [NoBias()])
+    with pytest.raises(ModError, match=r"'left\.bias', 'right\.bias'\. Narrow `keep`"):
+        loka.mods.apply(model, [NoBias(keep=["left", "right"])])
+    loka.mods.apply(model, [NoBias(keep=[])])
+    assert biased(model) == set()

@@ -170,6 +170,21 @@ def test_a_norm_scale_is_folded_only_where_that_makes_way_for_another_mod(ill, h
     assert not of(advised(healthy), "FoldNorm")
 
 
+def test_the_filter_that_is_told_lets_a_norm_and_the_linears_behind_it_pass(ill):
+    (found,) = of(advised(ill), "FoldNorm")
+    line, _, remark = found.use.partition("  # for norm alone: filter_fn=lambda module, fqn: fqn in ")
+    assert line == "loka.mods.FoldNorm()"
+    passed = ast.literal_eval(remark)
+    model, x = Ill(), normal(torch.Generator().manual_seed(0), width=13)
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.linspace(0.5, 2.0, len(model.norm.weight)))
+    expected = model(x)
+    applied = loka.mods.apply(model, [loka.mods.FoldNorm()], inputs=[x], filter_fn=lambda module, fqn: fqn in passed)
+    assert "norm" in {each.fqn for each in applied.replacements}
+    assert {each.fqn.removesuffix(".weight").removesuffix(".bias") for each in applied.replacements} == set(passed)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 # --- outliers: the prediction is held against the real thing ---
 
 
