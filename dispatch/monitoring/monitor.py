@@ -31,7 +31,7 @@ from loka.dispatch.monitoring.guard import Patience
 from loka.dispatch.monitoring.plan_watch import PlanWatch
 from loka.dispatch.monitoring.sequential import FALSE_ALARMS
 from loka.dispatch.monitoring.team_watch import Team
-from loka.dispatch.running.convert import plan_of, planned_sites
+from loka.dispatch.running.convert import check_fits, plan_of, planned_sites
 from loka.errors import ArgumentError, LokaWarning
 from loka.naming import unwrap
 from loka.probes.records import Event, RunProgress, StepRecord
@@ -67,7 +67,7 @@ class Monitor(Probe):
     ) -> None:
         self.events: list[Event] = []
         self._plan = plan
-        self._watch = PlanWatch(unwrap(model), plan, patience, Team(settings.process_group), self._tell_all)
+        self._watch = PlanWatch(unwrap(model), plan, patience, Team(settings.process_group, model), self._tell_all)
         super().__init__(model, db if db is not None else "", replace(settings, watch=self._watch))
         self._records = db is not None and self._watch.team.leads
         self._book: RunWriter | None = None
@@ -223,7 +223,7 @@ def monitor(  # noqa: PLR0913 - the public keyword API; checked and bundled at o
 
 def _check_model(model: nn.Module, plan: Plan) -> None:
     """Raise where the plan is not what the model runs."""
-    plan.check_model(model)
+    check_fits(plan, model)
     name = type(unwrap(model)).__name__
     if not any(decision.recipe is not None for decision in plan.decisions):
         # On a device where nothing gains this is the honest plan, and the script that monitors it goes on.

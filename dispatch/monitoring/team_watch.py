@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, Final
 
 import torch.distributed as dist
+from torch import nn
 
 from loka.dispatch.monitoring.guard import Guard, Key, Operand, Reading
 from loka.probes.distributions.gather import gather_bytes
@@ -21,12 +22,18 @@ from loka.probes.records import ProductRecord
 
 log: Final = logging.getLogger("loka.monitor")
 
+_UNEVEN: Final = (
+    "ranks inside torch's Join may take different numbers of steps, and would wait for each other's readings for ever; "
+    "monitor there without process_group=, each rank for itself"
+)
+
 
 @dataclass(slots=True)
 class Team:
     """The ranks that monitor together; without a group, this process alone."""
 
     group: "dist.ProcessGroup | None" = None
+    root: nn.Module | None = None  # what the training loop calls
     lost: str = ""  # why this process is on its own from here on
 
     @property
@@ -36,6 +43,8 @@ class Team:
 
     def agree(self, *, allowed: bool, leaving: str) -> tuple[bool, str]:
         """Return whether all ranks allow a sample, and why any of them leaves, "" where none does."""
+        if self.group is not None and _takes_uneven_inputs(self.root):
+            self.leave(_UNEVEN)
         told = self._exchange({"allowed": allowed, "leaving": leaving})
         if told is None:
             return False, self.lost
@@ -50,9 +59,9 @@ class Team:
         """Return what all ranks tell, in rank order; nothing where they are lost."""
         return self._exchange(message) or []
 
-    def leave(self) -> None:
+    def leave(self, why: str = "this process has left its training loop by an exception") -> None:
         """Take part no more: what would be waited for does not come."""
-        self.lost = self.lost or "this process has left its training loop by an exception"
+        self.lost = self.lost or why
 
     def _exchange(self, message: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         if self.lost:
@@ -64,6 +73,12 @@ class Team:
         except RuntimeError as error:
             self.lost = f"the other ranks cannot be reached ({str(error).splitlines()[0]})"
             return None
+
+
+def _takes_uneven_inputs(root: nn.Module | None) -> bool:
+    """Whether ranks take different numbers of steps, and those that are done take part in what DDP does in others."""
+    config = (getattr(module, "_join_config", None) for module in (() if root is None else root.modules()))
+    return any(getattr(each, "enable", False) for each in config)
 
 
 @dataclass(slots=True)

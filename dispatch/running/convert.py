@@ -31,6 +31,7 @@ from loka.errors import ArgumentError, KernelError, PlanError
 from loka.kernel_registry.norm_act import is_norm_act, runs_fused
 from loka.made_classes import make_class
 from loka.naming import BASE_CLASS, clean_fqn, unwrap
+from loka.probes.capturing.sites import fingerprint, flat_parameter
 
 # Modules whose own forward does not run the product of the weight they hold: it happens in a module above.
 _HOLDERS: Final = (
@@ -146,13 +147,20 @@ def _parameters_of(module: nn.Module) -> list[Tensor]:
 def _prepare(model: nn.Module, plan: Plan, *, emulate: bool) -> "list[Assignment]":
     """Check all that can be wrong, and decide what becomes of which module, while nothing is changed."""
     _check_convertible(model)
-    plan.check_model(model)
+    check_fits(plan, model)
     assigned = _assign(unwrap(model), site_kernels(plan, device_of(model), emulate=emulate), plan.outsides)
     for module, parameters in assigned:
         for route in parameters.values():
             if route.kernels.op == "linear_norm_act" and _kind_of(module, parameters) != "Joint":
                 raise without_epilogue(route.site, module)
     return assigned
+
+
+def check_fits(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanError when a plan is not for a model; parameters that FSDP1 has made flat count as they were before."""
+    flat = any(flat_parameter(module) is not None for module in model.modules())
+    if not flat or fingerprint(unwrap(model)) != {name: tuple(shape) for name, shape in plan.fingerprint.items()}:
+        plan.check_model(model)
 
 
 def without_epilogue(site: str, module: nn.Module | None) -> PlanError:
@@ -242,7 +250,8 @@ def _assign(model: nn.Module, routes: Mapping[str, SiteKernels], outsides: Mappi
         if holder is None or not _has_tensor(holder, name):
             raise PlanError(
                 f"The plan has the site {site!r}, and this model has no module or parameter of that name that a "
-                "product could be rerouted from. Probe and plan this model again."
+                "product could be rerouted from. Probe and plan this model again; of a pipeline each stage by itself, "
+                "with process_group= its ranks and a database of its own."
             )
         runner = _runner(modules, owner, outsides.get(site, owner))
         _, parameters = assigned.setdefault(runner, (modules[runner], {}))

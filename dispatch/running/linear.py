@@ -25,6 +25,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 from loka.dispatch.deciding.by_rows import depends_on_rows, kernel_for
 from loka.dispatch.running.executions import record, record_traced
 from loka.dispatch.running.jagged import of_values
+from loka.dispatch.running.sharded import is_sharded, of_parts
 from loka.dispatch.running.shared_input import forget_input, input_sides
 from loka.dispatch.running.weights import Weight, weight_of
 from loka.first_derivative import depends_on, first_derivative_only
@@ -287,6 +288,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, fprop: str, dgrad
     """
     if input.is_nested:
         return of_values(input, lambda values: linear(values, weight, bias, fprop, dgrad, wgrad))
+    if is_sharded(weight) and is_sharded(input):
+        return of_parts(input, weight, bias, lambda x, part: linear(x, part, None, fprop, dgrad, wgrad))
     fprop = kernel_for(fprop, input.shape[:-1]) if depends_on_rows(fprop) else fprop
     if not torch.compiler.is_dynamo_compiling() and not isinstance(input, TRACED):
         if steps_aside():

@@ -26,6 +26,7 @@ from loka.dispatch.running.linear import (
     product,
     without,
 )
+from loka.dispatch.running.sharded import is_sharded
 from loka.dispatch.running.weights import Weight, weight_of
 from loka.first_derivative import first_derivative_only
 from loka.kernel_registry.norm_act import block_norm, high_precision
@@ -47,6 +48,8 @@ def linear_norm_act(input: Tensor, weight: Tensor, bias: Tensor | None, eps: flo
     fprop = kernel_for(kernels[0], input.shape[:-1])
     if load_fused(fprop) is None:
         return F.hardswish(block_norm(linear(input, weight, bias, *kernels), eps=eps))
+    if is_sharded(weight):  # a norm may be over more than this rank has
+        return F.hardswish(block_norm(linear(input, weight, bias, HIGH_PRECISION, *kernels[1:]), eps=eps))
     if not is_traced(input) and steps_aside():
         if open_checkpoint() is None:
             return F.hardswish(block_norm(F.linear(input, weight, bias), eps=eps))

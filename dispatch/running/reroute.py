@@ -23,6 +23,7 @@ from loka.dispatch.running.grouped import GroupedCall, grouped_matmul, is_groupe
 from loka.dispatch.running.linear import linear, open_checkpoint
 from loka.dispatch.running.norm_act import linear_norm_act
 from loka.dispatch.running.routing import SiteKernels
+from loka.dispatch.running.sharded import is_sharded, own_part
 from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
 from loka.stepping_aside import steps_aside
@@ -97,11 +98,16 @@ class Reroute(TorchFunctionMode):
         super().__init__()
         self._routes = list(routes)  # compared by `is`: Dynamo would guard on an id()
         self._checkpoint = open_checkpoint()
+        self._sharded: list[tuple[nn.Module, str, Route]] = []  # of which others stand in while modules inside run
 
     @classmethod
     def of(cls, module: nn.Module, routes: Mapping[str, Route]) -> Self:
         """Reroute products with these tensors of a module, given by their names in it."""
-        return cls([(_resolve(module, name), route) for name, route in routes.items()])
+        made = cls([(_resolve(module, name), route) for name, route in routes.items()])
+        for (planned, route), name in zip(tuple(made._routes), routes, strict=True):
+            if is_sharded(planned):
+                made._sharded.append((module, name, route))
+        return made
 
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Options | None = None) -> Any:
         kwargs = kwargs or {}
@@ -110,6 +116,8 @@ class Reroute(TorchFunctionMode):
         if outcome is not None and outcome[1] is not None:
             outcome[0].reached = True
             return outcome[1]
+        if func is Tensor.unflatten and torch.compiler.is_dynamo_compiling():
+            func = torch.unflatten  # Dynamo cannot follow the method to its super() under a mode (torch 2.13)
         result = func(*args, **kwargs)
         if func in _CASTS and isinstance(result, Tensor) and (route := self._route_of(args[0])) is not None:
             self._routes.append((result, route))
@@ -129,6 +137,14 @@ class Reroute(TorchFunctionMode):
         base = tensor if tensor._base is None else tensor._base
         for planned, route in self._routes:
             if planned is tensor or planned is base:
+                return route
+        return self._route_of_part(tensor, base) if self._sharded else None
+
+    def _route_of_part(self, tensor: Tensor, base: Tensor) -> Route | None:
+        """Find what FSDP has gathered for a module inside since the scope began, and this rank's part of a DTensor."""
+        for module, name, route in self._sharded:
+            planned = _resolve(module, name)
+            if planned is tensor or planned is base or own_part(planned) is base:
                 return route
         return None
 
@@ -198,6 +214,8 @@ def _reroute_addmm(find: Find, args: Arguments, kwargs: Options) -> Outcome:
 def _reroute_tensordot(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     left, right, dims = _bind(("a", "b", "dims"), args, kwargs)
     dims = 2 if dims is None else dims
+    if is_sharded(left) or is_sharded(right):
+        return None  # not every reshaping of one is there
     for weight, is_left in ((right, False), (left, True)):
         if (route := find(weight)) is not None:
             return route, tensordot_with(route.linear, left, right, dims, weight_is_left=is_left)
@@ -209,6 +227,8 @@ def _reroute_einsum(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     if not isinstance(args[0], str) or len(operands) != 2:
         return None
     left, right = operands
+    if is_sharded(left) or is_sharded(right):
+        return None  # likewise
     for weight, is_left in ((right, False), (left, True)):
         if (route := find(weight)) is not None:
             return route, einsum_with(route.linear, args[0], (left, right), weight_is_left=is_left)
@@ -219,6 +239,8 @@ def _reroute_grouped(find: Find, args: Arguments, kwargs: Options) -> Outcome:
     call = GroupedCall.of(args, kwargs)
     if call is None or {call.left.dim(), call.right.dim()} != {2, 3} or call.left.dtype != call.right.dtype:
         return None
+    if is_sharded(call.left) or is_sharded(call.right):
+        return None  # whose rows are whose expert's is known of a rank's own part alone
     if not torch.compiler.is_dynamo_compiling() and steps_aside() and open_checkpoint() is None:
         return None  # what is sampled is the model's own product; a checkpoint has to save the same tensors as ever
     route = find(call.right, "grouped_linear") or find(call.left, "grouped_linear")

@@ -125,8 +125,12 @@ class ProbeCallback(_TrainerCallback):
 
     def _log(self) -> None:
         metrics = self._readings.take()
-        if metrics and self._trainer is not None and self._trainer.is_world_process_zero():
-            self._trainer.log(metrics)
+        trainer = self._trainer
+        if metrics and trainer is not None and trainer.is_world_process_zero():
+            # `log` takes a log of the Trainer's own that is due for done; in a job the other ranks would wait for it.
+            control, due = trainer.control, trainer.control.should_log
+            trainer.log(metrics)
+            control.should_log = trainer.control.should_log = due
 
 
 def loss_of(model: nn.Module) -> str | None:

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from loka.formats import Pass
+from loka.probes.capturing.collectives import COLLECTIVES, belongs_to_backward
 from loka.probes.capturing.convolution import convolution_gemm, convolution_gradients
 from loka.probes.capturing.flows import Flows
 from loka.probes.capturing.products import (
@@ -53,7 +54,7 @@ MODE_COST_S: Final[float] = 3e-6
 # What it takes to look where the operands of one lie, where results are followed; charged likewise.
 _FOLLOW_COST_S: Final[float] = 2e-6
 # By identity: the packets live as long as torch does, and hashing one runs Python code at every op.
-_OF_INTEREST: Final[frozenset[int]] = frozenset(id(packet) for packet in (*PRODUCTS, *COPIES, *FUSED, *WHOLE))
+_OF_INTEREST: Final[frozenset[int]] = COLLECTIVES.union(id(packet) for packet in (*PRODUCTS, *COPIES, *FUSED, *WHOLE))
 _PLAIN_TYPES: Final[frozenset[type]] = frozenset({Tensor, nn.Parameter})
 
 
@@ -107,6 +108,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         self._recomputed: dict[int, int] = {}  # by number of a checkpoint's node: products it has computed again
         self.dynamics: DynamicsMeter | None = None  # looks at modules too, where it is wanted
         self.flows: Flows | None = None  # follows results of layers, likewise
+        self.communicates = False  # whether a backward pass has talked to other ranks
 
     @contextmanager
     def building_graph(self, create_graph: bool) -> Iterator[None]:
@@ -178,6 +180,9 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             self._follow(self.flows, func, args, kwargs)
         if id(packet) not in _OF_INTEREST and not torch.is_inference_mode_enabled():
             return func(*args, **kwargs)
+        if id(packet) in COLLECTIVES:
+            self.communicates |= belongs_to_backward(torch._C._current_autograd_node())
+            return func(*args, **kwargs)
         if packet in PRODUCTS:
             started = time.perf_counter()
             result = func(*args, **kwargs)
@@ -189,12 +194,10 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
             self._look(lambda: self._copied(result, args[0]))
             return result
         # Strided ones: torch has kernels for them, and takes jagged ones apart.
-        if any(isinstance(each, Tensor) and each.is_nested for each in args):
-            if packet in WHOLE:
-                self._look(lambda: self._hidden(packet))
-        elif packet in FUSED:
+        nested = any(isinstance(each, Tensor) and each.is_nested for each in args)
+        if packet in (WHOLE if nested else FUSED):
             self._look(lambda: self._hidden(packet))
-        elif (packet in WHOLE or torch.is_inference_mode_enabled()) and _is_composite(func):
+        elif not nested and (packet in WHOLE or torch.is_inference_mode_enabled()) and _is_composite(func):
             result = self._apart(func, args, kwargs)
             if result is not NotImplemented:
                 return result

@@ -7,8 +7,10 @@ module, with `#1`, `#2` where one call of it runs several.
 """
 
 import bisect
+import sys
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 # Owner of products that run outside every module's forward, e.g. functional code inside `probe.step()`.
 OUTSIDE = "(functional)"
+# What FSDP1 calls the parameter that it makes of many.
+_FLAT: Final = "_flat_param"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,21 +164,22 @@ class SiteMap:
             return None
         if key in self._aliases:
             return self._aliases[key]
-        entries = self._owners.get(key)
-        if entries is None:
-            return self._find_in_running_modules(key)
-        offset = tensor.storage_offset()
+        entries, offset = self._owners.get(key, []), int(tensor.storage_offset())
         end = bisect.bisect_right(entries, offset, key=lambda entry: entry[0])
         names = [owner for start, stop, owner in entries[:end] if start <= offset < stop]
-        return self._preferred(names) if names else None
+        return self._preferred(names) if names else self._find_in_running_modules(key, offset)
 
-    def _find_in_running_modules(self, key: int) -> Owner | None:
-        """Find parameters that were swapped in for this forward, as FSDP does when it gathers them."""
-        for frame in reversed(self._stack[1:]):
-            assert frame.module is not None
-            for name, parameter in frame.module._parameters.items():
-                if parameter is not None and key in map(storage_key, inner_tensors(parameter)):
-                    owner = _owner(frame.module, frame.fqn, name)
+    def _find_in_running_modules(self, key: int, offset: int) -> Owner | None:
+        """Find parameters that were swapped in for this forward, as FSDP does when it gathers them.
+
+        FSDP1 gathers those of many modules into one memory, and may leave views of it in their places.
+        """
+        modules = [(frame.module, frame.fqn) for frame in reversed(self._stack) if frame.module is not None]
+        flat = any(flat_parameter(module) is not None for module, _ in modules)
+        for module, fqn in modules:
+            for name, parameter in _weights_of(module, views=flat):
+                if any(_holds(inner, key, offset) for inner in inner_tensors(parameter)):
+                    owner = _owner(module, fqn, name)
                     self._place(owner, parameter)
                     return owner
         return None
@@ -243,9 +248,35 @@ def named_sites(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         yield owner.module, owner.site
 
 
+def _weights_of(module: nn.Module, *, views: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a module may multiply with under the name of a parameter; `views`: that stand there for one, too."""
+    for name, value in (*module._parameters.items(), *(vars(module).items() if views else ())):
+        if isinstance(value, Tensor) and name != _FLAT:
+            yield name, value
+
+
+def _holds(tensor: Tensor, key: int, offset: int) -> bool:
+    """Whether an element of a storage lies in what a tensor spans of it."""
+    start = tensor.storage_offset()
+    return storage_key(tensor) == key and start <= offset < start + max(_extent(tensor), 1)
+
+
 def fingerprint(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return every parameter's FQN and shape: what a plan is checked against."""
-    return {clean_fqn(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Return every parameter's FQN and shape, as before FSDP1 has made it flat: what a plan is checked against."""
+    found = {clean_fqn(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        flat = flat_parameter(module)
+        if flat is not None:
+            found.pop(clean_fqn(f"{prefix}.{_FLAT}".removeprefix(".")), None)
+            names = (clean_fqn(f"{prefix}.{name}".removeprefix(".")) for name in flat._fqns)
+            found.update(zip(names, map(tuple, flat._shapes), strict=True))
+    return found
+
+
+def flat_parameter(module: nn.Module) -> Any:
+    """Return the parameter that FSDP1 has made of those of a module that it wraps; None of any other module."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    return getattr(module, _FLAT) if kind is not None and isinstance(module, kind) else None
 
 
 def _extent(tensor: Tensor) -> int:

@@ -88,6 +88,7 @@ class Memory:
     dynamics_s: float = 0.0  # spent on dynamics so far
     reads_biases: bool = True
     layers: LayerNotes = field(default_factory=LayerNotes)
+    communicates: bool = False  # whether a backward pass of the model has talked to other ranks
 
 
 @dataclass(slots=True)
@@ -234,6 +235,8 @@ class Sampler:
             return ""
         if not all(type(weight) in (Tensor, nn.Parameter) for weight in weights):
             return "the parameters are sharded, and a second backward would gather them again"
+        if self.memory.communicates:
+            return "the model's backward pass talks to other ranks, and they may not sample this step"
         self.meter.labelled = True
         # Modes of the user's own are not shown a backward that is none of theirs.
         with _disable_current_modes(), self.capture, torch._C._DisableAutocast():
@@ -275,6 +278,7 @@ class Sampler:
     def finish(self) -> StepRecord:
         """Return the step's record; names are settled here, when all of a module's products are known."""
         seen = {key: entry for key, entry in self._seen.items() if entry.calls}  # none where looking failed
+        self.memory.communicates |= self.capture.communicates
         self.budget.known(seen)
         for key, entry in seen.items():
             if entry.measurement is not None and entry.measurement.errors and self.watch is None:

@@ -1,10 +1,13 @@
 """Two processes monitor together: they sample the same steps, see the same numbers and change kernels alike."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.join import Join
 
 import loka
 from loka.dispatch.monitoring import plan_watch
@@ -80,9 +83,30 @@ def work_failure(folder, rank, group):
         plan_watch.reading_of = read
 
 
+def work_uneven(folder, rank, group):
+    """One rank has half of the other's batches, inside torch's Join; with and without the monitor."""
+    found = {}
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = Model()
+        plan = plan_for(model, TENSORWISE)
+        loka.convert(model, plan, process_group=group)
+        call = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        monitor = loka.monitor(call, plan, every=2, overhead=100.0, process_group=group)
+        with warnings.catch_warnings(record=True) as told, monitor if watched else nullcontext(), Join([call]):
+            warnings.simplefilter("always")
+            for x in batches(12 if rank else 6, seed=rank):
+                optimizer.zero_grad()
+                (call(x)[1:] - x[1:, :16]).square().mean().backward()
+                optimizer.step()
+        found[watched] = [parameter.detach().tolist() for parameter in model.parameters()]
+    return {"same": found[True] == found[False], "told": [str(each.message) for each in told]}
+
+
 def work(folder, rank, group):
     """One piece after the other."""
-    each = {"growth": work_growth, "budget": work_budget, "failure": work_failure}
+    each = {"growth": work_growth, "budget": work_budget, "failure": work_failure, "uneven": work_uneven}
     return {name: piece(folder, rank, group) for name, piece in each.items()}
 
 
@@ -121,3 +145,9 @@ def test_a_failure_on_one_rank_ends_the_monitor_on_both_and_the_training_on_none
         assert "made to fail" in ended
         assert any("made to fail" in message for message in rank["told"])
     assert first["kernels"] == second["kernels"]
+
+
+def test_ranks_that_may_take_different_numbers_of_steps_are_not_waited_for(found):
+    for rank in found[1]:
+        assert rank["uneven"]["same"]
+        assert any("ranks inside torch's Join may take different" in told for told in rank["uneven"]["told"])

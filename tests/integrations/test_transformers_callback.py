@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import loka
 from loka.errors import LokaWarning
 from tests.integrations.made_training import evidence_of, runs_of
+from tests.made_processes import ranks
 
 pytestmark = pytest.mark.third_party("transformers", "accelerate")
 
@@ -127,6 +129,49 @@ def test_numbers_go_through_the_log_of_the_trainer(tmp_path):
             if product["product"] == "dgrad" and "tensorwise" in product["errors"]
         ]
         assert entry["loka/all/worst/dgrad/tensorwise/row_error"] == max(errors)
+
+
+def own_logs(made):
+    """What a Trainer has logged by itself, without times."""
+    ours = ("epoch", "step", "loss", "grad_norm", "learning_rate")
+    logs = [{key: entry[key] for key in ours if key in entry} for entry in made.state.log_history]
+    return [entry for entry in logs if "loss" in entry]
+
+
+def test_what_the_trainer_logs_by_itself_is_logged_as_ever(tmp_path):
+    logged = []
+    for callback in (None, ProbeCallback(tmp_path / "run.db", **OPTIONS)):
+        torch.manual_seed(0)
+        made = trainer(tmp_path, small_llama(), callback, logging_strategy="steps", logging_steps=1)
+        made.train()
+        logged.append(own_logs(made))
+    assert any("loka/step" in entry for entry in made.state.log_history)
+    assert len(logged[0]) == 2 * BATCHES
+    assert logged[1] == logged[0]
+
+
+def work_in_a_job(folder, rank, group):
+    """Train on one of two ranks, without the callback and with it; logging needs both of them."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # read, and not used: the job is there
+    found = []
+    for callback in (None, ProbeCallback(folder / "run.db", **OPTIONS)):
+        torch.manual_seed(0)
+        made = trainer(folder / str(rank), small_llama(), callback, logging_strategy="steps", logging_steps=2)
+        made.train()
+        found.append((own_logs(made), made.model.lm_head.weight.tolist()))
+    return found
+
+
+def test_ranks_of_a_job_log_and_train_as_ever(tmp_path):
+    logs = []
+    for without, probed in ranks(2, work_in_a_job, tmp_path):
+        assert len(without[0]) == BATCHES // 2
+        assert probed == without
+        logs.append(without)
+    assert logs[0][1] == logs[1][1]  # they trained together
+    (run,) = runs_of(tmp_path / "run.db")
+    assert (run.progress.status, run.progress.steps, run.info.world_size) == ("complete", BATCHES, 2)
 
 
 def test_a_training_that_breaks_closes_the_run_and_lets_go(tmp_path):

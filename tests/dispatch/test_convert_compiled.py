@@ -1,0 +1,68 @@
+"""A converted model under compilers: one graph, whatever is dynamic, with the numbers of eager code."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loka
+from loka.formats import PASSES
+from tests.dispatch.made_conversion import plan_for
+
+WIDTH = 16
+
+
+class Tower(nn.Module):
+    """Linear layers, an attention, which reads its weights itself, and a bare Parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(13, WIDTH), nn.Linear(WIDTH, 3)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.mix = nn.Parameter(torch.randn(WIDTH, WIDTH) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x @ self.mix)
+
+
+SITES = ("up", "attention.in_proj_weight", "attention.out_proj", "mix", "head")
+
+
+def converted(recipe: str) -> Tower:
+    torch.manual_seed(0)
+    model = Tower()
+    plan = plan_for(model, {site: dict.fromkeys(PASSES, recipe) for site in SITES})
+    return loka.convert(model, plan, emulate=True)
+
+
+def stepped(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the result of a forward, and all gradients of its mean square."""
+    out = model(x)
+    model.zero_grad()
+    out.square().mean().backward()
+    return [out.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dynamic", "bf16_units"),
+    [("tensorwise", True, True), ("rowwise", None, False), ("blockwise", True, True), ("mxfp8", True, False)],
+)
+def test_a_converted_model_is_one_graph_with_the_numbers_of_eager_code(recipe, dynamic, bf16_units, monkeypatch):
+    if not bf16_units:
+        monkeypatch.setattr("loka.kernel_registry.emulated.available", lambda device: False)
+        monkeypatch.setattr("loka.kernel_registry.held.available", lambda device: False)
+    eager, model = converted(recipe), converted(recipe)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (8, 24):
+        x = torch.randn(rows, 5, 13)
+        for found, wanted in zip(stepped(compiled, x), stepped(eager, x), strict=True):
+            assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_are_dynamic_are_compiled_once():
+    compiled = torch.compile(converted("rowwise"), backend="aot_eager", fullgraph=True, dynamic=True)
+    stepped(compiled, torch.randn(8, 5, 13))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (9, 24, 64):
+            stepped(compiled, torch.randn(rows, 5, 13))
