@@ -284,7 +284,7 @@ def _note(measure: Measure, number: int, unmeasured: str) -> str:
     if infinite:
         notes.append(f"infinite in {infinite} of {samples} sampled steps")
     if missing:
-        notes.append(f"NaN in {missing} sampled steps, which do not count")
+        notes.append(f"{missing} sampled steps do not count: results of zeros, or not finite")
     if measure.interval.irregular[number]:
         notes.append("errors are not log-normal over steps: the upper tolerance is less sure than it says")
     return "; ".join(notes)

@@ -50,20 +50,30 @@ class DrawnLoss:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the tensor that a loss is taken of: the output, its `logits`, or the first tensor in it."""
+    """Return the tensor that a loss is taken of: the output, its `logits`, or the first tensor in it.
+
+    A single number beside other tensors, or made of a whole batch, is the loss that the model has computed itself.
+    """
     found = output
     if isinstance(output, Mapping):
-        found = output.get("logits", next((value for value in output.values() if _is_floating(value)), None))
+        found = output.get("logits", next((value for value in output.values() if _is_of_items(value)), None))
     elif hasattr(output, "logits"):
         found = output.logits
     elif isinstance(output, list | tuple):
-        found = next((value for value in output if _is_floating(value)), None)
-    if not _is_floating(found):
-        raise ArgumentError(
-            f"The loss hook found no logits in the model's output, a {type(output).__name__}. Give probe(loss=...) a "
-            "callable of (output, generator) that returns the loss of each item."
-        )
-    return found  # type: ignore[no-any-return]  # narrowed by _is_floating
+        found = next((value for value in output if _is_of_items(value)), None)
+    if _is_of_items(found) or (_is_floating(found) and _is_made_by(found, (*_PRODUCTS, "Sigmoid"))):
+        return found  # type: ignore[no-any-return]  # narrowed above
+    raise ArgumentError(
+        f"The loss hook found no logits in the model's output, {_kind_of(output)}. Return the logits beside it, show "
+        "them to `with probe.forward() as returned: ... returned(logits)`, or give probe(loss=...) a callable of "
+        "(output, generator) that returns the loss of each item."
+    )
+
+
+def _kind_of(output: Any) -> str:
+    if isinstance(output, Tensor) and output.dim() == 0:
+        return "a single number: its loss, perhaps"
+    return f"a {type(output).__name__}"
 
 
 def items_of(output: Any) -> int:
@@ -79,12 +89,16 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _is_product(root: Tensor) -> bool:
-    """Whether a tensor is the result of a matrix product, seen through what only changes its shape or dtype."""
+def _is_of_items(value: Any) -> bool:
+    return _is_floating(value) and value.dim() > 0
+
+
+def _is_made_by(root: Tensor, makers: tuple[str, ...]) -> bool:
+    """Whether a tensor is the result of such an operator, seen through what only changes its shape or dtype."""
     node = root.grad_fn
     while node is not None and node.name().startswith(_RESHAPES) and node.next_functions:
         node = node.next_functions[0][0]
-    return node is not None and node.name().startswith(_PRODUCTS)
+    return node is not None and node.name().startswith(makers)
 
 
 def binary(output: Any, generator: torch.Generator) -> DrawnLoss:
@@ -94,7 +108,7 @@ def binary(output: Any, generator: torch.Generator) -> DrawnLoss:
     """
     root = logits_of(output)
     values = root.detach().double()
-    is_probability = bool(((values >= 0) & (values <= 1)).all()) and not _is_product(root)
+    is_probability = bool(((values >= 0) & (values <= 1)).all()) and not _is_made_by(root, _PRODUCTS)
     p = values.clamp(_MARGIN, 1 - _MARGIN) if is_probability else values.sigmoid()
     items = values.shape[0] if values.dim() else 1
     slope = p * (1 - p)

@@ -19,6 +19,7 @@ class Rhythm:
     every: int
     steps: int = 0
     awaits_backward: bool = False
+    with_gradient: bool = False  # whether a forward has come with grad mode on
     _due_since: int = -1  # the step at which a sample became due; -1: none is
     _began: int = 0  # the step with which the running sample began
     _captured: int = 0  # forwards of the running sample so far
@@ -43,6 +44,7 @@ class Rhythm:
         starts = self._due_since >= 0 and (by_hand or self._is_first(grad))
         self.steps += 1
         self._since_backward += grad
+        self.with_gradient |= grad
         if starts:
             self._due_since = -1
         return starts

@@ -28,6 +28,7 @@ from loka.errors import ArgumentError, EvidenceError, LokaWarning
 from loka.hardware import device_info
 from loka.naming import unwrap
 from loka.probes.capturing import backward
+from loka.probes.capturing.reach import reaches
 from loka.probes.capturing.root import RootCall
 from loka.probes.capturing.scope import capture_scope
 from loka.probes.capturing.sites import FilterFn, fingerprint
@@ -41,8 +42,13 @@ from loka.version import VERSION
 
 # The scope of a step that is not sampled.
 _NOTHING: Final = nullcontext()
-# Backwards without any forward of the model after which the user is told at once, not only at the end.
+# Backwards without any forward of the model with gradient after which the user is told, and not only at the end.
 _BACKWARDS_WITHOUT_FORWARD: Final[int] = 10
+# What to do where the loop calls ...
+_METHOD: Final[str] = (
+    "a method of the model, or parts of it, such as model.training_step(batch), put that call inside `with "
+    "{who}.forward():`"
+)
 
 
 class Probe:
@@ -174,7 +180,7 @@ class Probe:
                 f"The {who} saw no forward of {name} inside its block. Call the very object that was given to "
                 f"loka.{who}, as model(...) and not model.forward(...); where the training loop calls a compiled or "
                 f"wrapped one, give that to loka.{who}; and where a whole train step is compiled, run it inside "
-                f"`with {who}.step():`."
+                f"`with {who}.step():`. Where the loop calls {_METHOD.format(who=who)}."
             )
         hints = ""
         if self._settings.filter_fn is not None:
@@ -283,7 +289,7 @@ class Probe:
             return None  # inside a step or forward that is not sampled
         if self._pauses or self._steps.ended:
             return None
-        self._notice_unseen_forwards()
+        self._notice_unseen_forwards(roots)
         self._steps.rhythm.backward()
         if sampler is not None and not self._by_hand:
             sampler.went_backward(roots)
@@ -312,13 +318,23 @@ class Probe:
         finally:
             self._thread = 0
 
-    def _notice_unseen_forwards(self) -> None:
+    def _notice_unseen_forwards(self, roots: Sequence[Any]) -> None:
         """Tell the user early that the loop calls something else; not where another probe watches that."""
-        if self._steps.rhythm.steps or not backward.is_alone(self):
+        if self._steps.rhythm.with_gradient or not backward.is_alone(self):
             return
         self._backwards_unseen += 1
-        if self._backwards_unseen == _BACKWARDS_WITHOUT_FORWARD:
+        if self._backwards_unseen != _BACKWARDS_WITHOUT_FORWARD:
+            return
+        if not self._steps.rhythm.steps:
             warnings.warn(self._nothing_seen(), LokaWarning, stacklevel=6)
+        elif reaches(roots, unwrap(self.model)):
+            message = (
+                f"the {self.who} saw forwards of {type(self.model).__name__} without gradient only, and backward "
+                "passes reach its parameters: what was seen is not its training. Where the loop calls "
+                f"{_METHOD.format(who=self.who)}"
+            )
+            self._steps.happened("unseen_forward", message)
+            warnings.warn(f"{message[0].upper()}{message[1:]}.", LokaWarning, stacklevel=6)
 
 
 def _pass_by(output: Any) -> None:

@@ -98,6 +98,10 @@ class Steps:
             reason=reason,
         )
 
+    def happened(self, kind: str, message: str) -> None:
+        """Take note of something that the reader of the run should be told."""
+        self._tell(Event(step=self.rhythm.steps, kind=kind, message=message))
+
     def timed(self) -> "_Timed":
         """Add to the time that the running step has spent in forward and backward."""
         return _Timed(self)

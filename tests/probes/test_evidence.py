@@ -129,7 +129,7 @@ def test_nan_is_left_out_counted_and_visible(tmp_path):
     values = [0.03] * 9 + [NAN, NAN]
     found = recipe(collected(tmp_path, later(*((made_product(value=value),) for value in values))).products[0])
     assert found.samples == 9
-    assert found.note == "NaN in 2 sampled steps, which do not count"
+    assert found.note == "2 sampled steps do not count: results of zeros, or not finite"
     assert found.verdict(0.05) == "safe"
 
 
@@ -137,7 +137,7 @@ def test_seven_good_steps_and_nan_are_not_evidence(tmp_path):
     values = [0.03] * 7 + [NAN] * 5
     found = recipe(collected(tmp_path, later(*((made_product(value=value),) for value in values))).products[0])
     assert found.verdict(0.05) == "undecided"
-    assert found.note == "7 of 8 sampled steps; NaN in 5 sampled steps, which do not count"
+    assert found.note == "7 of 8 sampled steps; 5 sampled steps do not count: results of zeros, or not finite"
 
 
 def test_an_infinite_error_is_never_safe_and_said(tmp_path):
@@ -376,7 +376,7 @@ def test_operands_that_are_all_zero_are_no_evidence(tmp_path):
     nothing = dict.fromkeys(DEFAULT_RECIPES, product_error(torch.zeros(64, 16), torch.zeros(64, 16)))
     found = recipe(collected(tmp_path, later(*[(made_product(value=nothing),)] * 10)).products[0])
     assert found.verdict(1e9) == "undecided"
-    assert found.note == "0 of 8 sampled steps; NaN in 10 sampled steps, which do not count"
+    assert found.note == "0 of 8 sampled steps; 10 sampled steps do not count: results of zeros, or not finite"
     assert found.drift is None
 
 

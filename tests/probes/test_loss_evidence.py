@@ -270,7 +270,7 @@ def test_of_two_entries_of_one_rank_the_larger_counts_and_steps_without_any_are_
     (recipe,) = (one for one in evidence.products[0].recipes if one.recipe == "rowwise")
     assert recipe.samples == 8
     assert recipe.error.mean == pytest.approx(0.05)
-    assert recipe.note == "NaN in 2 sampled steps, which do not count"
+    assert recipe.note == "2 sampled steps do not count: results of zeros, or not finite"
 
 
 # --- verdicts ---
