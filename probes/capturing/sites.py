@@ -83,6 +83,7 @@ class SiteMap:
     _final: dict[SiteKey, str] = field(default_factory=dict)
     _filtered: dict[tuple[int, str], bool] = field(default_factory=dict)
     fused: frozenset[str] = frozenset()  # modules that fused kernels compute with their norm and activation
+    recurrent: frozenset[str] = frozenset()  # sites of weights that torch's recurrent layers multiply with inside
 
     def refresh(self) -> None:
         """Read the model again: names of modules and where its parameters lie now."""
@@ -90,7 +91,9 @@ class SiteMap:
         modules = [(module, clean_fqn(name)) for name, module in self.model.named_modules()]
         self._names = {id(module): name for module, name in modules}
         self.fused = frozenset(name for module, name in modules if runs_fused(module))
-        for owner, parameter in _owners(self.model):
+        owned = list(_owners(self.model))
+        self.recurrent = frozenset(owner.site for owner, _ in owned if _is_recurrent(owner.module))
+        for owner, parameter in owned:
             self._place(owner, parameter)
 
     def clear(self) -> None:
@@ -246,6 +249,11 @@ def named_sites(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Every site that a parameter names, with the module that holds it."""
     for owner, _ in _owners(model):
         yield owner.module, owner.site
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    """Whether the forward of a module is that of a recurrent layer or cell of torch, one call for all its products."""
+    return getattr(type(module).forward, "__module__", "") == nn.RNNBase.__module__
 
 
 def _weights_of(module: nn.Module, *, views: bool) -> Iterator[tuple[str, Tensor]]:

@@ -36,6 +36,8 @@ from loka.probes.sampling.watch import Watch
 log: Final = logging.getLogger("loka.probe")
 
 JobKey = tuple[SiteKey, Pass]
+# What a product inside a recurrent layer is called, whichever operator it is: no kernel can be put in its place.
+_RECURRENT: Final[str] = "recurrent"
 
 
 @dataclass(slots=True)
@@ -154,7 +156,8 @@ class Sampler:
         """Take note of what the first call of a product in this step tells of it."""
         gemm = sighting.gemm
         dtype = str(gemm.a.dtype).removeprefix("torch.")
-        seen = _Seen(gemm.op, sighting.parameter, gemm.unmeasured, dtype, (gemm.batch, gemm.n, gemm.k))
+        op = _RECURRENT if sighting.key.owner in self.sites.recurrent else gemm.op
+        seen = _Seen(op, sighting.parameter, gemm.unmeasured, dtype, (gemm.batch, gemm.n, gemm.k))
         if sighting.expert is not None and sighting.slice is not None:
             seen.experts = _Experts([0] * sighting.slice.experts)
         if sighting.product != "fprop" or self.watch is not None:
