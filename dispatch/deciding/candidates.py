@@ -44,8 +44,7 @@ MIN_SPEEDUP: Final[float] = 1.05
 # written.
 DISPATCHED: Final[frozenset[Op]] = frozenset({"linear", "grouped_linear", "linear_norm_act"})
 
-# aten op, without overload and in-place underscore -> what the registry calls it. Anything else is "other", such as the
-# products inside recurrent layers, which the probe calls so.
+# aten op, without overload and in-place underscore -> what the registry calls it; else "other", as in recurrent layers.
 ATEN_OPS: Final[dict[str, Op]] = {
     "mm": "linear",
     "addmm": "linear",

@@ -25,9 +25,10 @@ from torch.utils.checkpoint import _StopRecomputationError
 from loka.dispatch.deciding.by_rows import depends_on_rows, kernel_for
 from loka.dispatch.running.executions import record, record_traced
 from loka.dispatch.running.jagged import of_values
-from loka.dispatch.running.sharded import is_sharded, of_parts
+from loka.dispatch.running.sharded import of_parts
 from loka.dispatch.running.shared_input import forget_input, input_sides
 from loka.dispatch.running.weights import Weight, weight_of
+from loka.dtensors import is_sharded
 from loka.first_derivative import depends_on, first_derivative_only
 from loka.formats import Pass
 from loka.hardware import device_info

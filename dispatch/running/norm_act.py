@@ -26,8 +26,8 @@ from loka.dispatch.running.linear import (
     product,
     without,
 )
-from loka.dispatch.running.sharded import is_sharded
 from loka.dispatch.running.weights import Weight, weight_of
+from loka.dtensors import is_sharded
 from loka.first_derivative import first_derivative_only
 from loka.kernel_registry.norm_act import block_norm, high_precision
 from loka.stepping_aside import steps_aside

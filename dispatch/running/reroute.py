@@ -23,7 +23,8 @@ from loka.dispatch.running.grouped import GroupedCall, grouped_matmul, is_groupe
 from loka.dispatch.running.linear import linear, open_checkpoint
 from loka.dispatch.running.norm_act import linear_norm_act
 from loka.dispatch.running.routing import SiteKernels
-from loka.dispatch.running.sharded import is_sharded, own_part
+from loka.dispatch.running.sharded import own_part
+from loka.dtensors import is_sharded
 from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
 from loka.stepping_aside import steps_aside

@@ -13,21 +13,12 @@ What DTensor has to do for that, and for gradients, is its own: no kernel sees a
 """
 
 import functools
-import sys
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-_PLAIN: Final = frozenset({Tensor, nn.Parameter})
-
-
-def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor; costs next to nothing where it is not, and imports nothing."""
-    if type(tensor) in _PLAIN:
-        return False
-    module: Any = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+from loka.dtensors import is_sharded
 
 
 def own_part(tensor: Any) -> Tensor:

@@ -47,6 +47,7 @@ class Counter:
     def __init__(self, sites: Sequence[RoutingSite], stop_tokens: Sequence[int]) -> None:
         self.sites = sites
         self.experts = max(site.experts for site in sites)
+        self.unknown = 0  # choices of no expert that is known of its site, in all that has come to the host
         self.stop_tokens = tuple(stop_tokens)
         self._bins = self.experts + 2  # one before and one behind, for what is no expert
         self._stop_on: dict[torch.device, Tensor] = {}
@@ -75,11 +76,11 @@ class Counter:
         found = counts[0].numpy(force=True)
         for other in counts[1:]:
             found = found + other.numpy(force=True)
-        total = found.view(np.uint32).transpose(2, 0, 1, 3)[..., 1:-1].copy()
+        total = found.view(np.uint32).transpose(2, 0, 1, 3)[..., 1:].copy()
         for position, site in enumerate(self.sites):
-            if site.experts < self.experts:
-                total[:, :, position, site.experts :] = 0
-        return total
+            self.unknown += int(total[:, :, position, site.experts :].sum())
+            total[:, :, position, site.experts :] = 0
+        return total[..., :-1]
 
     def ended(self, steps: Sequence[Step]) -> Tensor:
         """Return which rows were fed a stop token in which step, [step, row]."""

@@ -71,6 +71,11 @@ class Flow:
         self._open: tuple[OpenRequests, ...] = ()  # oldest first; another tuple with every change, for other threads
         self._warned = False
 
+    @property
+    def unknown(self) -> int:
+        """How many choices of closed requests were of no expert that is known of its layer."""
+        return self._counter.unknown
+
     # --- forwards
 
     def enter(self, batch: Batch, here: Situation, *, whole: bool) -> Forward:

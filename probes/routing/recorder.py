@@ -176,14 +176,25 @@ class RoutingRecorder:
                 f"No token was routed inside the block, so there is no trace. {len(self.sites)} sites were watched, "
                 f"first {self.sites[0].name!r}; run the model, or a part that takes input_ids, inside."
             )
-        unseen = [site.name for position, site in enumerate(self.sites) if position not in self._flow.seen]
-        if unseen and spill.requests and error is None:
-            warnings.warn(
-                f"{len(unseen)} of {len(self.sites)} sites never ran, and are all zero in the trace: "
-                f"{', '.join(unseen[:3])}. Their layer may run a fused kernel instead of its modules.",
-                LokaWarning,
-                stacklevel=2,
+        if error is None and spill.requests:
+            self._tell_what_is_missing(self._flow)
+
+    def _tell_what_is_missing(self, flow: Flow) -> None:
+        """Warn of what was routed, or may have been, and is not in the trace."""
+        missing = []
+        if flow.unknown:
+            missing.append(
+                f"{flow.unknown} choices are of no expert that is known of its layer, and not in the trace: experts "
+                "without weights, or tokens that a layer leaves to other ranks or to nobody."
             )
+        unseen = [site.name for position, site in enumerate(self.sites) if position not in flow.seen]
+        if unseen:
+            missing.append(
+                f"{len(unseen)} of {len(self.sites)} sites never ran, and are all zero in the trace: "
+                f"{', '.join(unseen[:3])}. Their layer may run a fused kernel instead of its modules."
+            )
+        for words in missing:
+            warnings.warn(words, LokaWarning, stacklevel=3)
 
 
 def _stop_tokens(model: nn.Module) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from loka.dtensors import is_sharded
 from loka.errors import ArgumentError, EvidenceError
 from loka.naming import clean_fqn
 from loka.selection import select
@@ -106,6 +107,9 @@ def _layer_numbers(names: Sequence[str]) -> list[int]:
 
 def _num_experts(name: str, modules: Mapping[str, nn.Module], model: nn.Module) -> int:
     """Return how many experts a site chooses from: told by itself, its containers, its siblings, or the model."""
+    sharded = next((p.shape[0] for p in modules[name].parameters(recurse=False) if p.ndim == 3 and is_sharded(p)), None)
+    if sharded is not None:
+        return int(sharded)  # a DTensor has the extents of the whole; the module may count what its rank has
     parent = name.rpartition(".")[0]
     near = [module for other, module in modules.items() if other.rpartition(".")[0] == parent and other != name]
     places = [modules[name], modules.get(parent), *near, getattr(model, "config", None)]

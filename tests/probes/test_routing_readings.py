@@ -198,7 +198,7 @@ def test_choices_out_of_range_are_given_to_no_expert(path):
     model.experts.forward = lambda hidden, top_k_index, top_k_weights: hidden
     index = torch.tensor([[0, EXPERTS], [-1, 2]])
     model.forward = lambda hidden: model.experts(hidden, index, None)
-    with loka.trace_routing(model, path):
+    with pytest.warns(LokaWarning, match=r"^1 choices are of no expert"), loka.trace_routing(model, path):
         model(torch.randn(2, WIDTH))
     assert RoutingTrace.load(path).counts[0, 0, 0].tolist() == [1, 0, 1, 0, 0, 0]
 
@@ -210,7 +210,7 @@ def test_a_layer_of_fewer_experts_is_counted_in_its_own(path):
     model[1].experts.num_experts = EXPERTS - 2
     index = torch.tensor([[0, EXPERTS - 3], [EXPERTS - 1, EXPERTS]])
     model.forward = lambda hidden: [layer.experts(hidden, index, None) for layer in model]
-    with loka.trace_routing(model, path):
+    with pytest.warns(LokaWarning, match=r"^3 choices are of no expert"), loka.trace_routing(model, path):
         model(torch.randn(2, WIDTH))
     assert RoutingTrace.load(path).counts[0, 0].tolist() == [[1, 0, 0, 1, 0, 1], [1, 0, 0, 1, 0, 0]]
 

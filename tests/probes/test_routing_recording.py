@@ -1,13 +1,21 @@
 """Whose requests the tokens of a forward are: rows, conversations, caches, scopes, phases, endings."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import loka
+from loka.errors import LokaWarning
 from loka.probes.routing.trace import RoutingTrace
+from tests.made_processes import ranks
 from tests.probes.made_recording import NONE, attached, check, generate, seeded_model, tokens
-from tests.probes.made_routing import EXPERTS, TOP_K, WIDTH, Cache, MadeModel
+from tests.probes.made_routing import EXPERTS, LAYERS, TOP_K, WIDTH, Cache, MadeModel
 
 
 @pytest.fixture
@@ -173,3 +181,38 @@ def test_flat_tokens_are_one_request(path):
     (index,) = experts.router.chosen
     assert np.array_equal(found.counts[0, 0, 0], np.bincount(index.flatten(), minlength=EXPERTS))
     assert found.counts.shape == (1, 2, 1, EXPERTS)
+
+
+def test_choices_of_experts_that_a_layer_is_not_known_to_have_are_told(model, path):
+    for layer in model.layers:
+        layer.experts.num_experts = 4
+    with pytest.warns(LokaWarning, match="choices are of no expert that is known"):
+        with loka.trace_routing(model, path), torch.no_grad():
+            model(tokens(2, 6))
+    found = RoutingTrace.load(path)
+    chosen = [torch.bincount(layer.router.chosen[-1].flatten(), minlength=EXPERTS)[:4] for layer in model.layers]
+    assert found.prefill.sum(0).tolist() == [counts.tolist() for counts in chosen]
+
+
+def test_experts_that_lie_on_several_ranks_are_counted_as_the_model_names_them(tmp_path):
+    (counts,) = ranks(1, _traced_as_dtensors, tmp_path)
+    assert counts.shape == (2, LAYERS, EXPERTS)
+    assert counts.sum() == 2 * 6 * TOP_K * LAYERS
+
+
+def _traced_as_dtensors(folder, rank, group):
+    """Trace experts as expert parallelism makes them: a DTensor of all, and the number of those that are here."""
+    model, mesh = seeded_model(), init_device_mesh("cpu", (1,))
+    for layer in model.layers:
+        experts = layer.experts
+        experts.weight = nn.Parameter(distribute_tensor(experts.weight.detach(), mesh, [Shard(0)]))
+        experts.num_experts = EXPERTS // 2
+        plain = type(experts).forward
+        experts.forward = partial(_with_local_weight, experts, plain)
+    with loka.trace_routing(model, folder / "routing.npz"), torch.no_grad():
+        model(tokens(2, 6))
+    return RoutingTrace.load(folder / "routing.npz").prefill
+
+
+def _with_local_weight(experts, forward, hidden, top_k_index, top_k_weights):
+    return forward(SimpleNamespace(weight=experts.weight.to_local()), hidden, top_k_index, top_k_weights)
