@@ -253,7 +253,7 @@ def named_sites(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 def _is_recurrent(module: nn.Module) -> bool:
     """Whether the forward of a module is that of a recurrent layer or cell of torch, one call for all its products."""
-    return getattr(type(module).forward, "__module__", "") == nn.RNNBase.__module__
+    return isinstance(module, nn.RNNBase | nn.RNNCellBase) and type(module).forward.__module__ == nn.RNNBase.__module__
 
 
 def _weights_of(module: nn.Module, *, views: bool) -> Iterator[tuple[str, Tensor]]:
