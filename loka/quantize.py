@@ -23,7 +23,7 @@ from loka.formats import Format, OperandSpec
 from loka.pieces import in_pieces
 
 # Of the smallest scale, the smallest normal fp32, so that its reciprocal stays finite. An integer: see `Format`.
-_MIN_SCALE_EXPONENT: Final[int] = -126
+_MIN_SCALE_EXPONENT: Final[int] = math.frexp(torch.finfo(torch.float32).smallest_normal)[1] - 1
 # Scales that leave room on both sides: none of theirs, and no number that they are multiplied with, leaves fp32.
 _MODERATE: Final[float] = 2.0**80
 # Of fewer groups, asking for their range takes longer than two more passes.

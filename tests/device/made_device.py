@@ -31,7 +31,7 @@ def build(folder: Path) -> Path:
             link = [f"-L{path}" for path in cpp_extension.library_paths()]
             options = ["-std=c++20", "-O0", "-fPIC", "-shared", *include, *link, "-lc10", "-ltorch_cpu", "-ltorch"]
             command = [cpp_extension.get_cxx_compiler(), str(_SOURCE), *options, "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            subprocess.run(command, check=True)
             made.rename(library)
     return library
 

@@ -221,9 +221,11 @@ def _trains_converted(db: Path, recipe: str):
         again = Training(device, training.model).run(2)
         assert torch.equal(torch.stack(again.losses).cpu(), torch.stack(Training(device).run(2).losses).cpu())
     plain = torch.stack(Training("cpu").run(6).losses)
-    # Sums of another order round a few values the other way; FP8 itself is further away.
-    assert (losses["simulated"] - losses["cpu"]).abs().max() < 2e-3
-    assert (losses["cpu"] - plain).abs().max() > 1e-5
+    # Sums of another order round a few values the other way, which grows with the steps.
+    between, of_fp8 = (losses["simulated"] - losses["cpu"]).abs(), (losses["cpu"] - plain).abs()
+    assert of_fp8[0] > 1e-4
+    assert between[0] < of_fp8[0] / 4
+    assert between.max() < 2e-3
 
 
 def test_a_monitor_waits_in_monitored_steps_alone(library, tmp_path):
@@ -263,7 +265,7 @@ def _serves_frozen(folder: Path):
         assert made_device.waits() == NO_WAITS
         results[device] = out.cpu()
     assert torch.equal(results["moved"], results["simulated"])
-    assert torch.allclose(results["simulated"], results["cpu"], atol=2e-2 * float(results["cpu"].norm()))
+    assert (results["simulated"] - results["cpu"]).norm() < 1e-2 * results["cpu"].norm()
 
 
 # --- mods
