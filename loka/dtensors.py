@@ -1,7 +1,11 @@
-"""Which tensors are DTensors: asked in every call of a planned layer, so it costs little and imports nothing."""
+"""Which tensors are DTensors, and what a rank has of one.
+
+Asked in every call of a planned layer, so that it costs little and imports nothing where there is none.
+"""
 
 import sys
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Self
 
 from torch import Tensor, nn
 
@@ -14,3 +18,26 @@ def is_sharded(tensor: object) -> bool:
         return False
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which entries of the first dimension a rank multiplies with, where ranks share them out, as experts are."""
+
+    first: int
+    count: int
+    whole: int  # on all ranks
+
+    @classmethod
+    def of(cls, tensor: Any) -> Self | None:
+        """Return that of a DTensor, of any other tensor None. What FSDP has apart it gathers before it is used."""
+        if not is_sharded(tensor):
+            return None
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        # Strided is how FSDP2 shards what is sharded already.
+        placements = [Replicate() if isinstance(each, _StridedShard) else each for each in tensor.placements]
+        shape, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
+        return cls(first[0], shape[0], tensor.shape[0]) if shape else None

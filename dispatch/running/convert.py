@@ -27,6 +27,7 @@ from loka.dispatch.running.norm_act import linear_norm_act
 from loka.dispatch.running.reroute import Reroute, Route
 from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
 from loka.dispatch.running.weights import forget, grouped_halves_of, halves_of, keep
+from loka.dtensors import Part
 from loka.errors import ArgumentError, KernelError, PlanError
 from loka.kernel_registry.norm_act import is_norm_act, runs_fused
 from loka.made_classes import make_class
@@ -255,7 +256,8 @@ def _assign(model: nn.Module, routes: Mapping[str, SiteKernels], outsides: Mappi
             )
         runner = _runner(modules, owner, outsides.get(site, owner))
         _, parameters = assigned.setdefault(runner, (modules[runner], {}))
-        parameters[parameter[len(runner) + 1 :] if runner else parameter] = Route(site, kernels)
+        route = Route(site, kernels, part=Part.of(holder._parameters.get(name)))
+        parameters[parameter[len(runner) + 1 :] if runner else parameter] = route
     return list(assigned.values())
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loka.dispatch.running.contractions import einsum_with, tensordot_with
-from loka.dispatch.running.grouped import GroupedCall, grouped_matmul, is_grouped
+from loka.dispatch.running.grouped import NONE_KEPT, GroupedCall, grouped_matmul, is_grouped
 from loka.dispatch.running.linear import linear, open_checkpoint
 from loka.dispatch.running.norm_act import linear_norm_act
 from loka.dispatch.running.routing import SiteKernels
 from loka.dispatch.running.sharded import own_part
-from loka.dtensors import is_sharded
+from loka.dtensors import Part, is_sharded
 from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
 from loka.stepping_aside import steps_aside
@@ -40,12 +40,16 @@ class Route:
     kernels: SiteKernels
     reached: bool = False
     turned: bool | None = None  # whether the model has the weight as [.., k, n], once that has been seen
+    part: Part | None = None  # which experts are here, where ranks share a stack out
 
     def of(self, weight: Tensor) -> Kernels:
         """Return the kernels of a product with this weight: one matrix of a stack may be kept in high precision."""
         if not any(self.kernels.kept):
             return self.kernels.as_tuple()
-        return self.kernels.of_expert(_expert_of(weight)).as_tuple()
+        expert, stack = _expert_of(weight), weight._base
+        if expert is not None and stack is not None:
+            expert += self._first_of(stack.shape[0])
+        return self.kernels.of_expert(expert).as_tuple()
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute input [.., k] times a matrix [n, k] of this site, transposed."""
@@ -55,7 +59,13 @@ class Route:
     def grouped(self, left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
         """Compute `torch._grouped_mm` with the weights of this site's experts on either side, and rows on the other."""
         self._note_layout(right.mT if right.dim() == 3 else left)
-        return grouped_matmul(left, right, offsets, self.kernels.as_tuple(), self.kernels.kept)
+        experts = right.shape[0] if right.dim() == 3 else left.shape[0]
+        kept = self.kernels.kept_among(self._first_of(experts), experts) if any(self.kernels.kept) else NONE_KEPT
+        return grouped_matmul(left, right, offsets, self.kernels.as_tuple(), kept)
+
+    def _first_of(self, count: int) -> int:
+        """Return the model's number of the first of so many experts: of those that are here, or of all."""
+        return self.part.first if self.part is not None and self.part.count == count else 0
 
     def _note_layout(self, weight: Tensor) -> None:
         """Note which way the model has a weight that its products have as [.., n, k]."""
@@ -108,6 +118,8 @@ class Reroute(TorchFunctionMode):
         for (planned, route), name in zip(tuple(made._routes), routes, strict=True):
             if is_sharded(planned):
                 made._sharded.append((module, name, route))
+                if route.part is None and not torch.compiler.is_dynamo_compiling():
+                    route.part = Part.of(planned)  # it was sharded after it was converted
         return made
 
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Options | None = None) -> Any:

@@ -64,6 +64,11 @@ class SiteKernels:
         fprop, dgrad, wgrad = (HIGH_PRECISION if out else name for out, name in zip(kept, self.as_tuple(), strict=True))
         return replace(self, fprop=fprop, dgrad=dgrad, wgrad=wgrad, kept=NONE_KEPT)
 
+    def kept_among(self, first: int, count: int) -> KeptByPass:
+        """Return which of `count` experts stay in high precision; the first of them is the model's expert `first`."""
+        fprop, dgrad, wgrad = (tuple(each - first for each in kept if 0 <= each - first < count) for kept in self.kept)
+        return fprop, dgrad, wgrad
+
     def as_tuple(self) -> tuple[str, str, str]:
         """Return (fprop, dgrad, wgrad)."""
         return self.fprop, self.dgrad, self.wgrad

@@ -284,7 +284,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         stacked = None
         if owner is not None:
             key, module, parameter = SiteKey(owner.site), owner.module, owner.parameter
-            stacked = owner.slice_of(factors.p if weight_is_p else factors.q)
+            stacked = self.sites.slice_of(owner, factors.p if weight_is_p else factors.q)
         elif self.sites.inside_module or self._grad_enabled:
             key, module = self.sites.nameless()
             parameter = ""

@@ -9,13 +9,14 @@ module, with `#1`, `#2` where one call of it runs several.
 import bisect
 import sys
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from loka.dtensors import Part, is_sharded
 from loka.kernel_registry.norm_act import runs_fused
 from loka.naming import clean_fqn
 from loka.probes.capturing.storage import hold, inner_tensors, storage_key
@@ -42,7 +43,8 @@ class Owner:
 
         None as well for a cast of a single matrix, which lies in memory of its own.
         """
-        stack = getattr(self.module, self.parameter.rpartition(".")[2], None)
+        whole: Any = getattr(self.module, self.parameter.rpartition(".")[2], None)
+        stack = whole._local_tensor if is_sharded(whole) else whole
         if not isinstance(stack, Tensor) or type(stack) not in (Tensor, nn.Parameter):
             return None
         found = slice_of(self.parameter, stack, weight) if stack.numel() else None
@@ -77,6 +79,7 @@ class SiteMap:
     filter_fn: FilterFn | None = None
     _owners: dict[int, list[tuple[int, int, Owner]]] = field(default_factory=dict)
     _aliases: dict[int, Owner] = field(default_factory=dict)
+    _parts: dict[str, Part] = field(default_factory=dict)  # of parameters that ranks share out
     _held: list[StorageWeakRef] = field(default_factory=list)
     _stack: list[_Frame] = field(default_factory=list)
     _names: dict[int, str] = field(default_factory=dict)
@@ -93,6 +96,7 @@ class SiteMap:
         self.fused = frozenset(name for module, name in modules if runs_fused(module))
         owned = list(_owners(self.model))
         self.recurrent = frozenset(owner.site for owner, _ in owned if _is_recurrent(owner.module))
+        self._parts = {owner.parameter: part for owner, parameter in owned if (part := Part.of(parameter)) is not None}
         for owner, parameter in owned:
             self._place(owner, parameter)
 
@@ -186,6 +190,13 @@ class SiteMap:
                     self._place(owner, parameter)
                     return owner
         return None
+
+    def slice_of(self, owner: Owner, weight: Tensor) -> Slice | None:
+        """Say the same as the owner does of a weight, with the model's numbers where ranks share the stack out."""
+        found, part = owner.slice_of(weight), self._parts.get(owner.parameter)
+        if found is None or part is None or part.count != found.experts:
+            return found
+        return replace(found, first=part.first, layer=part.whole)
 
     def _preferred(self, names: list[Owner]) -> Owner:
         """Among the names of a shared parameter, take the running module's, else a non-embedding's, else the first."""

@@ -12,10 +12,15 @@ _BELOW_EACH_OTHER: Final = re.compile(r"(^|\.)experts\.(?!(expert_)?\d+\.)")
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Which matrix of a stacked parameter the weight of a product is; None: all of them, one product for each."""
+    """Which matrix of a stacked parameter the weight of a product is; None: all of them, one product for each.
+
+    Where ranks share the stack out, it is of the part that is here, which begins with the model's expert `first`.
+    """
 
     expert: int | None
     experts: int
+    first: int = 0
+    layer: int = 0  # experts of the layer, here and on other ranks; 0: those here are all
 
 
 def slice_of(name: str, stack: Tensor, weight: Tensor) -> Slice | None:

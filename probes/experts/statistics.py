@@ -16,6 +16,7 @@ import numpy.typing as npt
 from loka.errors import ArgumentError
 from loka.numerics import ProductError
 from loka.probes.distributions.stored import Stored
+from loka.probes.experts.slices import Slice
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -44,20 +45,30 @@ class ExpertStatistics:
     steps: int
     tokens: Floats  # [E], all steps
     active: Ints  # [E], steps in which an expert got any
-    profile: Floats  # [E], tokens of the busiest expert of a step, of the second, ...: all steps
+    profile: Floats  # [E], tokens of the busiest expert of a step on a rank, of the second, ...: all steps and ranks
     measured: Ints  # [E, R], steps in which the error is a number
     total: Floats  # [E, R], sum of the row errors of these
     square: Floats  # [E, R], sum of their squares
     largest: Floats  # [E, R]
 
     @classmethod
-    def of(cls, tokens: Sequence[int], errors: Mapping[int, Sequence[ProductError]], recipes: Sequence[str]) -> Self:
-        """Return what one step shows: tokens of each expert [E], and errors by expert in the order of the recipes."""
-        count = np.asarray(tokens, dtype=np.float64)
-        shape = (len(count), len(recipes))
-        error = np.full(shape, np.nan)
+    def of(
+        cls,
+        tokens: Sequence[int],
+        errors: Mapping[int, Sequence[ProductError]],
+        recipes: Sequence[str],
+        here: Slice | None = None,
+    ) -> Self:
+        """Return what one step shows: tokens of each expert, and errors by expert in the order of the recipes.
+
+        Both are of the experts that are `here`, on this rank: they get the numbers that the model has for them.
+        """
+        first, layer = (here.first, here.layer) if here is not None else (0, 0)
+        count = np.zeros(max(first + len(tokens), layer))
+        count[first : first + len(tokens)] = tokens
+        error = np.full((len(count), len(recipes)), np.nan)
         for expert, found in errors.items():
-            error[expert] = [each.row_error for each in found]
+            error[first + expert] = [each.row_error for each in found]
         known = np.isfinite(error)
         value = np.where(known, error, 0.0)
         return cls(

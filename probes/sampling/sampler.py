@@ -22,6 +22,7 @@ from loka.probes.capturing.products import Draw
 from loka.probes.capturing.shared_inputs import Inputs
 from loka.probes.capturing.sites import SiteKey, SiteMap
 from loka.probes.capturing.storage import stands_for_many
+from loka.probes.experts.slices import Slice
 from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.records import DynamicsRecord, LossImpact, ProductRecord, StepRecord
 from loka.probes.sampling.budget import Budget
@@ -42,9 +43,10 @@ _RECURRENT: Final[str] = "recurrent"
 
 @dataclass(slots=True)
 class _Experts:
-    """Rows that each expert of a layer met, and the one that was measured, where each is a product of its own."""
+    """Rows that each expert in `slice` met, and the one that was measured, where each is a product of its own."""
 
     tokens: list[int]
+    slice: Slice | None
     measured: int | None = None
 
 
@@ -146,7 +148,7 @@ class Sampler:
             seen.measurement = self._measure(sighting, recipes)
             if sighting.expert is None:
                 tokens = gemm.tokens()
-                seen.experts = _Experts(tokens) if tokens else None
+                seen.experts = _Experts(tokens, sighting.slice) if tokens else None
             elif seen.experts is not None:
                 seen.experts.measured = sighting.expert
             self.budget.measured(key, time.perf_counter() - started)
@@ -159,7 +161,7 @@ class Sampler:
         op = _RECURRENT if sighting.key.owner in self.sites.recurrent else gemm.op
         seen = _Seen(op, sighting.parameter, gemm.unmeasured, dtype, (gemm.batch, gemm.n, gemm.k))
         if sighting.expert is not None and sighting.slice is not None:
-            seen.experts = _Experts([0] * sighting.slice.experts)
+            seen.experts = _Experts([0] * sighting.slice.experts, sighting.slice)
         if sighting.product != "fprop" or self.watch is not None:
             return seen
         self._note_input(sighting)
@@ -329,7 +331,7 @@ class Sampler:
         errors = found.by_expert
         if experts.measured is not None:
             errors = {experts.measured: list(found.errors.values())}
-        statistics = ExpertStatistics.of(experts.tokens, errors, tuple(found.errors))
+        statistics = ExpertStatistics.of(experts.tokens, errors, tuple(found.errors), experts.slice)
         self.memory.learner.learn_experts(*key, statistics, self.step)
 
     def _learn_layer(self, key: JobKey, seen: _Seen) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,6 +216,16 @@ class Experts(nn.Module):
         return F.grouped_mm(x, own.mT, offs=ends)
 
 
+def swapped(experts, x, ends):
+    """Let what is here stand for the weight meanwhile, as transformers does."""
+    whole = experts.w
+    experts._parameters["w"] = whole.to_local()
+    try:
+        return Experts.forward(experts, x, ends)
+    finally:
+        experts._parameters["w"] = whole
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -225,16 +236,24 @@ class Block(nn.Module):
         return self.experts(self.norm(x), ends)
 
 
+KEPT = ((1, 2), (2,), (0, 3))  # fprop, dgrad, wgrad; each of two ranks has two experts
+KEPT_HERE = (((1,), (), (0,)), ((0,), (0,), (1,)))
+
+
 def work_experts(folder, rank, group, wrapped, sharded):
     """Run experts of which each of two ranks has half, and half of that under FSDP2, as one planned product."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "experts"))
     torch.manual_seed(0)
     model = Block()
     plan = experts_plan(model, ["experts.w"])
+    plan = replace(
+        plan,
+        decisions=tuple(replace(each, kept_experts=kept) for each, kept in zip(plan.decisions, KEPT, strict=True)),
+    )
     whole = model.experts.w.detach().clone()
     model.experts.w = nn.Parameter(distribute_tensor(whole, mesh["experts"], [Shard(0)]))
-    if wrapped:  # a wrapper of the forward on the instance: products are rerouted from the block
-        model.experts.forward = functools.partial(type(model.experts).forward, model.experts)
+    if wrapped is not None:  # on the instance: products are rerouted from the block
+        model.experts.forward = functools.partial(wrapped, model.experts)
     if sharded:
         fully_shard(model.experts, mesh=mesh["data"])
     loka.convert(model, plan, process_group=group)
@@ -242,7 +261,7 @@ def work_experts(folder, rank, group, wrapped, sharded):
     out = model(x, ends)
     out.square().sum().backward()
     own = whole.chunk(2)[mesh["experts"].get_local_rank()].clone().requires_grad_()
-    want = grouped(model.norm(x), own, ends, *GROUPED)
+    want = grouped(model.norm(x), own, ends, *GROUPED, KEPT_HERE[mesh["experts"].get_local_rank()])
     want.square().sum().backward()
     grad = model.experts.w.grad
     parts = grad.full_tensor().chunk(2) if sharded else [grad.to_local()] * 2
@@ -251,7 +270,7 @@ def work_experts(folder, rank, group, wrapped, sharded):
     assert unreached(model) == ()
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", [None, Experts.forward, swapped])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_experts_run_as_planned_on_what_a_rank_has_of_them(tmp_path, wrapped, sharded):
     ranks(4, work_experts, tmp_path, wrapped, sharded)
