@@ -41,3 +41,8 @@ class Part:
         placements = [Replicate() if isinstance(each, _StridedShard) else each for each in tensor.placements]
         shape, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
         return cls(first[0], shape[0], tensor.shape[0]) if shape else None
+
+
+def first_among(part: Part | None, count: int) -> int:
+    """Return which entry is the first of `count`: that of the part, where it has as many, else that of the whole."""
+    return part.first if part is not None and part.count == count else 0

@@ -20,6 +20,7 @@ from loka.dispatch.running.linear import linear
 from loka.dispatch.running.norm_act import linear_norm_act
 from loka.dispatch.running.reroute import attention, attention_weights, is_one_matrix
 from loka.dispatch.running.routing import SiteKernels
+from loka.dtensors import Part, first_among
 from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
 
@@ -40,6 +41,7 @@ class Operand:
 _VIEWS: Final = (
     *("t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "view", "reshape", "flatten", "unflatten"),
     *("squeeze", "unsqueeze", "select", "narrow", "chunk", "split", "tensor_split", "unbind", "contiguous", "detach"),
+    "to_local",  # this rank's part of a DTensor
 )
 _CASTS: Final = ("to", "float", "double", "bfloat16", "half", "type", "type_as")
 _STEP_METHODS: Final = frozenset({*_VIEWS, *_CASTS})
@@ -170,7 +172,7 @@ def _match_grouped(node: fx.Node) -> list[Operand]:
     if call is None or sorted(dims) != [2, 3]:
         return []
     weight = call.right if dims[1] == 3 else call.left
-    return [Operand(weight, functools.partial(_place_grouped, call), ("grouped_linear",))]
+    return [Operand(weight, functools.partial(_place_grouped, call, weight), ("grouped_linear",))]
 
 
 def _match_norm_act(node: fx.Node) -> list[Operand]:
@@ -249,9 +251,11 @@ def _place_attention(
     return graph.call_function(attention, ((*planned, (name, kernels.as_tuple())), *args), kwargs)
 
 
-def _place_grouped(call: GroupedCall, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:
-    operands = call.left, call.right, call.offsets
-    return graph.call_function(grouped_matmul, (*operands, kernels.as_tuple(), kernels.kept))
+def _place_grouped(call: GroupedCall, weight: fx.Node, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:
+    operands, experts = (call.left, call.right, call.offsets), shape_of(weight)[0]
+    part = Part.of(origin(weight).meta.get("example_value"))
+    kept = kernels.kept_among(first_among(part, experts), experts)
+    return graph.call_function(grouped_matmul, (*operands, kernels.as_tuple(), kept))
 
 
 def _place_norm_act(x: fx.Node, weight: fx.Node, bias: Any, eps: Any, graph: fx.Graph, kernels: SiteKernels) -> fx.Node:

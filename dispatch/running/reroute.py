@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loka.dispatch.running.contractions import einsum_with, tensordot_with
-from loka.dispatch.running.grouped import NONE_KEPT, GroupedCall, grouped_matmul, is_grouped
+from loka.dispatch.running.grouped import GroupedCall, grouped_matmul, is_grouped
 from loka.dispatch.running.linear import linear, open_checkpoint
 from loka.dispatch.running.norm_act import linear_norm_act
 from loka.dispatch.running.routing import SiteKernels
 from loka.dispatch.running.sharded import own_part
-from loka.dtensors import Part, is_sharded
+from loka.dtensors import Part, first_among, is_sharded
 from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
 from loka.stepping_aside import steps_aside
@@ -48,7 +48,7 @@ class Route:
             return self.kernels.as_tuple()
         expert, stack = _expert_of(weight), weight._base
         if expert is not None and stack is not None:
-            expert += self._first_of(stack.shape[0])
+            expert += first_among(self.part, stack.shape[0])
         return self.kernels.of_expert(expert).as_tuple()
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,12 +60,8 @@ class Route:
         """Compute `torch._grouped_mm` with the weights of this site's experts on either side, and rows on the other."""
         self._note_layout(right.mT if right.dim() == 3 else left)
         experts = right.shape[0] if right.dim() == 3 else left.shape[0]
-        kept = self.kernels.kept_among(self._first_of(experts), experts) if any(self.kernels.kept) else NONE_KEPT
+        kept = self.kernels.kept_among(first_among(self.part, experts), experts)
         return grouped_matmul(left, right, offsets, self.kernels.as_tuple(), kept)
-
-    def _first_of(self, count: int) -> int:
-        """Return the model's number of the first of so many experts: of those that are here, or of all."""
-        return self.part.first if self.part is not None and self.part.count == count else 0
 
     def _note_layout(self, weight: Tensor) -> None:
         """Note which way the model has a weight that its products have as [.., n, k]."""

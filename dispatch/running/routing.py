@@ -66,6 +66,8 @@ class SiteKernels:
 
     def kept_among(self, first: int, count: int) -> KeptByPass:
         """Return which of `count` experts stay in high precision; the first of them is the model's expert `first`."""
+        if not any(self.kept):
+            return NONE_KEPT
         fprop, dgrad, wgrad = (tuple(each - first for each in kept if 0 <= each - first < count) for kept in self.kept)
         return fprop, dgrad, wgrad
 

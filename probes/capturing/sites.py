@@ -195,7 +195,7 @@ class SiteMap:
         """Say the same as the owner does of a weight, with the model's numbers where ranks share the stack out."""
         found, part = owner.slice_of(weight), self._parts.get(owner.parameter)
         if found is None or part is None or part.count != found.experts:
-            return found
+            return found  # all of them, gathered
         return replace(found, first=part.first, layer=part.whole)
 
     def _preferred(self, names: list[Owner]) -> Owner:

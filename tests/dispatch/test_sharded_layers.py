@@ -240,16 +240,17 @@ KEPT = ((1, 2), (2,), (0, 3))  # fprop, dgrad, wgrad; each of two ranks has two 
 KEPT_HERE = (((1,), (), (0,)), ((0,), (0,), (1,)))
 
 
+def keeping(plan):
+    made = [replace(each, kept_experts=kept) for each, kept in zip(plan.decisions, KEPT, strict=True)]
+    return replace(plan, decisions=tuple(made))
+
+
 def work_experts(folder, rank, group, wrapped, sharded):
     """Run experts of which each of two ranks has half, and half of that under FSDP2, as one planned product."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "experts"))
     torch.manual_seed(0)
     model = Block()
-    plan = experts_plan(model, ["experts.w"])
-    plan = replace(
-        plan,
-        decisions=tuple(replace(each, kept_experts=kept) for each, kept in zip(plan.decisions, KEPT, strict=True)),
-    )
+    plan = keeping(experts_plan(model, ["experts.w"]))
     whole = model.experts.w.detach().clone()
     model.experts.w = nn.Parameter(distribute_tensor(whole, mesh["experts"], [Shard(0)]))
     if wrapped is not None:  # on the instance: products are rerouted from the block
@@ -274,6 +275,30 @@ def work_experts(folder, rank, group, wrapped, sharded):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_experts_run_as_planned_on_what_a_rank_has_of_them(tmp_path, wrapped, sharded):
     ranks(4, work_experts, tmp_path, wrapped, sharded)
+
+
+def work_compiled_experts(folder, rank, group):
+    """Compile a layer of which this rank has half of the experts, whose offsets and kept ones are its own."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    model = Block().bfloat16()  # Dynamo has torch's grouped product in bf16 alone
+    plan = keeping(experts_plan(model, ["experts.w"]))
+    whole = model.experts.w.detach().clone()
+    model.experts.w = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    x, ends = torch.randn(10, K, dtype=torch.bfloat16), offsets_of((7, 3))
+    out = torch.compile(model, backend="loka", options={"plan": plan}, fullgraph=True)(x, ends)
+    out.float().square().sum().backward()
+    own = whole.chunk(2)[rank].clone().requires_grad_()
+    want = grouped(model.norm(x), own, ends, *GROUPED, KEPT_HERE[rank])
+    want.float().square().sum().backward()
+    torch.testing.assert_close(out, want, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(model.experts.w.grad.to_local(), own.grad, rtol=0.02, atol=0.02)
+    exact = F.grouped_mm(model.norm(x), own.mT, offs=ends)
+    return [torch.equal(ours, theirs) for ours, theirs in zip(out.split([7, 3]), exact.split([7, 3]), strict=True)]
+
+
+def test_compiled_experts_of_a_rank_run_as_planned(tmp_path):
+    assert ranks(2, work_compiled_experts, tmp_path) == [[False, True], [True, False]]
 
 
 # --- what else runs planned layers ---
