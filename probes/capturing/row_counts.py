@@ -164,8 +164,8 @@ def row_counts(calls: Mapping[int, int], known_by: int) -> RowCounts:
 
 
 def median_rows(calls: Mapping[int, int]) -> int:
-    """Return the number of rows that half of the calls do not exceed, those without any row among them."""
-    return _median(sorted(rows for rows, count in calls.items() if count > 0), calls)
+    """Return the number of rows that half of the calls with any do not exceed; 0 where none has."""
+    return _median(sorted(rows for rows, count in calls.items() if rows > 0 and count > 0), calls)
 
 
 def _chosen(values: Sequence[int], calls: Mapping[int, int], known_by: int) -> list[int]:

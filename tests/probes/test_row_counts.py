@@ -72,6 +72,11 @@ def test_the_median_is_that_of_the_calls_one_by_one(calls):
     assert median_rows(calls) == one_by_one[(len(one_by_one) - 1) // 2]
 
 
+def test_a_rank_whose_batches_are_always_empty_leaves_the_median_to_the_others():
+    assert median_rows({0: 60, 32: 40}) == median_rows({32: 40}) == 32
+    assert median_rows({0: 60}) == median_rows({}) == 0
+
+
 def test_what_covers_carries_the_calls_and_the_rows():
     decode = RowCounts(points=(RowCount(rows=8, weight=0.9), RowCount(rows=2048, weight=0.1)))
     assert decode.covers(decode, 0.8)
