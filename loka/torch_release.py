@@ -1,6 +1,6 @@
 """What differs between the releases of torch that LoKA runs on, where a row of the registry cannot say it."""
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -41,3 +41,8 @@ def of_its_own(result: Tensor) -> Tensor:
     view is a tensor of its own and costs nothing.
     """
     return result.view_as(result) if _GIVES_INTERMEDIATES and torch.compiler.is_dynamo_compiling() else result
+
+
+def takes_own_part(function: Any) -> bool:
+    """Whether a function in a graph is `to_local` of a DTensor: before torch 2.12, Dynamo makes one for each call."""
+    return getattr(function, "__name__", None) == "prim_to_local"

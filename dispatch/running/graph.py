@@ -23,6 +23,7 @@ from loka.dispatch.running.routing import SiteKernels
 from loka.dtensors import Part, first_among
 from loka.kernel_registry.norm_act import OPERATOR
 from loka.kernel_registry.spec import Op
+from loka.torch_release import takes_own_part
 
 # Puts a product on the kernels of its weight's site: returns the node that replaces it.
 Place = Callable[[fx.Graph, SiteKernels], fx.Node]
@@ -73,7 +74,7 @@ def _is_step(node: fx.Node) -> bool:
         index = node.args[1]
         # Integers and slices make views, or take one of several chunks; tensors gather rows, as a lookup does.
         return all(part is None or isinstance(part, int | slice) or part is ... for part in _as_tuple(index))
-    return node.target in _STEP_FUNCTIONS
+    return node.target in _STEP_FUNCTIONS or takes_own_part(node.target)
 
 
 def _as_tuple(index: Any) -> tuple[Any, ...]:
