@@ -8,6 +8,7 @@ A ceiling is what a plain copy, or a large square product in one precision, reac
 `loka.timing`. The one under which the work takes longer binds.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,10 @@ from loka.timing import measure
 
 # Square products whose rate is a device's ceiling: large enough to fill it, small enough not to be waited for.
 _PRODUCT_EXTENT: Final[Mapping[str, int]] = {"cuda": 8192, "cpu": 1024}
+# The best of so few says what a device reaches. Where a product of that extent takes longer than leaves time for them,
+# as one in fp16 does on a CPU without units for it, it is of half the extent, and so on.
+_MIN_REPETITIONS: Final[int] = 5
+_LEAST_EXTENT: Final[int] = 128
 # A copy is of so many times the last cache, and never more than this.
 _COPY_OF_CACHE: Final[int] = 4
 _MAX_COPY_BYTES: Final[int] = 2**30
@@ -69,21 +74,36 @@ def measure_ceilings(
     device has no FP8 ceiling. Returns what the best repetition reaches.
     """
     device = torch.device(device)
-    extent = _PRODUCT_EXTENT.get(device.type, _PRODUCT_EXTENT["cpu"])
     share_s = budget_s / (len(_HIGH_PRECISION) + 2)
-    rates = {}
-    for name in _HIGH_PRECISION:
-        x = torch.randn(extent, extent, dtype=torch.float32, device=device).to(getattr(torch, name))
-        rates[name] = _rate(2.0 * extent**3, partial(torch.mm, x, x), device, share_s)
+    rates = {
+        name: _rate_of_products(_square(getattr(torch, name), device), device, share_s) for name in _HIGH_PRECISION
+    }
     if fp8_product is not None:
-        rates["fp8"] = _rate(2.0 * extent**3, partial(fp8_product, extent), device, share_s)
+        rates["fp8"] = _rate_of_products(fp8_product, device, share_s)
     count = min(_COPY_OF_CACHE * cache_bytes(device), _MAX_COPY_BYTES) // 4
     source = torch.zeros(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return Ceilings(bytes_per_s=_rate(8.0 * count, partial(target.copy_, source), device, share_s), flops_per_s=rates)
 
 
+def _square(dtype: torch.dtype, device: torch.device) -> Callable[[int], object]:
+    """Return a product of two square matrices, as a function of their extent."""
+    drawn = functools.cache(lambda extent: torch.randn(extent, extent, dtype=torch.float32, device=device).to(dtype))
+    return lambda extent: torch.mm(drawn(extent), drawn(extent))
+
+
+def _rate_of_products(product: Callable[[int], object], device: torch.device, budget_s: float) -> float:
+    """Return the FLOP per second of products of n x n x n, as large as are timed within the budget."""
+    extent = _PRODUCT_EXTENT.get(device.type, _PRODUCT_EXTENT["cpu"])
+    if device.type == "cpu":  # elsewhere what is small says nothing of what is large
+        small = _rate(2.0 * _LEAST_EXTENT**3, partial(product, _LEAST_EXTENT), device, 0.0)
+        while extent > _LEAST_EXTENT and 2.0 * extent**3 / small > budget_s / _MIN_REPETITIONS:
+            extent //= 2
+    return _rate(2.0 * extent**3, partial(product, extent), device, budget_s)
+
+
 def _rate(amount: float, call: Callable[[], object], device: torch.device, budget_s: float) -> float:
     """Return how much of `amount` is done per second by a call."""
-    measured = measure({"ceiling": lambda _: call()}, device=device, budget_s=budget_s)["ceiling"]
-    return amount / (measured.best_us * 1e-6)
+    timed = {"ceiling": lambda _: call()}
+    found = measure(timed, device=device, budget_s=budget_s, min_repetitions=_MIN_REPETITIONS)["ceiling"]
+    return amount / (found.best_us * 1e-6)

@@ -1,5 +1,7 @@
 """Ceilings and shares: the arithmetic is checked by hand, the measurement by what no machine can contradict."""
 
+import time
+
 import pytest
 import torch
 
@@ -62,6 +64,18 @@ def test_a_measured_ceiling_is_of_this_machine():
     # From an old laptop to a large server; and a call that does no work reaches more than one that does.
     assert 1e8 < found.bytes_per_s < 1e13
     assert 1e8 < found.flops_per_s["float32"] < found.flops_per_s["fp8"]
+
+
+def test_a_slow_product_is_made_smaller_until_several_fit_the_budget():
+    flops_per_s, extents = 2 * 1024**3 / 0.8, []
+
+    def slow(extent):
+        extents.append(extent)
+        time.sleep(2 * extent**3 / flops_per_s)
+
+    found = measure_ceilings("cpu", budget_s=0.5, fp8_product=slow)
+    assert max(extents) == 256  # 0.0125 s each, of 0.02 s; of twice the extent it takes 0.1 s
+    assert found.flops_per_s["fp8"] == pytest.approx(flops_per_s, rel=0.3)
 
 
 def test_suites_have_work():
