@@ -118,7 +118,8 @@ class Applied:
         self.undo()
 
     def __str__(self) -> str:
-        return "\n".join(str(replacement) for replacement in self.replacements)
+        """Say what was replaced, and what stays as it was and why, a line each."""
+        return "\n".join(map(str, (*self.replacements, *self.refused)))
 
 
 def apply(

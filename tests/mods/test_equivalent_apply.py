@@ -146,6 +146,7 @@ def test_what_is_not_equivalent_is_found_among_what_is_and_undone_with_its_figur
     assert applied.refused[0].figure > 1e-4
     assert "the model's output would move by" in str(applied.refused[0])
     assert "block1.v: stays as it was (Double: " in str(applied.refused[0])
+    assert str(applied).splitlines() == [*map(str, applied.replacements), str(applied.refused[0])]
     assert len(applied.replacements) == len(linears(model)) - 1
     assert torch.equal(model(x), output)
     applied.undo()
