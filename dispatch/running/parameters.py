@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.running.graph import origin, shape_of
+from loka.dispatch.running.registered import first_names
 from loka.dispatch.running.routing import SiteKernels
 from loka.errors import PlanError, nearest
 from loka.naming import clean_fqn
@@ -132,6 +133,7 @@ def planned_parameters(graph: fx.Graph, plan: Plan, routes: Routes, *, is_known:
     start = f"{place.prefix}." if place.prefix else ""
     own = [each for each in inputs if each.root == place.root and each.name.startswith(start)]
     names = {each.node: place.fqn(each.name) for each in own if not _is_stored(each.node)}
+    names.update(_by_first_names(inputs, place, plan, sites))
     _check_shapes(names, plan)
     resumed = [each for each in inputs if each.root != place.root and each.root.startswith(_RESUMED)]
     return _of_parts(resumed, _parts(resumed, plan), routes, Parameters(names, sites, (place,)), plan)
@@ -157,6 +159,17 @@ def _model(inputs: Sequence[_Input], plan: Plan, sites: frozenset[str]) -> Place
         return None
     _check_unique(places, plan)
     return Place(*places[0])
+
+
+def _by_first_names(inputs: Sequence[_Input], place: Place, plan: Plan, sites: frozenset[str]) -> dict[fx.Node, str]:
+    """Return the weights that have a name that the plan does not know, by the name under which it does."""
+    here = [each for each in inputs if each.root == place.root and each.is_weight and not _is_stored(each.node)]
+    names = {each.node: (each.name, place.fqn(each.name)) for each in here}
+    strange = {
+        node: own for node, (own, name) in names.items() if name not in plan.fingerprint and site_of(name) not in sites
+    }
+    first = first_names(place.root, place.prefix) if strange else {}
+    return {node: first[own] for node, own in strange.items() if own in first}
 
 
 def _is_better_as_part(root: str, inputs: Sequence[_Input], plan: Plan, sites: frozenset[str]) -> bool:
