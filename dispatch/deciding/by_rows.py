@@ -42,7 +42,7 @@ def kernel_for(name: str, sizes: Sequence[int]) -> str:
     rows = 1
     for size in sizes:
         rows = rows * size
-    if torch.compiler.is_compiling() or type(rows) is not int:
+    if torch.compiler.is_compiling() or isinstance(rows, torch.SymInt):
         from torch.fx.experimental.symbolic_shapes import guard_or_false  # only where code is traced: it is heavy
 
         return few if guard_or_false(rows <= int(most)) else many

@@ -41,7 +41,8 @@ def stored_product(name: str, a: Tensor, codes: Tensor, scale: Tensor, *, tracea
         if not torch.compiler.is_dynamo_compiling():
             record_traced(name, "fprop")
         return _multiply(name, a, codes, scale) if traceable else _opaque_product(a, codes, scale, name)
-    if load(name) is None:  # it has failed in use
+    # It has failed in use; or the input is sparse, or TorchScript traces, which no kernel takes.
+    if load(name) is None or a.layout is not torch.strided or torch._C._is_tracing():
         record(HIGH_PRECISION)
         return _high_precision(name, a, codes, scale)
     try:

@@ -296,10 +296,14 @@ def _find(tensor: Any, op: Op = "linear") -> Any:
 
 def _grouped(find: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = GroupedCall.of(args, kwargs)
-    if call is None or {call.left.dim(), call.right.dim()} != {2, 3} or call.left.dtype != call.right.dtype:
+    if call is None or {call.left.dim(), call.right.dim()} != {2, 3}:
         return None
     weight = find(call.right, "grouped_linear") or find(call.left, "grouped_linear")
-    return None if weight is None else (weight, weight.grouped(call.left, call.right, call.offsets))
+    rows = call.left if weight is call.right else call.right
+    # Behind a graph break torch.compile asks for the dtype in a frame of its own, and is told another than it had.
+    if weight is None or rows.dtype not in (weight.dtype, weight.storage.dtype):
+        return None
+    return weight, weight.grouped(call.left, call.right, call.offsets)
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:

@@ -256,7 +256,8 @@ def _assign(model: nn.Module, routes: Mapping[str, SiteKernels], outsides: Mappi
             )
         runner = _runner(modules, owner, outsides.get(site, owner))
         _, parameters = assigned.setdefault(runner, (modules[runner], {}))
-        route = Route(site, kernels, part=Part.of(holder._parameters.get(name)))
+        own = dict(holder._parameters.items()).get(name)  # TorchScript's is no dict
+        route = Route(site, kernels, part=Part.of(own))
         parameters[parameter[len(runner) + 1 :] if runner else parameter] = route
     return list(assigned.values())
 
@@ -279,7 +280,8 @@ def _runner(modules: Mapping[str, nn.Module], owner: str, outside: str) -> str:
     if _is_out_of_reach(modules[runner]):
         raise PlanError(
             f"The products of {owner!r} cannot be rerouted: `forward` is replaced on the instance of "
-            f"{type(modules[runner]).__name__}, and on what is between. Convert the model first, wrap it afterwards."
+            f"{type(modules[runner]).__name__}, and on what is between. Convert the model first, wrap it afterwards, "
+            "or leave this site out by the filter= of loka.plan."
         )
     above = runner
     while above:

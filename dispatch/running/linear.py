@@ -45,6 +45,7 @@ from loka.torch_release import of_its_own
 log: Final = logging.getLogger("loka.dispatch")
 
 HIGH_PRECISION: Final[str] = ""
+_DENSE: Final = torch.strided
 
 
 # What stands for a tensor while a graph is made of the code.
@@ -216,8 +217,12 @@ _record_product: Final[Any] = super(torch.autograd.Function, _Product).apply
 _record_layer: Final[Any] = super(torch.autograd.Function, _Layer).apply
 
 
-def _is_transformed(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch.func or forward AD takes derivatives here, of which quantised products have none."""
+def _is_beyond(x: Tensor, weight: Tensor) -> bool:
+    """Whether no kernel will do: the input is sparse, TorchScript traces, whose sizes are no numbers, or torch.func or
+    forward AD takes derivatives, of which quantised products have none.
+    """
+    if x.layout is not _DENSE or torch._C._is_tracing():
+        return True
     if not torch._C._are_functorch_transforms_active():
         return forward_ad._current_level >= 0
     return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -284,8 +289,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, fprop: str, dgrad
     """Return input [..., K] times weight [N, K] transposed, plus a bias that broadcasts: shape [..., N].
 
     Follows autocast as `torch.nn.functional.linear` does. Raises what the kernels raise; a double backward is an error,
-    since a quantised product has no second derivative. On a step that is being sampled, and where torch.func takes
-    derivatives, high precision. `fprop` may name a kernel for few rows and one for many (`dispatch.deciding.by_rows`).
+    since a quantised product has no second derivative. High precision on a step that is being sampled, where torch.func
+    takes derivatives or TorchScript traces, and for a sparse input. `fprop` may name a kernel for few rows and one for
+    many (`dispatch.deciding.by_rows`).
     """
     if input.is_nested:
         return of_values(input, lambda values: linear(values, weight, bias, fprop, dgrad, wgrad))
@@ -295,7 +301,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, fprop: str, dgrad
     if not torch.compiler.is_dynamo_compiling() and not isinstance(input, TRACED):
         if steps_aside():
             return _own_linear(input, weight, bias, (fprop, dgrad, wgrad))
-        if _is_transformed(input, weight):
+        if _is_beyond(input, weight):
             record(HIGH_PRECISION)
             return _unplanned(input, weight, bias)
     return _followed(input, weight, bias, (fprop, dgrad, wgrad))

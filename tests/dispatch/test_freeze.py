@@ -69,6 +69,39 @@ def test_what_is_stored_stands_for_the_quantised_weight() -> None:
     assert not torch.equal(values, weight)
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_a_sparse_input_meets_the_stored_weight_and_costs_dense_ones_no_kernel(layout: torch.layout) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(48, 32))
+    bias = layer[0].bias.detach().double()
+    freeze(layer, plan_of(layer, ["0"], "emulated.linear.blockwise"))
+    stored = dequantize(layer[0].weight.codes, layer[0].weight_scale, RECIPES["blockwise"].operand("weight")).double()
+    x = torch.randn(16, 48) * (torch.rand(16, 48) < 0.1)
+    with torch.no_grad():
+        dense = layer(x)
+        got = layer(x.to_sparse(layout=layout))
+        torch.testing.assert_close(got.double(), x.double() @ stored.T + bias, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(got, dense)
+        assert torch.equal(layer(x), dense)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_traces_the_stored_weight_in_high_precision_and_takes_no_kernel_out_of_use() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(48, 32))
+    bias = layer[0].bias.detach().double()
+    freeze(layer, plan_of(layer, ["0"], "emulated.linear.blockwise"))
+    stored = dequantize(layer[0].weight.codes, layer[0].weight_scale, RECIPES["blockwise"].operand("weight")).double()
+    x = torch.randn(16, 48)
+    with torch.no_grad():
+        before = layer(x)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        for batch in (x, torch.randn(5, 48)):  # no size of the traced batch is in it
+            want = batch.double() @ stored.T + bias
+            torch.testing.assert_close(traced(batch).double(), want, rtol=1e-5, atol=1e-6)
+        assert torch.equal(layer(x), before)
+
+
 def test_under_autocast_results_have_its_dtype() -> None:
     model, _ = frozen_mlp()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

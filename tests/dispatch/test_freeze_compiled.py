@@ -11,9 +11,12 @@ from torch._dynamo.backends.debugging import aot_eager
 from loka.amax import finite_amax
 from loka.compiler import rewrite
 from loka.dispatch.freezing.freeze import freeze
+from loka.formats import RECIPES
 from loka.kernel_registry.registry import default_registry
-from tests.dispatch.made_conversion import needs_a_compiler
-from tests.dispatch.made_frozen import KERNEL, ON_A_CPU, Mlp, frozen_mlp, plan_of
+from loka.quantize import fake_quantize
+from tests.dispatch.made_conversion import MIXED, needs_a_compiler
+from tests.dispatch.made_experts import experts_plan, offsets_of
+from tests.dispatch.made_frozen import KERNEL, ON_A_CPU, Mlp, frozen_mlp, plan_of, sized
 
 # One of each way to scale and of each library: a trace takes a second or two.
 TRACED = ["emulated.linear.rowwise", "emulated.linear.blockwise", "emulated.linear.mxfp8", *ON_A_CPU]
@@ -127,6 +130,37 @@ def test_experts_with_any_number_of_rows_are_exported(recipe: str) -> None:
         for given in (x, x[:1].expand(24, 16).contiguous()):  # of the second, two experts get nothing
             torch.testing.assert_close(program(given), model(given), rtol=1e-6, atol=1e-6)
     assert counts.min() > 0
+
+
+class InBf16(nn.Module):
+    """Experts as torchtitan writes them, in bf16 whatever the dtype of their weights."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 24, 16, dtype=dtype))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return torch._grouped_mm(x.bfloat16(), self.w.bfloat16().transpose(-2, -1), offs=ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_experts_run_behind_the_break_that_torchs_grouped_product_makes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, counts, x = InBf16(dtype), (5, 2, 4), torch.randn(11, 16)
+    recipe = RECIPES[MIXED["fprop"] or ""]
+    rows, weights = x.bfloat16().split(counts), model.w.detach()
+    parts = [
+        fake_quantize(some.float(), recipe.operand("input")) @ fake_quantize(w.float(), recipe.operand("weight")).T
+        for some, w in zip(rows, weights, strict=True)
+    ]
+    plan = experts_plan(model, ["w"])
+    frozen = freeze(model, replace(plan, decisions=tuple(sized(each, 24, 16) for each in plan.decisions)), emulate=True)
+    assert list(frozen.kernels) == ["w"]
+    with torch.no_grad():
+        eager = model(x, offsets_of(counts))
+        compiled = torch.compile(model, backend="aot_eager")(x, offsets_of(counts))
+    torch.testing.assert_close(eager.float(), torch.cat(parts), rtol=2**-7, atol=1e-6)  # bf16 before scales, and then
+    assert torch.equal(compiled, eager)
 
 
 def test_the_largest_of_no_element_is_zero_where_their_number_is_not_known() -> None:

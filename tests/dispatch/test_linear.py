@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from loka.dispatch.deciding.by_rows import by_rows
 from loka.dispatch.running import linear as op
 from loka.dispatch.running.linear import linear
 from loka.errors import KernelError
@@ -216,6 +217,43 @@ def test_a_bad_value_reaches_only_its_own_rows() -> None:
         assert bad.grad.isfinite().all()  # dgrad reads grad and weight only
         assert (~weight.grad.isfinite()).any(0).nonzero().flatten().tolist() == [0, 3]
         weight.grad = None
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("recipes", [("rowwise",) * 3, ("rowwise", "tensorwise", "blockwise")], ids="-".join)
+def test_a_sparse_input_is_multiplied_in_high_precision_and_costs_dense_ones_no_kernel(
+    recipes: tuple[str, str, str], layout: torch.layout
+) -> None:
+    x, weight, bias, grad = operands(32, 64, 48)
+    held = (x.detach() * (torch.rand(32, 64) < 0.1)).requires_grad_()
+    with torch.no_grad():
+        sparse = held.to_sparse(layout=layout)
+    y = linear(sparse, weight, bias, *named(recipes))
+    y.backward(grad)
+    values, of_weight = held.detach().double().numpy(), weight.detach().double().numpy()
+    assert_product(y, values, of_weight, plus=bias.detach().double().numpy())
+    assert_product(weight.grad, grad.double().numpy().T, values.T)
+    fprop = recipes[0]
+    quantised = (modelled(each.detach().numpy(), fprop, role) for each, role in ((held, "input"), (weight, "weight")))
+    assert_product(linear(held, weight, None, *named(recipes)), *quantised)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("fprop", ["rowwise", "rowwise up to 16 rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torchscript_traces_high_precision_and_takes_no_kernel_out_of_use(fprop: str, dtype: torch.dtype) -> None:
+    kernel = by_rows(emulated("rowwise"), 16, emulated("tensorwise")) if "rows" in fprop else emulated(fprop)
+
+    def layer(x: Tensor) -> Tensor:
+        return linear(x, weight, bias, kernel, "", "")
+
+    x, weight, bias, _ = (each.detach().to(dtype) for each in operands(32, 64, 48))
+    before = layer(x)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    for rows in (32, 7):  # no size of the traced batch is in it
+        assert torch.equal(traced(x[:rows]), F.linear(x[:rows], weight, bias))
+    assert not torch.equal(before, F.linear(x, weight, bias))
+    assert torch.equal(layer(x), before)
 
 
 def test_a_second_derivative_is_an_error() -> None:
