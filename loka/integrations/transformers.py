@@ -44,7 +44,7 @@ class ProbeCallback(_TrainerCallback):
 
     - `loss`: as in `loka.probe`, or "auto": cross-entropy for causal language models and token classifiers, what
       `config.problem_type` says for sequence classifiers, none for anything else.
-    - `log_every`: one sampled step in so many goes to `trainer.log`, 0: none. `detail` says how much of it: "summary",
+    - `log_every`: one sampled step in so many goes to `Trainer.log`, 0: none. `detail` says how much of it: "summary",
       the worst and the median error per pass and recipe, or "sites", every site's as well.
     - `listeners`: what else is told, such as `loka.integrations.jsonl.Sink`.
 
@@ -128,8 +128,9 @@ class ProbeCallback(_TrainerCallback):
         trainer = self._trainer
         if metrics and trainer is not None and trainer.is_world_process_zero():
             # `log` takes a log of the Trainer's own that is due for done; in a job the other ranks would wait for it.
+            # And a trainer's own `log`, as TRL's, adds the means of what it gathered since the last, and begins anew.
             control, due = trainer.control, trainer.control.should_log
-            trainer.log(metrics)
+            _transformers.Trainer.log(trainer, metrics)
             control.should_log = trainer.control.should_log = due
 
 

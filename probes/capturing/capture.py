@@ -237,6 +237,7 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         else:
             factors = factors_of(packet, args, kwargs)
         if packet is not torch.ops.aten._scaled_mm and not (is_plain(factors.p) and is_plain(factors.q)):
+            self._unmeasured(packet, factors)
             return
         if node is None:
             self._forward(factors, args)
@@ -249,6 +250,15 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         self.sites.alias(copy, original)
         if self.dynamics is not None:
             self.dynamics.copied(copy, original)
+
+    def _unmeasured(self, packet: Any, factors: Factors) -> None:
+        """Tell of a weight that multiplies a sparse tensor, of which nothing is measured."""
+        if torch._C._current_autograd_node() is not None:
+            return  # its forward has been told of
+        sparse = any(each.layout not in (torch.strided, torch.jagged) for each in (factors.p, factors.q))
+        owner = self.sites.find(factors.q) or self.sites.find(factors.p)
+        if sparse and owner is not None and self.sites.admits(owner.module, owner.site):
+            self.observer.hidden(owner.site, packet.__name__)
 
     def _hidden(self, packet: Any) -> None:
         if torch._C._current_autograd_node() is not None:

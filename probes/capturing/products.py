@@ -33,6 +33,7 @@ FACTORS: Final[dict[Any, tuple[int, int]]] = {
     aten.addmv: (1, 2),
     aten._grouped_mm: (0, 1),
     aten._scaled_mm: (0, 1),
+    aten._sparse_addmm: (1, 2),  # torch.sparse.mm
 }
 CONVOLUTION: Final = aten.convolution
 CONVOLUTION_BACKWARD: Final = aten.convolution_backward

@@ -25,6 +25,8 @@ LossHook = Callable[[Any, torch.Generator], Tensor]
 _MARGIN: Final[float] = 1e-6
 # Names of autograd nodes.
 _PRODUCTS: Final[tuple[str, ...]] = ("Addmm", "Mm", "Bmm", "Baddbmm", "Addmv", "Mv", "Linear")
+_LAST: Final[tuple[str, ...]] = (*_PRODUCTS, "Sigmoid")  # what models end with
+_LAST_OF_TERMS: Final[tuple[str, ...]] = (*_LAST, "Add", "Div", "Tanh")  # a sum of them, with a temperature or a cap
 _RESHAPES: Final[tuple[str, ...]] = (
     *("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Transpose", "TBackward", "Permute"),
     *("Expand", "Alias", "Clone", "ToCopy"),
@@ -53,21 +55,35 @@ def logits_of(output: Any) -> Tensor:
     """Return the tensor that a loss is taken of: the output, its `logits`, or the first tensor in it.
 
     A single number beside other tensors, or made of a whole batch, is the loss that the model has computed itself.
+    What a mapping holds beside one, under other names, need not be logits: log-probabilities, entropies.
     """
     found = output
     if isinstance(output, Mapping):
-        found = output.get("logits", next((value for value in output.values() if _is_of_items(value)), None))
+        found = output.get("logits", _named_otherwise(output))
     elif hasattr(output, "logits"):
         found = output.logits
     elif isinstance(output, list | tuple):
         found = next((value for value in output if _is_of_items(value)), None)
-    if _is_of_items(found) or (_is_floating(found) and _is_made_by(found, (*_PRODUCTS, "Sigmoid"))):
+    if _is_of_items(found) or (_is_floating(found) and _is_made_by(found, _LAST)):
         return found  # type: ignore[no-any-return]  # narrowed above
     raise ArgumentError(
         f"The loss hook found no logits in the model's output, {_kind_of(output)}. Return the logits beside it, show "
         "them to `with probe.forward() as returned: ... returned(logits)`, or give probe(loss=...) a callable of "
         "(output, generator) that returns the loss of each item."
     )
+
+
+def _named_otherwise(output: Mapping[Any, Any]) -> Any:
+    """Return the first tensor of items; beside a loss of the model's own the first that is named or made as logits."""
+    numbers = {name: value for name, value in output.items() if _is_floating(value)}
+    has_loss = any(value.dim() == 0 for value in numbers.values())
+    is_recorded = any(value.requires_grad for value in numbers.values())
+    for name, value in numbers.items():
+        if _is_of_items(value) and not (has_loss and is_recorded):
+            return value
+        if _is_of_items(value) and value.requires_grad and ("logit" in str(name) or _is_made_by(value, _LAST_OF_TERMS)):
+            return value
+    return None
 
 
 def _kind_of(output: Any) -> str:

@@ -29,7 +29,7 @@ class Rhythm:
 
     def is_over(self) -> bool:
         """Whether the running sample ends before the forward that now begins."""
-        if not self.awaits_backward or self.steps % self.every == 0:
+        if not self.awaits_backward or (self.steps % self.every == 0 and not self._trains):
             return True
         return self.steps - self._began > max(_PATIENCE, 2 * self._per_backward)
 

@@ -265,6 +265,7 @@ class Probe:
     def _around_forward(self, *, marked: bool = False) -> Iterator[Callable[[Any], None]]:
         """Run one forward of the root, inside the capture scope where it belongs to a sample."""
         recompute = torch._C._current_autograd_node() is not None
+        self._steps.rhythm.with_gradient |= recompute  # as of a cache of gradients, which runs it twice
         unwanted = self._by_hand or self._pauses > 0 or (self._marked and not marked)
         if unwanted or self._thread or self._steps.ended or recompute:
             ours = self._thread == threading.get_ident() and not recompute

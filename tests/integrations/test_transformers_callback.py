@@ -52,7 +52,7 @@ class InOrder(transformers.Trainer if HERE else object):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer(tmp_path, model, callback, **options):
+def trainer(tmp_path, model, callback, *, kind=InOrder, **options):
     arguments = transformers.TrainingArguments(
         output_dir=tmp_path / "out",
         **{
@@ -70,7 +70,7 @@ def trainer(tmp_path, model, callback, **options):
             **options,
         },
     )
-    return InOrder(
+    return kind(
         model=model,
         args=arguments,
         train_dataset=tokens(),
@@ -133,7 +133,7 @@ def test_numbers_go_through_the_log_of_the_trainer(tmp_path):
 
 def own_logs(made):
     """What a Trainer has logged by itself, without times."""
-    ours = ("epoch", "step", "loss", "grad_norm", "learning_rate")
+    ours = ("epoch", "step", "loss", "grad_norm", "learning_rate", "gathered")
     logs = [{key: entry[key] for key in ours if key in entry} for entry in made.state.log_history]
     return [entry for entry in logs if "loss" in entry]
 
@@ -148,6 +148,33 @@ def test_what_the_trainer_logs_by_itself_is_logged_as_ever(tmp_path):
     assert any("loka/step" in entry for entry in made.state.log_history)
     assert len(logged[0]) == 2 * BATCHES
     assert logged[1] == logged[0]
+
+
+class Gathering(InOrder):
+    """Logs the mean of what its steps have gathered since the last log, as the trainers of TRL do."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.gathered = [*getattr(self, "gathered", []), float(loss)]
+        return loss
+
+    def log(self, logs, *args, **kwargs):
+        if self.gathered:
+            logs["gathered"] = (len(self.gathered), sum(self.gathered))
+        super().log(logs, *args, **kwargs)
+        self.gathered.clear()
+
+
+def test_what_a_trainer_gathers_between_its_logs_stays_with_its_logs(tmp_path):
+    logged = []
+    for callback in (None, ProbeCallback(tmp_path / "run.db", **OPTIONS)):
+        torch.manual_seed(0)
+        made = trainer(tmp_path, small_llama(), callback, kind=Gathering, logging_strategy="steps", logging_steps=4)
+        made.train()
+        logged.append(own_logs(made))
+    assert [entry["gathered"][0] for entry in logged[0]] == [4, 4]
+    assert logged[1] == logged[0]
+    assert all("gathered" not in entry for entry in made.state.log_history if "loka/step" in entry)
 
 
 def work_in_a_job(folder, rank, group):

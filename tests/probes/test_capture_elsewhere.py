@@ -74,6 +74,38 @@ def test_fused_recurrent_layers_are_reported_as_unseen(tmp_path):
         )
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("how", ["layer", "sparse.mm", "matmul"])
+def test_a_weight_that_multiplies_a_sparse_tensor_is_reported_as_unseen(how, layout, tmp_path):
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(32, 16), nn.Linear(16, 8)
+            self.hops = torch.eye(6).roll(1, 0).to_sparse(layout=layout)
+
+        def forward(self, x):
+            if how == "layer":
+                x = self.first(x)
+            else:
+                multiply = torch.sparse.mm if how == "sparse.mm" else torch.matmul
+                x = multiply(x, self.first.weight.t()) + self.first.bias
+            return self.head(torch.sparse.mm(self.hops, x))  # no weight takes part in the inner product
+
+    model = Bags()
+    batches = [(torch.randn(6, 32) * (torch.rand(6, 32) < 0.2)).to_sparse(layout=layout) for _ in range(4)]
+
+    def loop():
+        for batch in batches:
+            model(batch).square().sum().backward()
+
+    run, steps = probed(model, tmp_path, loop)
+    assert {site for site, _ in seen(steps[0])} == {"head"}
+    op = {"layer": "addmm", "sparse.mm": "_sparse_addmm", "matmul": "mm"}[how]
+    assert [(event.kind, event.message) for event in run.events] == [
+        ("fused", f"first: {op} computes its products out of sight; they are no part of the evidence")
+    ]
+
+
 def test_tensor_subclasses_without_a_dispatch_of_their_own(tmp_path):
     class Image(torch.Tensor):
         pass

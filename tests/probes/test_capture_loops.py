@@ -42,6 +42,24 @@ def test_a_teachers_forward_without_gradient_is_not_taken_for_the_step(tmp_path)
     assert len(steps) == 5
 
 
+@pytest.mark.parametrize(("second_trains", "lost"), [(True, 3), (False, 1)])
+def test_every_step_of_a_loop_with_two_forwards_before_a_backward_is_seen_whole(tmp_path, second_trains, lost):
+    model = Two()
+
+    def loop():
+        for _ in range(6):
+            first = model(torch.randn(8, 16))
+            with torch.set_grad_enabled(second_trains):  # not: the reference of a preference loss, as DPO's
+                second = model(torch.randn(8, 16))
+            (first - second).square().sum().backward()
+
+    run, steps = probed(model, tmp_path, loop, every=1)
+    # Until the first backward nobody knows that one comes, and each forward is a sample.
+    whole = Counter(dict.fromkeys(PASSES_OF_TWO, 2)) if second_trains else PASSES_OF_TWO
+    assert [(step.step, seen(step)) for step in steps[2:]] == [(at, whole) for at in (2, 4, 6, 8, 10)]
+    assert (run.progress.steps, run.progress.unattributed) == (12, lost)
+
+
 def test_evaluation_between_training_steps(tmp_path):
     model = Two()
 

@@ -67,6 +67,22 @@ def test_without_a_hook_a_returned_loss_does_not_make_the_batch_one_item(tmp_pat
     assert found == pytest.approx(plain, rel=1e-6)
 
 
+def test_what_a_model_returns_beside_its_loss_is_weighed_as_logits_only_where_it_may_be_some():
+    z = nn.Linear(8, 5)(torch.randn(4, 8))
+    loss, log_probs = F.cross_entropy(z, torch.arange(4)), z.log_softmax(-1)
+    # What TRL's trainers make a language model return: log-probabilities of the labels, entropies, and no logits.
+    others = {"log_probs": log_probs[:, 1:3], "entropy": -(log_probs.exp() * log_probs).sum(-1)}
+    with torch.no_grad():
+        others["mean_logits"] = z.mean(-1, keepdim=True)
+    with pytest.raises(ArgumentError, match="found no logits"):
+        logits_of({"loss": loss, **others})
+    assert items_of({"loss": loss, **others}) == 0
+    for given in ({"y": z}, {"y": z.view(2, 2, 5)}, {"y": z / 0.7}, {"y": z + z.detach()}, {"logits_per_image": z * 2}):
+        (wanted,) = given.values()
+        assert logits_of({"loss": loss, **others, **given}) is wanted
+    assert logits_of({"y": log_probs}) is log_probs  # with no loss beside it, it is what there is
+
+
 def test_a_single_number_is_a_loss_unless_a_layer_made_it():
     z = torch.randn(4, 3)
     for output in ((z.mean(), z), [z.mean(), z], {"loss": z.mean(), "y": z}):

@@ -146,7 +146,7 @@ def test_the_factors_named_in_the_table_are_those_of_the_op(packet):
 
 
 def test_every_op_of_the_table_is_tested_here_or_through_the_probe():
-    through_the_probe = {"_grouped_mm", "_scaled_mm"}
+    through_the_probe = {"_grouped_mm", "_scaled_mm", "_sparse_addmm"}
     assert {packet.__name__ for packet in FACTORS} == SIGNATURES.keys() | through_the_probe
 
 

@@ -72,6 +72,28 @@ def test_a_teacher_beside_a_student_that_learns_is_nothing_to_tell_of(tmp_path):
     assert told == []
 
 
+def test_a_model_that_runs_with_gradient_inside_of_backward_alone_is_nothing_to_tell_of(tmp_path):
+    """A cache of gradients, as of sentence-transformers: the loss of a large batch, the model again in parts of it."""
+    model, told = Two(), []
+
+    def again(x, slope):
+        for part in (slice(4), slice(4, 8)):
+            with torch.enable_grad():
+                (model(x[part]) * slope[part]).sum().backward()
+
+    def loop(probe):
+        for _ in range(30):
+            x = torch.randn(8, 16)
+            with torch.no_grad():
+                slope = 2 * model(x)
+            loss = slope.square().mean().requires_grad_()
+            loss.register_hook(lambda _, x=x, slope=slope: again(x, slope))
+            loss.backward()
+
+    warned(model, tmp_path, loop, told, every=100)
+    assert told == []
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_loop_that_evaluates_first_and_then_trains_is_nothing_to_tell_of(tmp_path, frozen):
     model, told = Two(), []
