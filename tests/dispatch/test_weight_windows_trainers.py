@@ -76,7 +76,7 @@ def after_transformers(model: nn.Sequential, counted: Counted, folder: Path) -> 
         use_cpu=True,
     )
     data = [{"x": row, "labels": row[0]} for row in rows()]
-    Trainer(Task(), arguments, train_dataset=data).train()  # type: ignore[arg-type]
+    Trainer(Task(), arguments, train_dataset=data).train()  # type: ignore[arg-type]  # a list serves as a dataset
     return [*counts[1:], counted.taken()]
 
 
