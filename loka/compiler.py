@@ -182,16 +182,9 @@ def _site(
     site = site_of(parameter)
     # A tied weight has the name under which Dynamo met it first; the running module tells which use this is.
     running = parameters.running_module(node)
-    if site not in parameters.sites or _is_tied(running, parameter, parameters):
+    if site not in parameters.sites or (running in parameters.sites and parameters.is_weight_of(running, parameter)):
         site = running
     return site if site in routes else None
-
-
-def _is_tied(running: str, parameter: str, parameters: Parameters) -> bool:
-    """Whether a module with products of its own runs on a parameter of another: its weight has no name in the graph."""
-    if running not in parameters.sites or parameter.startswith(f"{running}."):
-        return False
-    return f"{running}.weight" not in parameters.names.values()
 
 
 def _tell_unreached(parameters: Parameters, routes: Mapping[str, SiteKernels], found: Sequence[str]) -> None:

@@ -85,6 +85,18 @@ class Parameters:
                 return place.fqn(_fqn(path.removeprefix(place.root)))
         return ""
 
+    def is_weight_of(self, module: str, parameter: str) -> bool:
+        """Whether the weight of a module, given by FQN, is a parameter that has the name of another one's here."""
+        if site_of(parameter) == module:
+            return False
+        for place in self.places:
+            inner = module.removeprefix(f"{place.above}.") if place.above else module
+            name = ".".join(part for part in (place.prefix, inner, "weight") if part)
+            first = first_names(place.root, place.prefix).get(name)
+            if first is not None and ".".join(part for part in (place.above, first) if part) == parameter:
+                return True
+        return False
+
 
 def device_of_graph(graph: fx.Graph) -> torch.device:
     """Return the device of a graph's first parameter or buffer, the CPU where it has none."""

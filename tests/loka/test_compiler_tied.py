@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from loka.compiler import unreached
 from loka.dispatch.running.convert import convert
-from tests.dispatch.made_conversion import MIXED, plan_for
+from loka.dispatch.running.linear import linear
+from tests.dispatch.made_conversion import MIXED, emulated, plan_for
 from tests.loka.made_compiled import Backend
 
 HIGH = dict.fromkeys(MIXED)
@@ -54,3 +55,32 @@ def test_layers_that_share_a_weight_run_each_as_planned(first: dict[str, str], s
     for ours, theirs in zip(model.parameters(), converted.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
     assert unreached(plan) == ()
+
+
+class Scores(nn.Module):
+    """Multiplies with a weight that is handed in, and what comes of it with itself: a product of its own name."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        y = F.linear(x, weight)
+        return y @ y.t()
+
+
+class HandsIn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.scores = nn.Parameter(torch.randn(16, 16)), Scores()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x, self.mix)
+
+
+@pytest.mark.parametrize("scores", [HIGH, OTHER])
+def test_a_weight_that_is_handed_in_runs_by_its_own_plan(scores: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model, x = HandsIn(), torch.randn(8, 16)
+    plan = plan_for(model, {"mix": MIXED, "scores": scores})
+    y = linear(x, model.mix, None, *(emulated(recipe) for recipe in MIXED.values()))
+    backend = Backend(plan)
+    outcome = torch.compile(model, backend=backend, fullgraph=True)(x)
+    assert torch.equal(outcome, y @ y.t())
+    assert backend.sites == ["mix"]
