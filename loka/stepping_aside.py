@@ -3,10 +3,15 @@
 A sampled step is to show the operands and results that the model has by itself. Inside `stepping_aside()` the op that
 runs a plan therefore multiplies in the operands' own precision. It holds for the whole process and not for a thread:
 backward runs on threads of the autograd engine. Code that is being compiled does not look.
+
+So they do for single inputs that none of them takes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+from torch import Tensor
 
 _open: list[None] = []
 
@@ -24,3 +29,8 @@ def stepping_aside() -> Iterator[None]:
 def steps_aside() -> bool:
     """Whether planned products are to run in their operands' own precision now."""
     return bool(_open)
+
+
+def no_kernel_takes(x: Tensor) -> bool:
+    """Whether an input is sparse, or TorchScript traces, to which sizes are no numbers: high precision serves both."""
+    return x.layout is not torch.strided or torch._C._is_tracing()

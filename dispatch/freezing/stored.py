@@ -20,6 +20,7 @@ from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import PreparedKernel
 from loka.kernel_registry.torch_mm import matmul
 from loka.quantize import dequantize
+from loka.stepping_aside import no_kernel_takes
 
 log: Final = logging.getLogger("loka.dispatch")
 
@@ -41,8 +42,7 @@ def stored_product(name: str, a: Tensor, codes: Tensor, scale: Tensor, *, tracea
         if not torch.compiler.is_dynamo_compiling():
             record_traced(name, "fprop")
         return _multiply(name, a, codes, scale) if traceable else _opaque_product(a, codes, scale, name)
-    # It has failed in use; or the input is sparse, or TorchScript traces, which no kernel takes.
-    if load(name) is None or a.layout is not torch.strided or torch._C._is_tracing():
+    if load(name) is None or no_kernel_takes(a):  # it has failed in use, or would
         record(HIGH_PRECISION)
         return _high_precision(name, a, codes, scale)
     try:

@@ -22,6 +22,7 @@ from loka.kernel_registry.operands import quantize_operand
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import StoredGroupedKernel
 from loka.quantize import dequantize
+from loka.stepping_aside import no_kernel_takes
 
 log: Final = logging.getLogger("loka.dispatch")
 
@@ -78,7 +79,7 @@ def stored_grouped(name: str, rows: Tensor, experts: Experts, offsets: Tensor, *
             return _multiply(name, rows, codes, scale, ends)
         traced: Tensor = _opaque(rows, codes, scale, experts.high, ends, name, list(experts.kept))
         return traced
-    if load(name) is None:  # it has failed in use
+    if load(name) is None or no_kernel_takes(rows):  # it has failed in use, or would
         out, name = _high_precision(name, rows, experts, ends), HIGH_PRECISION
     else:
         try:

@@ -22,6 +22,7 @@ from loka.formats import OperandSpec
 from loka.kernel_registry.norm_act import block_norm, high_precision
 from loka.kernel_registry.registry import default_registry
 from loka.quantize import dequantize
+from loka.stepping_aside import no_kernel_takes
 
 log: Final = logging.getLogger("loka.dispatch")
 
@@ -79,7 +80,7 @@ def _layer(operands: _Operands, how: _How, *, traceable: bool) -> Tensor:
             return _fused(operands, how)
         traced: Tensor = _opaque(*operands, how.kernel, how.eps, how.out_dtype)
         return traced
-    if load(name) is None:  # it has failed in use
+    if load(name) is None or no_kernel_takes(operands.x):  # it has failed in use, or would
         record(HIGH_PRECISION)
         return _in_high_precision(operands, how)
     try:

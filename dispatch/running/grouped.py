@@ -30,7 +30,7 @@ from loka.first_derivative import first_derivative_only
 from loka.formats import Pass
 from loka.kernel_registry import grouped as definition
 from loka.kernel_registry import torch_grouped
-from loka.stepping_aside import steps_aside
+from loka.stepping_aside import no_kernel_takes, steps_aside
 from loka.torch_release import of_its_own
 
 _BASELINES: Final[Mapping[torch.dtype, Callable[..., Tensor]]] = {
@@ -148,7 +148,7 @@ def grouped(  # noqa: PLR0913 - the product, a kernel per pass, and what they do
     (`dispatch.deciding.by_rows`).
     """
     kernels = (kernel_for(fprop, x.shape[:-1]), dgrad, wgrad)
-    if not torch.compiler.is_dynamo_compiling() and steps_aside() and not isinstance(x, TRACED):
+    if not torch.compiler.is_dynamo_compiling() and not isinstance(x, TRACED) and (steps_aside() or no_kernel_takes(x)):
         kernels = (HIGH_PRECISION,) * 3
     device = x.device.type
     if torch.is_autocast_enabled(device):

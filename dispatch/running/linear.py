@@ -39,13 +39,12 @@ from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
 from loka.sizes import known_positive
-from loka.stepping_aside import steps_aside
+from loka.stepping_aside import no_kernel_takes, steps_aside
 from loka.torch_release import of_its_own
 
 log: Final = logging.getLogger("loka.dispatch")
 
 HIGH_PRECISION: Final[str] = ""
-_DENSE: Final = torch.strided
 
 
 # What stands for a tensor while a graph is made of the code.
@@ -218,10 +217,8 @@ _record_layer: Final[Any] = super(torch.autograd.Function, _Layer).apply
 
 
 def _is_beyond(x: Tensor, weight: Tensor) -> bool:
-    """Whether no kernel will do: the input is sparse, TorchScript traces, whose sizes are no numbers, or torch.func or
-    forward AD takes derivatives, of which quantised products have none.
-    """
-    if x.layout is not _DENSE or torch._C._is_tracing():
+    """Whether no kernel takes the input, or torch.func or forward AD derivatives, which quantised products lack."""
+    if no_kernel_takes(x):
         return True
     if not torch._C._are_functorch_transforms_active():
         return forward_ad._current_level >= 0

@@ -30,7 +30,7 @@ from loka.dispatch.running.weights import Weight, weight_of
 from loka.dtensors import is_sharded
 from loka.first_derivative import first_derivative_only
 from loka.kernel_registry.norm_act import block_norm, high_precision
-from loka.stepping_aside import steps_aside
+from loka.stepping_aside import no_kernel_takes, steps_aside
 from loka.torch_release import of_its_own
 
 Kernels = tuple[str, str, str]  # fprop, dgrad, wgrad
@@ -48,7 +48,8 @@ def linear_norm_act(input: Tensor, weight: Tensor, bias: Tensor | None, eps: flo
     fprop = kernel_for(kernels[0], input.shape[:-1])
     if load_fused(fprop) is None:
         return F.hardswish(block_norm(linear(input, weight, bias, *kernels), eps=eps))
-    if is_sharded(weight):  # a norm may be over more than this rank has
+    # A norm may be over more than this rank has.
+    if is_sharded(weight) or (not is_traced(input) and no_kernel_takes(input)):
         return F.hardswish(block_norm(linear(input, weight, bias, HIGH_PRECISION, *kernels[1:]), eps=eps))
     if not is_traced(input) and steps_aside():
         if open_checkpoint() is None:

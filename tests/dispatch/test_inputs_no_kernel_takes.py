@@ -1,0 +1,68 @@
+"""Inputs that no kernel takes, of experts and of layers with their norm and activation: no kernel is lost by them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loka.dispatch.freezing.freeze import freeze
+from loka.dispatch.running.grouped import grouped
+from loka.dispatch.running.norm_act import linear_norm_act
+from loka.kernel_registry.norm_act import block_norm
+from tests.dispatch.made_experts import GROUPED, K, N, experts_plan, offsets_of
+from tests.dispatch.made_frozen import sized
+
+EXACT = ("", "", "")
+FUSED = ("emulated.linear_norm_act.blockwise", "", "")
+COUNTS = (5, 4, 3)
+QUIET = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+
+
+@QUIET
+def test_torchscript_traces_experts_in_high_precision() -> None:
+    torch.manual_seed(0)
+    w, x, ends = torch.randn(3, N, K), torch.randn(sum(COUNTS), K), offsets_of(COUNTS)
+    before = grouped(x, w, ends, *GROUPED)
+    exact = grouped(x, w, ends, *EXACT)
+    traced = torch.jit.trace(lambda x, ends: grouped(x, w, ends, *GROUPED), (x, ends), check_trace=False)
+    torch.testing.assert_close(traced(x, ends), exact, rtol=1e-6, atol=1e-6)
+    assert (before - exact).norm() > 0.01 * exact.norm()
+    assert torch.equal(grouped(x, w, ends, *GROUPED), before)
+
+
+@QUIET
+def test_torchscript_traces_frozen_experts_in_high_precision() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, N, K))
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return F.grouped_mm(x, self.w.mT, offs=ends)
+
+    torch.manual_seed(0)
+    model, x, ends = Experts(), torch.randn(sum(COUNTS), K), offsets_of(COUNTS)
+    plan = experts_plan(model, ["w"])
+    freeze(model, replace(plan, decisions=tuple(sized(each, N, K) for each in plan.decisions)), emulate=True)
+    with torch.no_grad():
+        before = model(x, ends)
+        torch.jit.trace(model, (x, ends), check_trace=False)
+        assert torch.equal(model(x, ends), before)
+
+
+@QUIET
+def test_a_layer_with_norm_and_activation_is_traced_and_given_sparse_rows_in_high_precision() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(256, 64), torch.randn(256)
+    x = torch.randn(16, 64) * (torch.rand(16, 64) < 0.3)
+
+    def layer(x: Tensor) -> Tensor:
+        return linear_norm_act(x, weight, bias, 1e-5, FUSED)
+
+    before, exact = layer(x), F.hardswish(block_norm(F.linear(x, weight, bias), eps=1e-5))
+    for got in (torch.jit.trace(layer, x, check_trace=False)(x), layer(x.to_sparse())):
+        torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+    assert (before - exact).norm() > 0.01 * exact.norm()
+    assert torch.equal(layer(x), before)
