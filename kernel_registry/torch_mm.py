@@ -6,12 +6,13 @@ TF32 and reduced-precision accumulation follow the process's own settings, as th
 import torch
 from torch import Tensor
 
+from loka.autocasting import is_cast
 from loka.formats import Pass
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a [.., m, k] times b [.., n, k], summed over k, in the operands' own dtype, under autocast too."""
-    if torch.is_autocast_enabled(a.device.type):
+    if is_cast(a):
         with torch.autocast(a.device.type, enabled=False):
             return torch.matmul(a, b.mT)
     return torch.matmul(a, b.mT)

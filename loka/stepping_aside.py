@@ -32,5 +32,8 @@ def steps_aside() -> bool:
 
 
 def no_kernel_takes(x: Tensor) -> bool:
-    """Whether an input is sparse, or TorchScript traces, to which sizes are no numbers: high precision serves both."""
-    return x.layout is not torch.strided or torch._C._is_tracing()
+    """Whether an input is sparse or has no values, or TorchScript traces, to which sizes are no numbers.
+
+    High precision serves them all.
+    """
+    return x.layout is not torch.strided or x.is_meta or torch._C._is_tracing()

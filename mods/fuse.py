@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loka.autocasting import is_cast
 from loka.mods.claims import CARRIED_HOOKS, Claim, listing
 from loka.mods.trial.equivalent import EquivalentMod, Place, Proposal, Refusal, linears, make_linear, unsuited
 from loka.mods.trial.observe import Traffic
@@ -79,11 +80,11 @@ class JoinedLinear(nn.Module):
         """Return all that a result depends on beside the identity of the input."""
         if torch.compiler.is_compiling():
             return ()  # one graph: what changes in between is another tensor there
-        kind = input.device.type
+        dtype = torch.get_autocast_dtype(input.device.type) if is_cast(input) else None
         versions = tuple(
             -1 if tensor.is_inference() else tensor._version for tensor in (input, *self.linear.parameters())
         )
-        return (*versions, torch.is_grad_enabled(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        return (*versions, torch.is_grad_enabled(), dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is kept between calls: neither a copy nor a saved model needs it."""

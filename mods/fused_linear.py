@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from loka.autocasting import is_cast
 from loka.errors import ArgumentError, nearest
 from loka.hardware import FP8_CAPABILITY, has_capability
 from loka.kernel_registry.norm_act import (
@@ -92,7 +93,7 @@ def _runs_fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if any(each.dtype != x.dtype or each.device != x.device for each in operands):
         return False
     plain = all(type(each) in _PLAIN for each in operands)
-    watched = torch._C._is_torch_function_mode_enabled() or torch.is_autocast_enabled(x.device.type)
+    watched = torch._C._is_torch_function_mode_enabled() or is_cast(x)
     aside = not torch.compiler.is_dynamo_compiling() and steps_aside()
     return plain and not watched and not aside
 

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from loka.autocasting import is_cast
 from loka.dispatch.deciding.by_rows import depends_on_rows
 from loka.dispatch.freezing.storage import Storage, check_inference
 from loka.dispatch.running.convert import FROZEN
@@ -67,7 +68,7 @@ def takes_codes(module: nn.Module) -> bool:
 
 def runs_apart(input: Any) -> bool:
     """Whether every module is to be called by itself, whatever it is."""
-    if not isinstance(input, Tensor) or input.is_nested or torch.is_autocast_enabled(input.device.type):
+    if not isinstance(input, Tensor) or input.is_nested or is_cast(input):
         return True
     if torch.compiler.is_dynamo_compiling():
         return False

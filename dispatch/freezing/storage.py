@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.proxy import TraceError
 
 from loka.dispatch.freezing.stored_view import View
 from loka.errors import KernelError
@@ -104,8 +105,15 @@ def _part(x: Tensor, view: View, groups: tuple[int | None, int | None]) -> Tenso
 
 
 def check_inference(input: Tensor, site: str, n: int, k: int) -> None:
-    """Raise KernelError for an input that wants a gradient, and for one of integers."""
-    if not input.is_floating_point():
+    """Raise KernelError for an input that wants a gradient, for one of integers, and for what torch.fx traces."""
+    try:
+        floating = bool(input.is_floating_point())
+    except TraceError as error:
+        raise KernelError(
+            f"{site!r} is frozen ({k} to {n} features), and torch.fx.symbolic_trace has no place for its codes and "
+            "scales: torch.export.export traces a frozen model, as does a Tracer that takes frozen layers for leaves."
+        ) from error
+    if not floating:
         raise KernelError(
             f"{site!r} is frozen ({k} to {n} features) and got {input.dtype}. Its products are of floating-point "
             "numbers: give it the input in the dtype of the model."

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loka.autocasting import is_cast
 from loka.dispatch.deciding.by_rows import kernel_for
 from loka.dispatch.freezing.storage import Storage
 from loka.dispatch.freezing.stored import stored_linear, weight_spec
@@ -40,12 +41,12 @@ def stored_norm_act(
     name = kernel_for(storage.kernel, input.shape[:-1])
     if load_fused(name) is None:
         return F.hardswish(block_norm(stored_linear(input, codes, scale, bias, name, storage.traceable), eps=eps))
-    x, device = cast_for_autocast(input), input.device.type
+    x = cast_for_autocast(input)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     operands = _Operands(rows, codes, scale, None if bias is None else cast_for_autocast(bias))
-    if torch.is_autocast_enabled(device):
+    if is_cast(input):
         how = _How(name, eps, result_type(x), storage.spec)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(input.device.type, enabled=False):
             out = _layer(operands, how, traceable=storage.traceable)
     else:
         out = _layer(operands, _How(name, eps, x.dtype, storage.spec), traceable=storage.traceable)

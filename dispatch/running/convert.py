@@ -15,6 +15,7 @@ from os import PathLike
 from typing import Any, Final, Literal, cast, get_args
 
 import torch.distributed as dist
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -49,6 +50,10 @@ _TABLES: Final = (nn.Embedding, nn.EmbeddingBag)
 # Modules that may compute everything below them in one fused call, in which no product can be rerouted. They refrain
 # from it while a torch-function mode is active, so the scope has to be around the outermost of them.
 FUSING: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+# `torch.fx` writes the planned products of the layers below into its graphs as single calls.
+torch.fx.wrap("linear")
+torch.fx.wrap("linear_norm_act")
+
 _MARK: Final = "_loka_routes"  # name of a parameter in the module -> Route
 FROZEN: Final = "_loka_frozen"  # of a layer that `freeze` has stored: its kernel, recipe and whether it is traceable
 

@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from loka.autocasting import is_cast
 from loka.dispatch.deciding.by_rows import kernel_for
 from loka.dispatch.running.linear import HIGH_PRECISION, TRACED, execute
 from loka.dispatch.running.weights import Weight, weight_of
@@ -150,9 +151,8 @@ def grouped(  # noqa: PLR0913 - the product, a kernel per pass, and what they do
     kernels = (kernel_for(fprop, x.shape[:-1]), dgrad, wgrad)
     if not torch.compiler.is_dynamo_compiling() and not isinstance(x, TRACED) and (steps_aside() or no_kernel_takes(x)):
         kernels = (HIGH_PRECISION,) * 3
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    if is_cast(x):
+        with torch.autocast(x.device.type, enabled=False):
             return _grouped(x, weight, offsets, kernels, kept)
     return _grouped(x, weight, offsets, kernels, kept)
 

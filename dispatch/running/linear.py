@@ -22,6 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import _StopRecomputationError
 
+from loka.autocasting import is_cast
 from loka.dispatch.deciding.by_rows import depends_on_rows, kernel_for
 from loka.dispatch.running.executions import record, record_traced
 from loka.dispatch.running.jagged import of_values
@@ -345,8 +346,7 @@ def open_checkpoint() -> Any:
 
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Cast an operand as autocast does for a linear layer, where it is on."""
-    device = x.device.type
-    return _autocast(x, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return _autocast(x, torch.get_autocast_dtype(x.device.type)) if is_cast(x) else x
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,16 +1,25 @@
-"""Inputs that no kernel takes, of experts and of layers with their norm and activation: no kernel is lost by them."""
+"""Inputs that no kernel takes, of experts and of layers with their norm and activation: no kernel is lost by them.
 
+What `torch.fx` traces has no values either: it finds the layers' products as single calls.
+"""
+
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loka.dispatch.freezing.freeze import freeze
+from loka.dispatch.running.convert import convert
 from loka.dispatch.running.grouped import grouped
 from loka.dispatch.running.norm_act import linear_norm_act
+from loka.errors import KernelError
 from loka.kernel_registry.norm_act import block_norm
+from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_experts import GROUPED, K, N, experts_plan, offsets_of
 from tests.dispatch.made_frozen import sized
 
@@ -66,3 +75,57 @@ def test_a_layer_with_norm_and_activation_is_traced_and_given_sparse_rows_in_hig
         torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
     assert (before - exact).norm() > 0.01 * exact.norm()
     assert torch.equal(layer(x), before)
+
+
+def test_what_has_no_values_passes_every_kind_of_layer() -> None:
+    def bare(x: Tensor) -> Tensor:
+        return x.to("meta")
+
+    x, w, ends = torch.randn(sum(COUNTS), K).bfloat16(), torch.randn(3, N, K).bfloat16(), offsets_of(COUNTS)
+    before = grouped(x, w, ends, *GROUPED)
+    assert grouped(bare(x), bare(w), bare(ends), *GROUPED).shape == (sum(COUNTS), N)
+    assert torch.equal(grouped(x, w, ends, *GROUPED), before)
+
+    rows, weight, bias = torch.randn(16, 64), torch.randn(256, 64), torch.randn(256)
+    fused = linear_norm_act(rows, weight, bias, 1e-5, FUSED)
+    assert linear_norm_act(bare(rows), bare(weight), bare(bias), 1e-5, FUSED).shape == (16, 256)
+    assert torch.equal(linear_norm_act(rows, weight, bias, 1e-5, FUSED), fused)
+
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32))
+    plan = plan_for(model, ["0", "2"])
+    for made in (convert(copy.deepcopy(model), plan, emulate=True), frozen(copy.deepcopy(model))):
+        with torch.no_grad():
+            here = made(rows)
+            assert copy.deepcopy(made).to("meta")(bare(rows)).shape == (16, 32)
+            assert torch.equal(made(rows), here)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    plan = plan_for(model, ["0", "2"])
+    sizes = {"0": (256, 64), "2": (32, 256)}
+    decisions = tuple(sized(each, *sizes[each.request.site]) for each in plan.decisions)
+    freeze(model, replace(plan, decisions=decisions), emulate=True)
+    return model
+
+
+def test_fx_writes_planned_products_as_single_calls() -> None:
+    """Graphs as feature extractors and training pipelines make them compute what the model does, and train so."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32)), torch.randn(16, 64)
+    exact = model(x).detach()
+    convert(model, plan_for(model, ["0", "2"]), emulate=True)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    assert (traced(x) - exact).norm() > 0.01 * exact.norm()
+    assert torch.equal(pickle.loads(pickle.dumps(traced))(x), model(x))
+    traced(x).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(torch.equal(grad, each.grad) for grad, each in zip(gradients, model.parameters(), strict=True))
+
+
+def test_fx_is_refused_a_frozen_model_and_never_given_its_codes_for_numbers() -> None:
+    model = frozen(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32)))
+    with pytest.raises(KernelError, match=r"'0' is frozen .* torch\.export\.export traces a frozen model"):
+        torch.fx.symbolic_trace(model)
