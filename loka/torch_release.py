@@ -43,6 +43,15 @@ def of_its_own(result: Tensor) -> Tensor:
     return result.view_as(result) if _GIVES_INTERMEDIATES and torch.compiler.is_dynamo_compiling() else result
 
 
+def settle_columns(x: Tensor, weight: Tensor) -> None:
+    """Have Dynamo find out that x [.., K] has the columns of weight [N, K] before an `autograd.Function` is traced.
+
+    Before torch 2.12 it stops with an error where a size that it took for a dynamic one turns out constant in there.
+    """
+    if _GIVES_INTERMEDIATES and torch.compiler.is_dynamo_compiling():
+        torch._check(x.shape[-1] == weight.shape[-1])
+
+
 def takes_own_part(function: Any) -> bool:
     """Whether a function in a graph is `to_local` of a DTensor: before torch 2.12, Dynamo makes one for each call."""
     return getattr(function, "__name__", None) == "prim_to_local"

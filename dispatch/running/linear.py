@@ -41,7 +41,7 @@ from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
 from loka.sizes import known_positive
 from loka.stepping_aside import no_kernel_takes, steps_aside
-from loka.torch_release import of_its_own
+from loka.torch_release import of_its_own, settle_columns
 
 log: Final = logging.getLogger("loka.dispatch")
 
@@ -302,6 +302,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, fprop: str, dgrad
         if _is_beyond(input, weight):
             record(HIGH_PRECISION)
             return _unplanned(input, weight, bias)
+    else:
+        settle_columns(input, weight)
     return _followed(input, weight, bias, (fprop, dgrad, wgrad))
 
 
