@@ -128,7 +128,7 @@ def check_loss(evidence: RunEvidence, bound: Bound) -> None:
     if bound.loss is None or evidence.has_loss:
         return
     if math.isnan(evidence.mean_loss):
-        found = "none saw a backward pass that begins at one positive loss"
+        found = "none saw a backward pass that begins at one loss, or some of those losses are negative"
     else:
         found = "none of those that saw a backward pass took what an error does to the loss, as one in a few does"
     raise EvidenceError(

@@ -68,7 +68,7 @@ class LossEvidence:
 class RunLoss:
     """The loss of a run and what rounding does to it."""
 
-    mean: float  # per item, in the loss' own unit, over the steps that are evidence; NaN: not known
+    mean: float  # per item, in the loss' own unit, over the steps that are evidence; NaN: not known, or not positive throughout
     by_series: tuple[LossEvidence | None, ...]  # number = row * recipes + recipe
 
 
@@ -207,7 +207,10 @@ def _risen(window: Window, step: Ints, kl: Floats, total: int, confidence: float
 
 
 def _mean_loss(series: RunSeries, *, frozen: bool) -> float:
-    """Return the mean loss per item over the sampled steps that are evidence and know it."""
+    """Return the mean loss per item over the sampled steps that are evidence and know it.
+
+    NaN where one is negative: a share of what passes through zero says nothing.
+    """
     zeros = np.zeros(series.step_at.size, dtype=np.int64)
     merged = over_ranks(
         series.step_at[:, None], series.rank, np.ones(zeros.size), zeros, np.stack([series.loss], axis=1)
@@ -217,7 +220,7 @@ def _mean_loss(series: RunSeries, *, frozen: bool) -> float:
     if not known.any():
         return math.nan
     window = select_window(zeros[: int(known.sum())], step[known], loss[known], 1, frozen=frozen)
-    return float(window_mean(window, loss[known])[0])
+    return math.nan if (loss[known][window.index] < 0).any() else float(window_mean(window, loss[known])[0])
 
 
 def _records(

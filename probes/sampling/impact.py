@@ -122,17 +122,20 @@ class ImpactMeter:
         site.seen[self.labelled] = products.view(len(products), -1, deviations.block).sum(-1)
 
     def finish(self) -> dict[SiteKey, dict[str, LossImpact]]:
-        """Return the impacts of the step; empty where no loss is known."""
-        if math.isnan(self.mean_loss):
+        """Return the impacts of the step; empty where no loss is known, and of one that is not positive."""
+        if not self.mean_loss > 0:
             return {}
         met = {key: site for key, site in self._sites.items() if False in site.seen and site.seen[False].numel()}
         return {key: self._impacts(site) for key, site in met.items()}
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss per item of the step's batch, as the loop's own backward saw it; NaN where it is not known."""
+        """Mean loss per item of the step's batch, as the loop's own backward saw it; NaN where it is not known.
+
+        Those of policy gradients and likelihoods may be negative.
+        """
         value = self.root_value
-        if value is None or not (math.isfinite(value) and value > 0):
+        if value is None or not math.isfinite(value):
             return math.nan
         return value / self._scale(value)
 

@@ -220,6 +220,16 @@ def test_a_scaled_loss_changes_nothing(scale, tmp_path):
         assert (other.kl, other.spread) == pytest.approx((impact.kl, change * impact.spread), rel=1e-4)
 
 
+def test_a_negative_loss_is_recorded_as_it_is_and_weighs_nothing(tmp_path):
+    """As those of policy gradients and likelihoods are."""
+    model, batches, loss, _ = trained("bce")
+    steps = probed_impacts(model, batches[:3], lambda z, y: -loss(z, y), tmp_path / "run.db")
+    with torch.no_grad():
+        wanted = [-float(loss(model(x), y)) for x, y in batches[:3]]
+    assert [step.loss for step in steps] == pytest.approx(wanted, rel=1e-6)
+    assert not any(one.impacts for step in steps for one in step.products)
+
+
 def test_without_a_hook_the_true_labels_serve(tmp_path):
     model, batches, loss, _ = trained("bce")
     steps = [step for step in probed_impacts(model, batches, loss, tmp_path / "run.db") if step.labels]

@@ -154,6 +154,19 @@ def test_nothing_taken_is_none_and_so_is_a_loss_that_is_not_known(tmp_path):
     assert loss_of(some, "mxfp8") is None
 
 
+def test_a_share_of_a_loss_that_passes_through_zero_is_not_known(tmp_path):
+    losses = [0.5, 0.25, -0.1]
+    steps = [step(100 * at, {"rowwise": 1e-5}, loss=loss) for at, loss in enumerate(losses)]
+    assert evidence_of(tmp_path, steps[:2], "above.db").mean_loss == 0.375
+    assert loss_of(evidence_of(tmp_path, steps[:2], "again.db")) is not None
+    below = evidence_of(tmp_path, steps, "below.db")
+    assert loss_of(below) is None
+    assert math.isnan(below.mean_loss)
+    # What was before the evidence of a training does not count.
+    trained = [step(at, {"rowwise": 1e-5}, loss=-1.0 if at < 100 else 0.5) for at in range(0, 1000, 50)]
+    assert evidence_of(tmp_path, trained, "trained.db", weights_changed=True).mean_loss == 0.5
+
+
 def test_the_least_sure_labels_are_named(tmp_path):
     steps = [step(100 * at, {"rowwise": 1e-5}, labels="sampled" if at else "empirical") for at in range(3)]
     assert loss_of(evidence_of(tmp_path, steps)).labels == "empirical"
