@@ -49,7 +49,7 @@ def settle_columns(x: Tensor, weight: Tensor) -> None:
     Before torch 2.12 it stops with an error where a size that it took for a dynamic one turns out constant in there.
     """
     if _GIVES_INTERMEDIATES and torch.compiler.is_dynamo_compiling():
-        torch._check(x.shape[-1] == weight.shape[-1])
+        torch._check(x.shape[-1] == weight.shape[-1])  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 def takes_own_part(function: Any) -> bool:

@@ -68,7 +68,7 @@ class LossEvidence:
 class RunLoss:
     """The loss of a run and what rounding does to it."""
 
-    mean: float  # per item, in the loss' own unit, over the steps that are evidence; NaN: not known, or not positive throughout
+    mean: float  # per item, in the loss' own unit, over the steps that are evidence; NaN: not known, or one is negative
     by_series: tuple[LossEvidence | None, ...]  # number = row * recipes + recipe
 
 
