@@ -4,9 +4,11 @@ No name leads to such a class, so what is written down is the call that makes it
 such class, that one's call in turn. A layer may be of a class that a mod has made, converted or frozen on top.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
+
+from torch import nn
 
 _CALL: Final = "_loka_made_by"
 
@@ -22,7 +24,8 @@ class _Call:
 def make_class(name: str, base: Any, members: dict[str, Any], maker: Callable[..., Any], *arguments: Any) -> Any:
     """Make a class of `base` with these members; `maker(*arguments)` is the call that this happens in, and is cached.
 
-    Modules of the class can be copied and pickled.
+    Modules of the class can be copied and pickled. One made of a layer of torch.nn says that it is one, too: tracers
+    (`torch.fx`) leave those whole.
     """
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -32,7 +35,16 @@ def make_class(name: str, base: Any, members: dict[str, Any], maker: Callable[..
         return make, given, *state
 
     about = {"__reduce_ex__": reduce, _CALL: _Call(maker, arguments)}
-    return type(base)(name, (base,), {**about, **members})
+    is_layer = base.__module__.startswith("torch.nn.") and not issubclass(base, nn.Sequential)
+    home = {"__module__": base.__module__} if is_layer else {}
+    return type(base)(name, (base,), {**about, **members, **home})
+
+
+def made_in(kind: type) -> Iterator[str]:
+    """Yield the names of the Python modules that have made a class, or one that it is of."""
+    for each in kind.__mro__:
+        if _CALL in vars(each):
+            yield vars(each)[_CALL].maker.__module__
 
 
 def _call_of(argument: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 
 from loka.calls import is_compiled, is_watched
 from loka.errors import ModError
+from loka.made_classes import made_in
 from loka.mods.claims import CARRIED_HOOKS, Claim, FilterFn, Mod, listing, walk
 from loka.naming import clean_fqn
 
@@ -53,7 +54,7 @@ def _taken(module: nn.Module) -> str:
     for kind in type(module).__mro__:
         if kind.__name__ in _WRAPPERS:
             return _WRAPPERS[kind.__name__]
-    if type(module).__module__.startswith("loka.dispatch"):  # conversion swaps the class
+    if any(home.startswith("loka.dispatch") for home in made_in(type(module))):  # conversion swaps the class
         return "converted (loka.convert), by a plan that was made for the model as it is"
     return ""
 

@@ -50,7 +50,7 @@ _TABLES: Final = (nn.Embedding, nn.EmbeddingBag)
 # Modules that may compute everything below them in one fused call, in which no product can be rerouted. They refrain
 # from it while a torch-function mode is active, so the scope has to be around the outermost of them.
 FUSING: Final = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-# `torch.fx` writes the planned products of the layers below into its graphs as single calls.
+# `torch.fx` leaves layers of torch.nn whole (`make_class`); of other classes it writes the products as single calls.
 torch.fx.wrap("linear")
 torch.fx.wrap("linear_norm_act")
 

@@ -108,13 +108,31 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_fx_writes_planned_products_as_single_calls() -> None:
+class Block(nn.Module):
+    """Layers of torch.nn, an attention among them, and one of a class of the user's."""
+
+    class Own(nn.Linear):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.attention = nn.Linear(64, 256), nn.MultiheadAttention(256, 4, batch_first=True)
+        self.down = self.Own(256, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.up(x))
+        return self.down(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_fx_leaves_planned_layers_whole() -> None:
     """Graphs as feature extractors and training pipelines make them compute what the model does, and train so."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32)), torch.randn(16, 64)
-    exact = model(x).detach()
-    convert(model, plan_for(model, ["0", "2"]), emulate=True)
+    model, x = Block(), torch.randn(4, 16, 64)
+    exact, graph = model(x).detach(), str(torch.fx.symbolic_trace(model).graph)
+    convert(model, plan_for(model, ["up", "attention.in_proj_weight", "attention.out_proj", "down"]), emulate=True)
     traced = torch.fx.symbolic_trace(model)
+    leaves = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert leaves == [name for name in ("up", "attention") if f"target={name}]" in graph]
     assert torch.equal(traced(x), model(x))
     assert (traced(x) - exact).norm() > 0.01 * exact.norm()
     assert torch.equal(pickle.loads(pickle.dumps(traced))(x), model(x))
@@ -125,7 +143,13 @@ def test_fx_writes_planned_products_as_single_calls() -> None:
     assert all(torch.equal(grad, each.grad) for grad, each in zip(gradients, model.parameters(), strict=True))
 
 
-def test_fx_is_refused_a_frozen_model_and_never_given_its_codes_for_numbers() -> None:
-    model = frozen(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32)))
+def test_fx_leaves_frozen_layers_whole_and_never_takes_their_codes_for_numbers() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32)), torch.randn(16, 64)
+    frozen(model)
+    with torch.no_grad():
+        assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+    other = frozen(nn.Sequential(Block.Own(64, 256), nn.ReLU(), nn.Linear(256, 32)))
     with pytest.raises(KernelError, match=r"'0' is frozen .* torch\.export\.export traces a frozen model"):
-        torch.fx.symbolic_trace(model)
+        torch.fx.symbolic_trace(other)
