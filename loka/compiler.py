@@ -50,11 +50,14 @@ def backend(
     plan = _plan(rest.pop("plan", None))
     emulate = bool(rest.pop("emulate", False))
     patches = _inductor_options(rest.pop("mode", mode), rest)
-    if rewrite(gm, plan, emulate=emulate):
+    found, reached = _rewritten(gm, plan, emulate=emulate)
+    if found:
         note_graph(plan)
     # A graph from AOT autograd's cache would not be traced, and what is in it could not be counted.
     with graph_kernels() as kernels, functorch_config.patch(enable_autograd_cache=False):
         compiled = cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches or None))
+    if found:  # only now: where torch cannot compile a graph, Dynamo runs that code as it was written
+        _reached[plan.hash].update(reached)
     return counted(compiled, kernels)
 
 
@@ -105,6 +108,14 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, emulate: bool = False) -> tuple[s
     parameter of the graph has another shape than the plan says, when none of them is in the plan, or when several
     modules in the graph fit it.
     """
+    found, reached = _rewritten(gm, plan, emulate=emulate)
+    if found:
+        _reached[plan.hash].update(reached)
+    return found
+
+
+def _rewritten(gm: fx.GraphModule, plan: Plan, *, emulate: bool) -> tuple[tuple[str, ...], set[str]]:
+    """Do that; return the sites, and with them those of blocks that run the same compiled code."""
     planned = site_kernels(plan, device_of_graph(gm.graph), emulate=emulate, changed=changed_kernels(plan))
     # Where each expert's product is one of its own, it is not known while a graph is made whose it is: a pass in which
     # one is to stay in high precision does.
@@ -112,17 +123,15 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, emulate: bool = False) -> tuple[s
         site: kernels if kernels.op == "grouped_linear" else kernels.of_expert(None)
         for site, kernels in planned.items()
     }
-    known_as = plan.hash  # which takes the whole text of the plan
-    parameters = planned_parameters(gm.graph, plan, routes, is_known=known_as in _reached)
+    parameters = planned_parameters(gm.graph, plan, routes, is_known=plan.hash in _reached)
     found = _place_all(gm, parameters, routes)
     _tell_unreached(parameters, routes, found)
     if found:
-        reached = _reached.setdefault(known_as, set())
-        reached.update(found, *(parameters.alike.get(site, ()) for site in found))
-    return tuple(found)
+        _reached.setdefault(plan.hash, set())
+    return tuple(found), set(found).union(*(parameters.alike.get(site, ()) for site in found))
 
 
-# By the plan's hash: the sites that graphs have had on their kernels.
+# By the plan's hash, from its first graph on: the sites that compiled graphs have on their kernels.
 _reached: Final[dict[str, set[str]]] = {}
 
 

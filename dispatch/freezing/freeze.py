@@ -129,7 +129,7 @@ def freeze(model: nn.Module, plan: Plan | str | PathLike[str], *, emulate: bool 
     left |= _drop_shared(root, places)
     revert(model)
     _store(places)
-    model.requires_grad_(False)
+    _want_no_gradients(model)
     kernels = {site: place.storage.kernel for site, place in places.items()}
     after, chains = _bytes_of(model), link(modules, plan.chains, chain(root))
     return Frozen(model=model, kernels=kernels, left=left, bytes_before=before, bytes_after=after, chains=chains)
@@ -319,6 +319,14 @@ def _recipe(kernel: str) -> str:
     recipe = default_registry().get(kernels_of(kernel)[0]).recipe
     assert recipe is not None
     return recipe
+
+
+def _want_no_gradients(model: nn.Module) -> None:
+    """Turn gradients off; for a Parameter that is a view, as torchrec's slices of a table, in what it is a view of."""
+    for parameter in model.parameters():
+        leaf = parameter if parameter.is_leaf else parameter._base
+        if leaf is not None:
+            leaf.requires_grad_(False)
 
 
 def _spec(kernel: str) -> OperandSpec:

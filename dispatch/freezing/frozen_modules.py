@@ -151,7 +151,9 @@ def _load(self: Any, base: Any, state: dict[str, Any], prefix: str, *args: Any) 
                 f"{list(codes.shape)}, or high precision {list(storage.shape)}."
             )
             return
-        made, scale, high = made_of(given.to(codes.device), storage)
+        # What is assigned lies where it was given; numbers never go to `meta`, where there are none.
+        stays = codes.is_meta or args[0].get("assign_to_params_buffers", False)
+        made, scale, high = made_of(given if stays else given.to(codes.device), storage)
         state = {**state, key: made, f"{key}{_SCALE}": scale}
         if high is not None:
             state[f"{key}{_KEPT}"] = high

@@ -8,6 +8,10 @@ the next.
 from dataclasses import dataclass
 from typing import Final
 
+# The fractional parts of its multiples fill the unit interval evenly, however many are taken (Weyl's golden sequence).
+_GOLDEN: Final[float] = (5**0.5 - 1) / 2
+# From so many steps on, the place of the sample among them changes. Of fewer, users count them off themselves.
+_SPREAD_FROM: Final[int] = 50
 # Forwards that may pass before a sample gives up on a backward that the loop has not shown yet.
 _PATIENCE: Final[int] = 8
 
@@ -27,9 +31,18 @@ class Rhythm:
     _per_backward: int = 1
     _trains: bool = False
 
+    def _is_due(self) -> bool:
+        """Whether a sample is due with this step: one in each window of `every`, each time at another place.
+
+        A loop that takes turns (a discriminator and a generator, tasks, domains) would show one of them for ever at
+        every 100th step.
+        """
+        window, place = divmod(self.steps, self.every)
+        return place == (int(self.every * (window * _GOLDEN % 1)) if self.every >= _SPREAD_FROM else 0)
+
     def is_over(self) -> bool:
         """Whether the running sample ends before the forward that now begins."""
-        if not self.awaits_backward or (self.steps % self.every == 0 and not self._trains):
+        if not self.awaits_backward or (self._is_due() and not self._trains):
             return True
         return self.steps - self._began > max(_PATIENCE, 2 * self._per_backward)
 
@@ -39,7 +52,7 @@ class Rhythm:
 
     def forward(self, *, grad: bool, by_hand: bool = False) -> bool:
         """Count a step; say whether a sample is to begin with it."""
-        if self.steps % self.every == 0 and self._due_since < 0:
+        if self._is_due() and self._due_since < 0:
             self._due_since = self.steps
         starts = self._due_since >= 0 and (by_hand or self._is_first(grad))
         self.steps += 1

@@ -157,6 +157,32 @@ def test_a_cast_of_the_model_leaves_codes_and_scales() -> None:
         assert model(torch.randn(3, 16, dtype=model.up.bias.dtype)).isfinite().all()
 
 
+def test_parameters_that_are_views_of_one_table_want_no_gradient_through_it() -> None:
+    class Slice(nn.Parameter):  # as torchrec shows the tables that it keeps in one tensor
+        def __new__(cls, data: Tensor) -> "Slice":
+            return data.as_subclass(cls)
+
+        @property
+        def grad_fn(self) -> None:  # type: ignore[override]
+            return None
+
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Mlp(width=16)
+            table = nn.Parameter(torch.randn(8, 16))
+            self.whole = [table]  # as one of another library's objects holds it
+            self.first, self.last = Slice(table[:4]), Slice(table[4:])
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return self.mlp(self.whole[0][rows])
+
+    model = Tables()
+    assert not model.first.is_leaf
+    freeze(model, plan_of(model, ["mlp.up", "mlp.down"], "emulated.linear.rowwise"))
+    assert not model(torch.arange(8)).requires_grad
+
+
 def test_a_converted_model_can_be_frozen() -> None:
     model = Mlp()
     plan = plan_of(model, ["up", "down"])
@@ -255,6 +281,29 @@ def test_a_checkpoint_in_high_precision_is_quantised(order: str, dtype: torch.dt
         freeze(model, plan)
     want = source.state_dict()
     assert all(torch.equal(value.float(), want[name].float()) for name, value in model.state_dict().items())
+
+
+def test_a_model_made_on_meta_takes_checkpoints_by_assignment() -> None:
+    source, x = Mlp(), torch.randn(3, 16)
+    plan = plan_of(source, ["up", "down"], "emulated.linear.rowwise")
+    frozen = copy.deepcopy(source)
+    freeze(frozen, plan)
+    for state in (source.state_dict(), frozen.state_dict()):
+        with torch.device("meta"):
+            made = Mlp()
+        freeze(made, plan)
+        made.load_state_dict(state, assign=True)
+        assert {each.device.type for each in made.state_dict().values()} == {"cpu"}
+        assert torch.equal(made(x), frozen(x))
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_a_checkpoint_that_is_copied_to_meta_is_told_by_torch() -> None:
+    with torch.device("meta"):
+        model = Mlp()
+    freeze(model, plan_of(model, ["up", "down"], "emulated.linear.rowwise"))
+    with pytest.warns(UserWarning, match=r"for up\.weight: copying from a non-meta parameter .* to a meta parameter"):
+        model.load_state_dict(Mlp().state_dict())
 
 
 def test_codes_of_another_format_or_recipe_are_refused() -> None:

@@ -14,7 +14,7 @@ from loka.dispatch.freezing.freeze import freeze
 from loka.dispatch.running.convert import convert, revert, unreached
 from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.errors import KernelError, PlanError
-from loka.formats import RECIPES
+from loka.formats import DEFAULT_RECIPES, RECIPES
 from loka.quantize import fake_quantize
 from tests.dispatch.made_conversion import decision, plan_for
 
@@ -138,6 +138,18 @@ def test_derivatives_by_torch_func_are_those_of_high_precision_and_cost_no_kerne
     assert all(torch.equal(got[name], want[name]) for name in want)
     model(x[:, 0]).square().mean().backward()  # the kernels have not been taken out of use
     assert kernel_executions()["emulated.linear.rowwise"] == 4
+
+
+@pytest.mark.parametrize("recipe", DEFAULT_RECIPES)
+def test_batched_gradients_cost_no_kernel(recipe):
+    model, x = mlp(), torch.randn(4, 16)
+    want = torch.autograd.functional.jacobian(copy.deepcopy(model), x, vectorize=True)
+    convert(model, plan_for(model, dict.fromkeys("02", dict.fromkeys(("fprop", "dgrad", "wgrad"), recipe))))
+    got = torch.autograd.functional.jacobian(model, x, vectorize=True)
+    assert (got - want).norm() < 0.1 * want.norm()
+    reset_kernel_executions()
+    model(x).square().mean().backward()  # the kernels have not been taken out of use
+    assert kernel_executions() == {f"emulated.linear.{recipe}": 5}
 
 
 # --- what a frozen model cannot do without ---

@@ -357,3 +357,25 @@ def test_the_hash_of_a_plan_is_that_of_what_it_says_now():
     assert plan.hash == plan.hash == copy.deepcopy(plan).hash
     changed = replace(plan, notes=("another",))
     assert changed.hash != plan.hash == replace(changed, notes=plan.notes).hash
+
+
+def test_a_graph_that_torch_cannot_compile_reaches_nothing() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.scores = nn.Linear(12, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            x, longest = self.up(x), lengths.max()
+            torch._dynamo.graph_break()
+            return self.scores(x) * (torch.arange(longest) < lengths.unsqueeze(1))  # a size that only values tell
+
+    model, x, lengths = Masked(), torch.randn(5, 12), torch.tensor([8, 2, 3, 1, 4])
+    plan = plan_for(model, ["up", "scores"])
+    converted = convert(
+        copy.deepcopy(model), replace(plan, decisions=[d for d in plan.decisions if d.request.site == "up"])
+    )
+    with torch.no_grad():
+        got = torch.compile(model, backend="loka", options={"plan": plan})(x, lengths)
+        torch.testing.assert_close(got, converted(x, lengths))
+    assert unreached(plan) == ("scores",)
