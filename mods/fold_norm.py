@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from loka.mods.claims import Claim, listing, walk
-from loka.mods.scaled_norms import is_scaled_norm, shift_of, without_scale
 from loka.mods.trial.equivalent import EquivalentMod, Place, Proposal, Refusal, exact, linears, renewed, unsuited
 from loka.mods.trial.observe import Traffic
+from loka.scaled_norms import is_scaled_norm, shift_of, unlike, without_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ def _refusal(norm: nn.Module, behind: list[nn.Linear], traffic: Traffic) -> str:
             return f"its parameters, or those of a linear behind it, are also read by {reader}"
         if unsuited(module):
             return f"of a module there: {unsuited(module)}"
-    if without_scale(norm) is None:
-        return f"{type(norm).__name__} computes something else than a norm times its weight"
+    if unlike(norm):
+        return unlike(norm)
     own = [parameter for parameter in norm._parameters.values() if parameter is not None]
     inside = [linear.weight for linear in behind]
     if len({parameter.requires_grad for parameter in (*own, *inside)}) > 1:

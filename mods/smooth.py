@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from loka.errors import ArgumentError
 from loka.mods.claims import Claim, listing, walk
-from loka.mods.scaled_norms import is_scaled_norm, without_scale
 from loka.mods.trial.equivalent import (
     MIN_GAIN,
     NOT_CALLED,
@@ -32,13 +31,14 @@ from loka.mods.trial.equivalent import (
 )
 from loka.mods.trial.gain import rounding_error
 from loka.mods.trial.observe import Traffic
+from loka.scaled_norms import is_scaled_norm, unlike
 
 # What is tried where no alpha is given.
 ALPHAS: Final[tuple[float, ...]] = (0.35, 0.5, 0.65, 0.8)
 # Scales stay within 2^-12 and 2^12, far from where fp16 ends.
 _REACH: Final[float] = 12.0
 
-_UNFED: Final[str] = "its input is written by no norm and no linear whose output only linears read: Hadamard needs none"
+UNFED: Final[str] = "its input is written by no norm and no linear whose output only linears read: Hadamard needs none"
 
 Named = tuple[str, nn.Linear]
 
@@ -78,8 +78,10 @@ class Smooth(EquivalentMod):
         unfed = set(chosen) if self.only is not None else set()
         for fqn, producer in _producers(model):
             ids, why = traffic.readers(producer, exact=False)
+            meant = chosen.intersection(traffic.reached(producer)) if self.only is not None else chosen
             if why or not chosen.intersection(ids):
-                if is_scaled_norm(producer) and why:
+                if why and meant and (self.only is not None or is_scaled_norm(producer)):
+                    unfed.difference_update(meant)
                     yield Refusal(fqn=fqn, mod=self.name, reason=why)
                 continue
             unfed.difference_update(ids)
@@ -88,7 +90,7 @@ class Smooth(EquivalentMod):
             yield Refusal(fqn=fqn, mod=self.name, reason=why) if why else self._best(fqn, producer, behind, traffic)
         for fqn, module in names.values():
             if id(module) in unfed:
-                yield Refusal(fqn=fqn, mod=self.name, reason=_UNFED)
+                yield Refusal(fqn=fqn, mod=self.name, reason=UNFED)
 
     def nothing_found(self, model: nn.Module) -> str:
         """Say what was looked for."""
@@ -176,8 +178,8 @@ def _refusal(producer: nn.Module, behind: list[Named], traffic: Traffic) -> str:
             return f"its parameters, or those of a linear behind it, are also read by {reader}"
         if unsuited(module):
             return f"of a module there: {unsuited(module)}"
-    if is_scaled_norm(producer) and without_scale(producer) is None:
-        return f"{type(producer).__name__} computes something else than a norm times its weight"
+    if is_scaled_norm(producer) and unlike(producer):
+        return unlike(producer)
     weight = producer._parameters["weight"]
     assert weight is not None
     if any(linear.weight.device != weight.device for _, linear in behind):

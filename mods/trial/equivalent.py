@@ -85,15 +85,22 @@ class EquivalentMod(Mod):
 
 
 def linears(model: nn.Module, only: str | Sequence[str] | None = None) -> dict[str, nn.Linear]:
-    """Return the modules that multiply as nn.Linear does, one FQN each, limited to those that `only` selects."""
+    """Return the modules that multiply as nn.Linear does, one FQN each, limited to those that `only` selects.
+
+    A module that is registered under several names, as what was fused is, is selected by any of them.
+    """
     found: dict[str, nn.Linear] = {}
-    seen: set[int] = set()
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}  # every name -> the one that is returned
     for fqn, module in walk(model):
         stock = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if isinstance(module, nn.Linear) and stock and not isinstance(module, KeptLinear) and id(module) not in seen:
-            seen.add(id(module))
-            found[fqn] = module
-    return found if only is None else {fqn: found[fqn] for fqn in select(only, found, what="nn.Linear", inside=True)}
+        if isinstance(module, nn.Linear) and stock and not isinstance(module, KeptLinear):
+            names[fqn] = first.setdefault(id(module), fqn)
+            found.setdefault(names[fqn], module)
+    if only is None:
+        return found
+    chosen = select(only, names, what="nn.Linear", inside=True)
+    return {fqn: found[fqn] for fqn in dict.fromkeys(names[name] for name in chosen)}
 
 
 def unsuited(module: nn.Module) -> str:

@@ -22,8 +22,9 @@ from loka.mods.claims import Claim, FilterFn, listing, walk
 from loka.mods.edits import Edit, Replacement, edits_of, in_words, inherit, take_back, write
 from loka.mods.fast_paths import side_claims, through_children
 from loka.mods.trial.equivalent import Batch, EquivalentMod, Place, Refusal
-from loka.mods.trial.observe import Observer, Traffic, tensors_in
+from loka.mods.trial.observe import Observer, Traffic
 from loka.numerics import gate_for, product_error
+from loka.value_flow import tensors_in
 
 logger = logging.getLogger("loka.mods")
 

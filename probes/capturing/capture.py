@@ -45,6 +45,7 @@ from loka.probes.capturing.products import (
     per_expert,
 )
 from loka.probes.capturing.sites import OUTSIDE, SiteKey, SiteMap, is_plain
+from loka.probes.capturing.sources import SourceWatch
 from loka.probes.capturing.storage import Place
 from loka.probes.experts.slices import Slice
 from loka.probes.sampling.dynamics import DynamicsMeter
@@ -101,13 +102,13 @@ class Capture(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
         self.observer = observer
         self.probe_s = 0.0
         self.own_s = 0.0
-        self._create_graph = False
-        self._grad_enabled = False
+        self._create_graph = self._grad_enabled = False
         self._nodes: dict[int, list[Forward]] = {}
         self._seen: dict[int, set[tuple[int, Factor]]] = {}  # by number: gradients of its products that were seen
         self._recomputed: dict[int, int] = {}  # by number of a checkpoint's node: products it has computed again
         self.dynamics: DynamicsMeter | None = None  # looks at modules too, where it is wanted
         self.flows: Flows | None = None  # follows results of layers, likewise
+        self.sources: SourceWatch | None = None  # follows inputs of layers, as a mode of its own
         self.communicates = False  # whether a backward pass has talked to other ranks
 
     @contextmanager

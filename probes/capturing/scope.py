@@ -24,6 +24,8 @@ def capture_scope(capture: Capture) -> Iterator[None]:
         scope.enter_context(_module_stack(capture))
         scope.enter_context(_separate_attention())
         scope.enter_context(stepping_aside())
+        if capture.sources is not None:
+            scope.enter_context(capture.sources)
         scope.enter_context(capture)
         yield
 
@@ -37,11 +39,15 @@ def _module_stack(capture: Capture) -> Iterator[None]:
         if threading.get_ident() == thread:
             sites.enter(module)
             capture.entered(module, args)
+            if capture.sources is not None:
+                capture.sources.entered(module, args)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
             sites.leave(module)
             capture.left(module, output)
+            if capture.sources is not None:
+                capture.sources.left(module, output, outermost=not sites.inside_module)
 
     handles = (
         nn.modules.module.register_module_forward_pre_hook(enter),
@@ -53,6 +59,8 @@ def _module_stack(capture: Capture) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         sites.leave_all()
+        if capture.sources is not None:
+            capture.probe_s += capture.sources.owed_s()
 
 
 @contextmanager

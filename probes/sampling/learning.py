@@ -20,6 +20,7 @@ from loka.probes.capturing.epilogues import Epilogue
 from loka.probes.capturing.layer_facts import LayerFacts
 from loka.probes.capturing.row_counts import CallRows
 from loka.probes.capturing.shared_inputs import SharedInput
+from loka.probes.capturing.sources import Source
 from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.extremes import Extremes
 from loka.probes.distributions.gather import packed, unpacked
@@ -51,6 +52,7 @@ EXPERTS: Final[str] = "experts"
 SHARED_INPUT: Final[str] = "shared_input"
 EPILOGUE: Final[str] = "epilogue"
 LAYER: Final[str] = "layer"
+SOURCE: Final[str] = "source"
 # Kinds whose quantiles can bring their rows along, for an exact merge of ranks.
 _WITH_ROWS: Final[frozenset[str]] = frozenset({"input", "grad_output"})
 
@@ -76,6 +78,7 @@ READERS: Final[dict[str, Callable[[Mapping[str, Any]], Learned]]] = {
     SHARED_INPUT: SharedInput.from_arrays,
     EPILOGUE: Epilogue.from_arrays,
     LAYER: LayerFacts.from_arrays,
+    SOURCE: Source.from_arrays,
 }
 
 
@@ -142,6 +145,10 @@ class Learner:
     def learn_layer(self, site: Any, facts: LayerFacts, step: int) -> None:
         """Learn what kind of layer a forward product belongs to, where it is no linear layer like any other."""
         self._add(site, "fprop", LAYER, facts, step)
+
+    def learn_source(self, site: Any, source: Source, step: int) -> None:
+        """Learn what wrote the input of a linear layer, and who else reads it."""
+        self._add(site, "fprop", SOURCE, source, step)
 
     def count(self, site: Any, product: Pass, calls: Mapping[int, int], step: int) -> None:
         """Count the calls of a product in one step, by their rows."""

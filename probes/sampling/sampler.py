@@ -21,6 +21,7 @@ from loka.probes.capturing.layer_facts import LayerNotes
 from loka.probes.capturing.products import Draw
 from loka.probes.capturing.shared_inputs import Inputs
 from loka.probes.capturing.sites import SiteKey, SiteMap
+from loka.probes.capturing.sources import watch_for
 from loka.probes.capturing.storage import stands_for_many
 from loka.probes.experts.slices import Slice
 from loka.probes.experts.statistics import ExpertStatistics
@@ -92,6 +93,7 @@ class Memory:
     dynamics_s: float = 0.0  # spent on dynamics so far
     reads_biases: bool = True
     layers: LayerNotes = field(default_factory=LayerNotes)
+    source_steps: int = 0  # steps that have shown what writes the inputs of layers
     communicates: bool = False  # whether a backward pass of the model has talked to other ranks
 
 
@@ -122,6 +124,8 @@ class Sampler:
             self.capture.dynamics = DynamicsMeter(watched_modules(self.sites.model), self.memory.reads_biases)
         if self.watch is None and self.sites.fused:
             self.capture.flows = Flows()
+        if self.watch is None:
+            self.capture.sources = watch_for(self.sites.model, self.memory.source_steps)
 
     def saw(self, sighting: Sighting) -> None:
         """Count one product; measure it when it is its turn. Of several calls, each sample takes another."""
@@ -285,6 +289,8 @@ class Sampler:
         seen = {key: entry for key, entry in self._seen.items() if entry.calls}  # none where looking failed
         self.memory.communicates |= self.capture.communicates
         self.budget.known(seen)
+        sources = {} if self.capture.sources is None else self.capture.sources.sources()
+        self.memory.source_steps += bool(sources)
         for key, entry in seen.items():
             if entry.measurement is not None and entry.measurement.errors and self.watch is None:
                 far = self.memory.settled.saw(key, entry.measurement.errors, entry.shape[1])
@@ -293,6 +299,8 @@ class Sampler:
                 self.memory.learner.count(*key, entry.by_rows, self.step)
             self._learn_experts(key, entry)
             self._learn_layer(key, entry)
+            if key[1] == "fprop" and (source := sources.get(entry.parameter)) is not None:
+                self.memory.learner.learn_source(key[0], source, self.step)
             if key[1] == "fprop" and self.capture.flows is not None and key[0].owner in self.sites.fused:
                 self.memory.learner.learn_epilogue(key[0], self.step, self.capture.flows.reader(key[0].owner))
         names = self.sites.finish_names(key for key, _ in seen)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from loka.reports.advise.case import Case
+    from loka.reports.advise.line import Line
 
 Status = Literal["unsafe", "undecided", "slow", "safe"]
 
@@ -109,7 +110,7 @@ class Rule:
     lacks: str  # what to do where the run has nothing that this rule could look at
     detect: "Callable[[Case, Sequence[Suggestion]], Iterable[Hit]]"
     predict: "Callable[[Case, Hit], Predictions]"
-    use: "Callable[[Case, Hit, Predictions], str]"
+    use: "Callable[[Case, Hit, Predictions], Line]"
     spared: "Callable[[Case], str]" = lambda case: ""  # why it need not look anywhere
 
 

@@ -22,13 +22,16 @@ from loka.formats import ROLES, Pass
 from loka.kernel_registry.ceilings import precision_of
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import GemmRequest
+from loka.mods.smooth import UNFED
 from loka.probes.capturing.layer_facts import LINEAR, LayerFacts
+from loka.probes.capturing.sources import Source
 from loka.probes.judging.evidence import ProductEvidence, RecipeEvidence, RunEvidence
 from loka.probes.judging.series import OPERAND_VALUES, RunSeries, load_series
 from loka.probes.judging.trajectories import Trajectory
-from loka.probes.sampling.learning import LAYER, restore
+from loka.probes.sampling.learning import LAYER, SOURCE, restore
 from loka.probes.storing.database import find_run, learned_kinds, read_learned, transaction
 from loka.reports.advise.advice import SiteState, Status
+from loka.reports.advise.on_model import OnModel
 from loka.roofline import Ceilings
 
 logger = logging.getLogger("loka.reports")
@@ -53,6 +56,7 @@ class Case:
     registry: Registry
     ceilings: Ceilings | None
     series: RunSeries | None = None  # the samples of the run, where they have been read already
+    on: OnModel | None = None  # the model, where it is at hand
     scratch: dict[str, Any] = field(default_factory=dict)  # what predictors keep between rules
     _learned: dict[tuple[str, str], Any] = field(default_factory=dict)
     _products: dict[tuple[str, Pass], ProductEvidence] = field(default_factory=dict)
@@ -61,6 +65,7 @@ class Case:
     _read: dict[str, Inputs] | None = None
     _kinds: frozenset[tuple[str, str]] | None = None  # (site, kind) of what there is
     _heads: tuple[str, ...] | None = None
+    _sources: dict[str, Source] | None = None
     _over: dict[tuple[str, Pass], tuple[RecipeEvidence, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,6 +176,56 @@ class Case:
         if self._kinds is None:
             self._kinds = learned_kinds(self.engine, self.evidence.info.id, "fprop")
         return self._kinds
+
+    def source(self, site: str) -> Source | None:
+        """Return what the run has seen to write the input of a linear layer; None where it does not tell."""
+        return self.sources().get(site)
+
+    def sources(self) -> Mapping[str, Source]:
+        """Return what the run has seen to write the inputs of linear layers, by site."""
+        if self._sources is None:
+            self._sources = {}
+            for record in read_learned(self.engine, self.evidence.info.id, kind=SOURCE):
+                try:
+                    self._sources[record.site] = restore(record)
+                except ArgumentError as error:
+                    logger.warning("what writes the input of %s is not known: %s", record.site, error)
+        return self._sources
+
+    def writer(self, site: str) -> str:
+        """Return the norm with a scale, or the linear, that writes what a site reads; empty where none is known."""
+        source, norm = self.source(site), self.norm_before(site)
+        return source.writer if source is not None else norm.name if norm is not None else ""
+
+    def together(self, site: str) -> tuple[str, ...]:
+        """Return the sites that read what one module writes, this one among them: a scale leaves it for all of them."""
+        source = self.source(site)
+        if source is None or not source.writer:
+            return (site,)
+        return tuple(other for other, each in self.sources().items() if each.writer == source.writer)
+
+    def fixed_input(self, site: str, *, exact: bool = False) -> str:
+        """Say why no scale can leave the input of a site; empty where one can, or the run does not tell.
+
+        `exact`: the site has to read the very output, and not a product with it.
+        """
+        source = self.source(site)
+        if source is None:
+            return ""
+        if not source.writer:
+            return UNFED
+        why = source.why or (exact and source.scaled and "its output is multiplied with something else before") or ""
+        if why:
+            return f"{source.writer} writes its input, and of that {why}"
+        together = [
+            source.writer,
+            *(other for other, each in self.sources().items() if each.writer == source.writer),
+        ]
+        for other in together:
+            product = self.product(other)
+            if product is not None and (unfit := self.unfit(product)):
+                return f"{source.writer} writes its input, and with it {other} is rewritten: {unfit}"
+        return ""
 
     def norm_before(self, site: str) -> Trajectory | None:
         """Return the norm with a scale of its own whose output a site reads; None where none was seen."""

@@ -130,6 +130,18 @@ def channel_outliers(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
         yield _of_linear(case, product, ratio, words)
 
 
+def movable_outliers(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
+    """The same, where the scale of a feature can move: into what wrote the input, once for all that read it."""
+    found: defaultdict[tuple[str, ...], list[Hit]] = defaultdict(list)
+    for hit in channel_outliers(case, made):
+        idle = hit.idle or case.fixed_input(hit.sites[0])
+        found[(idle, *(hit.targets if idle else case.together(hit.sites[0])))].append(replace(hit, idle=idle))
+    for same in found.values():
+        most, *others = sorted(same, key=lambda hit: -hit.value)
+        targets = (*most.targets, *(target for hit in others for target in hit.targets))
+        yield replace(most, targets=targets, sites=targets)
+
+
 def rotatable_outliers(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
     """The same, where the features can be mixed without a large matrix."""
     for hit in channel_outliers(case, made):
@@ -223,7 +235,9 @@ def scaled_norms(case: Case, made: Sequence[Suggestion]) -> Iterator[Hit]:
         helped = [one for one in made if one.mod == "BlockNorm" and each.name in one.targets]
         listed = ", ".join(f"{one.mod} on {one.targets[0]}" for one in helped)
         words = f"its learned scale goes to {', '.join(each.feeds[:3])}: folded in, it outlives {listed}"
-        yield Hit(targets=(each.name,), sites=_known(case, each.feeds), value=float(len(helped)), words=words)
+        sites = _known(case, each.feeds)
+        idle = next(filter(None, (case.fixed_input(site, exact=True) for site in sites)), "")
+        yield Hit(targets=(each.name,), sites=sites, value=float(len(helped)), words=words, idle=idle)
 
 
 def _known(case: Case, sites: Iterable[str]) -> tuple[str, ...]:

@@ -124,9 +124,12 @@ def _amax(x: Tensor, spec: OperandSpec, known: float) -> Tensor | None:
 # --- the transforms, as the mods make them ---
 
 
-def smoothed(operands: Drawn) -> Drawn:
-    """Move the scale of features into the weight, as `loka.mods.Smooth` does by default."""
-    scale = scales(operands.x_columns, operands.w_columns, _ALPHA, power_of_two=True)
+def smoothed(operands: Drawn, behind: Tensor) -> Drawn:
+    """Move the scale of features into the weight, as `loka.mods.Smooth` does by default.
+
+    behind: [K], the largest |w| of every feature in all the weights that the scale moves into.
+    """
+    scale = scales(operands.x_columns, behind, _ALPHA, power_of_two=True)
     x_columns, w_columns = operands.x_columns / scale, operands.w_columns * scale
     return replace(
         operands,
@@ -137,6 +140,20 @@ def smoothed(operands: Drawn) -> Drawn:
         x_columns=x_columns,
         w_columns=w_columns,
     )
+
+
+def weights_behind(case: Case, site: str) -> Callable[[Drawn], Tensor]:
+    """Return what gives the largest |w| [K] of all that read what a site reads: a scale is chosen for them together."""
+
+    def of(operands: Drawn) -> Tensor:
+        columns = operands.w_columns
+        for other in case.together(site):
+            known = case.learned(other, EXTREMES)
+            if isinstance(known, Extremes) and len(known.weight_amax) == len(columns):
+                columns = torch.maximum(columns, torch.from_numpy(known.weight_amax.copy()))
+        return columns
+
+    return of
 
 
 def rotated(operands: Drawn) -> Drawn:
@@ -260,6 +277,9 @@ def of_share(case: Case, hit: Hit, times: float) -> Predictions:
     high = columns / x.features
     work = f"{high:.0%} of its work in high precision and {1 - high:.0%} in FP8"
     how = f"measured, times the root of the energy that {columns} columns, kept, leave to the others"
+    if limit.metric == "row_error" and left > 0:
+        apart = f"{site}.rest=row_error={limit.most / math.sqrt(left):.3g}"
+        how += f". A run after that judges {site}.rest by its own, smaller result: --bound-for '{apart}' is as strict"
     return Predictions(
         row_error=Prediction(
             before=best.error.mean, after=best.error.mean * math.sqrt(left), recipe=best.recipe, how=how

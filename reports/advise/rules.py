@@ -7,7 +7,7 @@ within the bound there, or because the prediction shows no gain.
 
 import math
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from loka.mods.no_bias import BIAS_SLOTS
 from loka.probes.judging.trajectories import DIVERGED_BY, Trajectory
@@ -17,17 +17,26 @@ from loka.reports.advise.detect import (
     ALIGNMENT,
     SMALL_FLOPS,
     cancelling_norms,
-    channel_outliers,
     diverging_biases,
     loud_rows,
     misaligned,
+    movable_outliers,
     parallel_linears,
     rotatable_outliers,
     scaled_norms,
     stretched_swishes,
     unexplained,
 )
-from loka.reports.advise.predict import of_loud_rows, of_share, of_transform, rotated, smoothed, unchanged
+from loka.reports.advise.line import Line
+from loka.reports.advise.predict import (
+    of_loud_rows,
+    of_share,
+    of_transform,
+    rotated,
+    smoothed,
+    unchanged,
+    weights_behind,
+)
 from loka.reports.advise.times import fused_time, padded_time
 from loka.reports.words import percent
 
@@ -70,16 +79,16 @@ _DRAWN_BOTH: Final[str] = "the drawn product {} and as it is; their ratio times 
 
 
 def _smoothing(case: Case, hit: Hit) -> Predictions:
-    norm = case.norm_before(hit.sites[0])
-    if norm is None:
-        time = Prediction(
-            how="not told: no norm was seen to write its input, and scales need one, or a linear, to go to"
-        )
-    else:
+    writer = case.writer(hit.sites[0])
+    if writer:
         decision = case.decisions.get((hit.sites[0], "fprop"))
         now = decision.time_us if decision is not None else None
-        time = Prediction(before=now, after=now, how=f"unchanged: the scales go into {norm.name}")
-    return of_transform(case, hit, smoothed, _DRAWN_BOTH.format("with its features smoothed"), time)
+        time = Prediction(before=now, after=now, how=f"unchanged: the scales go into {writer}")
+    else:
+        time = Prediction(how="not told: the run does not say what writes its input, and scales go there or nowhere")
+    behind = weights_behind(case, hit.sites[0])
+    how = _DRAWN_BOTH.format("with its features smoothed")
+    return of_transform(case, hit, lambda operands: smoothed(operands, behind(operands)), how, time)
 
 
 def _rotating(case: Case, hit: Hit) -> Predictions:
@@ -132,32 +141,30 @@ def _some_within_bound(case: Case) -> str:
     return "" if over else "no forward product of a linear layer is over the bound with every recipe measured"
 
 
-def _recipe(found: Predictions) -> str:
-    """Return the recipe under which a mod is to measure its gain: the one that the prediction is of."""
-    return f"recipe={found.row_error.recipe!r}, " if found.row_error.recipe else ""
+def _only(mod: str, hit: Hit, found: Predictions, **options: Any) -> Line:
+    """Write an equivalent mod for the places of a hit, to measure its gain under the recipe of the prediction."""
+    recipe = {"recipe": found.row_error.recipe} if found.row_error.recipe else {}
+    return Line(mod=mod, options={**options, **recipe, "only": list(hit.targets)})
 
 
-def _one_module(case: Case, hit: Hit) -> str:
-    """Write the filter that passes the module of a bias; attention has two biases, and takes both or none."""
+def _one_module(case: Case, hit: Hit) -> str | tuple[str, ...]:
+    """Return what a filter lets pass for one bias; attention has two biases, and takes both or none."""
     module = hit.targets[0].rpartition(".")[0]
     outside = case.layer(module).outside
-    if outside and outside == module.rpartition(".")[0]:
-        return f"lambda module, fqn: fqn in {[outside, module]!r}"
-    return f"lambda module, fqn: fqn == {module!r}"
+    return (outside, module) if outside and outside == module.rpartition(".")[0] else module
 
 
-def _without(case: Case, hit: Hit, found: Predictions) -> str:
+def _without(case: Case, hit: Hit, found: Predictions) -> Line:
     """Write NoBias for one bias; where heads were seen, `keep` names those with a bias, and the mod need not look."""
     heads = case.heads()
     keep = [site for site in heads if case.has_bias(site) and BIAS_SLOTS.get(case.layer(site).runs) == "bias"]
-    kept = f"keep={keep!r}" if heads else ""
-    return f"loka.mods.NoBias({kept})  # for {hit.targets[0]} alone: filter_fn={_one_module(case, hit)}"
+    kept = {"keep": keep} if heads else {}
+    return Line(mod="NoBias", options=kept, alone=hit.targets[0], passes=_one_module(case, hit))
 
 
-def _fold(case: Case, hit: Hit, found: Predictions) -> str:
+def _fold(case: Case, hit: Hit, found: Predictions) -> Line:
     """Write FoldNorm for one norm; its filter passes the linears behind it as well."""
-    names = [*hit.targets, *hit.sites]
-    return f"loka.mods.FoldNorm()  # for {hit.targets[0]} alone: filter_fn=lambda module, fqn: fqn in {names!r}"
+    return Line(mod="FoldNorm", alone=hit.targets[0], passes=(*hit.targets, *hit.sites))
 
 
 def _part(case: Case, name: str) -> Trajectory:
@@ -198,7 +205,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks=_NO_MODULES.format("norms"),
         detect=cancelling_norms,
         predict=_without_mean,
-        use=lambda case, hit, found: f"loka.mods.BlockNorm(256, only={list(hit.targets)!r})",
+        use=lambda case, hit, found: Line(mod="BlockNorm", first=256, options={"only": list(hit.targets)}),
     ),
     Rule(
         name="exponential_stretch",
@@ -210,7 +217,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks=_NO_MODULES.format("activations"),
         detect=stretched_swishes,
         predict=_without_exponential,
-        use=lambda case, hit, found: f"loka.mods.HardSwish(only={list(hit.targets)!r})",
+        use=lambda case, hit, found: Line(mod="HardSwish", options={"only": list(hit.targets)}),
     ),
     Rule(
         name="loud_rows",
@@ -223,7 +230,7 @@ RULES: Final[tuple[Rule, ...]] = (
         spared=_within_bound,
         detect=loud_rows,
         predict=_keeping_rows_high,
-        use=lambda case, hit, found: f"loka.mods.KeepRowsHigh(columns=0, {_recipe(found)}only={list(hit.targets)!r})",
+        use=lambda case, hit, found: _only("KeepRowsHigh", hit, found, columns=0),
     ),
     Rule(
         name="channel_outliers",
@@ -234,9 +241,9 @@ RULES: Final[tuple[Rule, ...]] = (
         source="LLM.int8() (arXiv 2208.07339): outlier features are up to 20 times the others",
         lacks=_MORE_SAMPLES,
         spared=_within_bound,
-        detect=channel_outliers,
+        detect=movable_outliers,
         predict=_smoothing,
-        use=lambda case, hit, found: f"loka.mods.Smooth({_recipe(found)}only={list(hit.targets)!r})",
+        use=lambda case, hit, found: _only("Smooth", hit, found),
     ),
     Rule(
         name="channel_outliers_rotated",
@@ -249,7 +256,7 @@ RULES: Final[tuple[Rule, ...]] = (
         spared=_within_bound,
         detect=rotatable_outliers,
         predict=_rotating,
-        use=lambda case, hit, found: f"loka.mods.Hadamard({_recipe(found)}only={list(hit.targets)!r})",
+        use=lambda case, hit, found: _only("Hadamard", hit, found),
     ),
     # After those that look for a cause: what has none can only be paid for.
     Rule(
@@ -263,9 +270,7 @@ RULES: Final[tuple[Rule, ...]] = (
         spared=_some_within_bound,
         detect=unexplained,
         predict=_keeping_share_high,
-        use=lambda case, hit, found: (
-            f"loka.mods.KeepShareHigh(times={_times(hit)}, {_recipe(found)}only={list(hit.targets)!r})"
-        ),
+        use=lambda case, hit, found: _only("KeepShareHigh", hit, found, times=_times(hit)),
     ),
     Rule(
         name="misaligned",
@@ -277,7 +282,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks="no forward product of a linear layer was seen",
         detect=misaligned,
         predict=_padding,
-        use=lambda case, hit, found: f"loka.mods.PadToAlignment(only={list(hit.targets)!r})",
+        use=lambda case, hit, found: Line(mod="PadToAlignment", options={"only": list(hit.targets)}),
     ),
     Rule(
         name="parallel_linears",
@@ -289,7 +294,7 @@ RULES: Final[tuple[Rule, ...]] = (
         lacks="the run saw no linear layer that shares its input with another of the same module",
         detect=parallel_linears,
         predict=_fusing,
-        use=lambda case, hit, found: f"loka.mods.FuseParallelLinears(only={list(hit.targets)!r})",
+        use=lambda case, hit, found: Line(mod="FuseParallelLinears", options={"only": list(hit.targets)}),
     ),
     # Last: it looks at what the others suggest.
     Rule(

@@ -247,3 +247,26 @@ def test_an_old_checkpoint_loaded_as_a_whole_brings_the_old_scales_back():
     loka.mods.apply(model, [Smooth(alpha=None)], inputs=[x])
     model.load_state_dict(old)
     assert torch.equal(model(x), output)
+
+
+class TwoNorms(Post):
+    """A norm whose output a residual stream adds as well, another that one linear alone reads, and a raw input."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.behind, self.raw = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return super().forward(self.raw(x)) + self.behind(self.other(x))
+
+
+@pytest.mark.parametrize(
+    ("only", "where", "words"),
+    [
+        ("linear", "norm", "its output is also read by add in the model's own forward"),
+        ("raw", "raw", "its input is written by no norm and no linear whose output only linears read"),
+    ],
+)
+def test_what_keeps_a_linear_that_was_asked_for_from_being_smoothed_is_all_that_is_told(only, where, words):
+    applied = loka.mods.apply(TwoNorms(), [Smooth(only=[only])], inputs=[make_input()])
+    assert [(refusal.fqn, words in refusal.reason) for refusal in applied.refused] == [(where, True)]

@@ -13,6 +13,7 @@ from loka.dispatch.running.convert import unreached
 from loka.errors import ModError
 from loka.mods import FuseParallelLinears, Hadamard
 from loka.mods.fuse import JoinedPart
+from loka.mods.trial.equivalent import linears
 from loka.probes.capturing.sites import fingerprint
 from tests.dispatch.made_conversion import plan_for
 from tests.mods.made_blocks import make_blocks, make_input
@@ -247,3 +248,24 @@ def test_parts_of_a_rotated_product_still_work_alone():
     assert torch.allclose(model.b.multiply(x) + Three().b.bias, Three().b(x), atol=1e-2, rtol=1e-3)
     checkpoint = copy.deepcopy(model.state_dict())
     model.load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_what_was_fused_is_still_selected_by_the_name_of_each_linear(name):
+    model, x = Three(), torch.randn(64, 8) * torch.logspace(-3, 3, 8)
+    expected = model(x)
+    mods = [FuseParallelLinears(), Hadamard(only=[name], recipe="tensorwise")]
+    applied = loka.mods.apply(model, mods, inputs=[x])
+    # One module under three names: rewritten once, under the first of them.
+    rewritten = {each.fqn for each in applied.replacements if each.mod == "Hadamard"}
+    refused = {refusal.fqn for refusal in applied.refused if refusal.mod == "Hadamard"}
+    assert rewritten | refused == {"a.shared.linear"}
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    applied.undo()
+
+
+def test_a_module_under_two_names_is_selected_by_either():
+    model = nn.ModuleDict({"first": nn.Linear(8, 8)})
+    model["second"] = model["first"]
+    assert list(linears(model)) == ["first"]
+    assert list(linears(model, only="second")) == list(linears(model, only=["first", "second"])) == ["first"]

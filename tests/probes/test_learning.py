@@ -15,7 +15,7 @@ from loka.probes.distributions.closed_form import ProductStatistics
 from loka.probes.distributions.gather import packed, unpacked
 from loka.probes.judging.predictions import predicted, read_predictions
 from loka.probes.records import LearnedRecord
-from loka.probes.sampling.learning import EXTREMES, LAYER, LEARN_EVERY, STATISTICS, Learner, merged, restore
+from loka.probes.sampling.learning import EXTREMES, LAYER, LEARN_EVERY, SOURCE, STATISTICS, Learner, merged, restore
 from loka.probes.sampling.measure import Sampled
 from loka.probes.storing.database import open_database, read_learned, read_run, read_steps
 from tests.probes.made_probe import Two, probed
@@ -59,8 +59,9 @@ def test_a_run_leaves_statistics_and_distributions_of_every_product(tmp_path):
     operands = {("up", "fprop", "input"), ("down", "fprop", "input"), ("down", "dgrad", "grad_output")}
     extremes = {("up", "fprop", EXTREMES), ("down", "fprop", EXTREMES)}
     head = {("down", "fprop", LAYER)}
-    assert kinds == {(*product, STATISTICS) for product in products} | operands | extremes | head
-    learned = [one for one in records if one.kind != LAYER]  # which is told once
+    sources = {("up", "fprop", SOURCE), ("down", "fprop", SOURCE)}
+    assert kinds == {(*product, STATISTICS) for product in products} | operands | extremes | head | sources
+    learned = [one for one in records if one.kind not in (LAYER, SOURCE)]  # which are told once, and twice
     assert {one.samples for one in learned} == {12 // LEARN_EVERY}
     for record in learned:
         state = restore(record)

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from tests.reports.made_advice import Healthy, Ill, Outliers, normal, trained, with_loud_row, with_outliers
+from tests.reports.made_advice import Healthy, Ill, Outliers, normal, trained, with_loud_row
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def ill(tmp_path_factory):
 @pytest.fixture(scope="session")
 def outliers(tmp_path_factory):
     model = Outliers()
-    return trained(tmp_path_factory.mktemp("outliers") / "run.db", model, with_outliers, lr=1e-15), model
+    return trained(tmp_path_factory.mktemp("outliers") / "run.db", model, normal, lr=1e-15), model
 
 
 @pytest.fixture(scope="session")

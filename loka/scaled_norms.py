@@ -4,10 +4,13 @@ Libraries write norms of their own, and derive classes from those of torch with 
 it looks like only where, on numbers, it computes what the norm of torch with its weight, shift and eps computes.
 """
 
+import copy
 from typing import Final
 
 import torch
 from torch import Tensor, nn
+
+from loka.calls import is_scripted
 
 _EPS_NAMES: Final[tuple[str, ...]] = ("eps", "variance_epsilon", "epsilon")
 # Relative difference within which two RMS norms are the same, beside the rounding of their dtype.
@@ -16,6 +19,8 @@ _SAME: Final[float] = 1e-5
 
 def is_scaled_norm(module: nn.Module) -> bool:
     """Whether a module looks like a norm over its last dimension with a scale of its own."""
+    if is_scripted(module):
+        return False
     weight = module._parameters.get("weight")
     if weight is None:
         return False
@@ -41,6 +46,15 @@ def without_scale(norm: nn.Module) -> nn.Module | None:
     return plain if _is_stock(norm) or _acts_alike(norm, plain, weight) else None
 
 
+def unlike(norm: nn.Module) -> str:
+    """Return why a module that looks like such a norm is none, in words; empty for one that is."""
+    return (
+        f"{type(norm).__name__} computes something else than a norm times its weight"
+        if without_scale(norm) is None
+        else ""
+    )
+
+
 def _is_stock(module: nn.Module) -> bool:
     """Whether torch's own forward is what it runs; libraries derive classes with one of their own."""
     return type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
@@ -58,14 +72,18 @@ def _eps_of(module: nn.Module) -> float | None:
 
 @torch.no_grad()
 def _acts_alike(norm: nn.Module, plain: nn.Module, weight: Tensor) -> bool:
-    """Compare on rows of several sizes, loud and quiet, so that eps and the place of the scale both show."""
+    """Compare on rows of several sizes, loud and quiet, so that eps and the place of the scale both show.
+
+    A copy is tried: a module of the user's may count its calls, keep statistics or draw numbers.
+    """
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-3, 1, 8, dtype=torch.float32, device="cpu")
     rows = torch.randn(8, weight.shape[0], generator=generator, dtype=sizes.dtype, device="cpu") * sizes.unsqueeze(1)
     x, shift = rows.to(weight.device, weight.dtype), shift_of(norm)
     expected = plain(x.float()) * weight.float() + (0.0 if shift is None else shift.float())
     try:
-        found = type(norm).forward(norm, x)
+        with torch.random.fork_rng([x.device] if x.is_cuda else []), torch._C._DisableAutocast():
+            found = type(norm).forward(copy.deepcopy(norm), x)
     except Exception:  # noqa: BLE001 - a module of the user's that cannot be tried like this is no plain norm
         return False
     if not isinstance(found, Tensor) or found.shape != expected.shape:
