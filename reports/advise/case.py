@@ -177,6 +177,10 @@ class Case:
             self._kinds = learned_kinds(self.engine, self.evidence.info.id, "fprop")
         return self._kinds
 
+    def tells_sources(self) -> bool:
+        """Whether the run has seen what writes the input of any linear layer; reads none of it."""
+        return any(kind == SOURCE for _, kind in self._known())
+
     def source(self, site: str) -> Source | None:
         """Return what the run has seen to write the input of a linear layer; None where it does not tell."""
         return self.sources().get(site)

@@ -201,7 +201,7 @@ def _missing(case: Case, device: str) -> tuple[str, ...]:
             f"nothing was learned of the input of {len(unlearned)} sites over the bound, e.g. {unlearned[0]}: their "
             "outliers are not known. Distributions are learned from the third measurement of a product on"
         )
-    if not case.sources() and any(case.over_bound(product) for product in case.forward()):
+    if not case.tells_sources() and any(case.over_bound(product) for product in case.forward()):
         lines.append(
             "what writes the inputs of linears is not known: the run was probed before LoKA recorded it, or with "
             "sharded parameters. Where something else reads them too, `apply` leaves the place as it was, and says so"
