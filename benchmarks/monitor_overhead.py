@@ -34,6 +34,7 @@ from loka.formats import DEFAULT_RECIPES, Pass
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.spec import KernelSpec
 from loka.kernel_registry.torch_mm import matmul
+from loka.probes.sampling.rhythm import Rhythm
 
 EVERY: Final[int] = 100
 # Steps behind a monitored one that are charged to it: the first finishes its record and changes kernels.
@@ -70,13 +71,25 @@ def timed(step: Callable[[], None], steps: int) -> list[float]:
     return times
 
 
+def due(steps: int) -> list[int]:
+    """Return which of so many steps of a training are due to be monitored, one in each stretch of EVERY."""
+    rhythm, found = Rhythm(every=EVERY), []
+    for step in range(steps):
+        if rhythm.forward(grad=True):
+            found.append(step)
+        rhythm.backward()
+    return found
+
+
 def added_percent(times: list[float]) -> list[float]:
-    """Return what the monitored step at the head of each stretch of EVERY steps adds to that stretch, in percent."""
+    """Return what the monitored step of each stretch of EVERY steps adds to that stretch, in percent."""
+    charged = [step + behind for step in due(len(times)) for behind in range(1 + _BEHIND)]
     changes = []
     for start in range(0, len(times), EVERY):
-        head, rest = times[start : start + 1 + _BEHIND], times[start + 1 + _BEHIND : start + EVERY]
-        plain = median(rest)
-        changes.append(100 * (sum(head) - len(head) * plain) / (EVERY * plain))
+        stretch = range(start, start + EVERY)
+        monitored = [times[step] for step in charged if step in stretch]
+        plain = median(times[step] for step in stretch if step not in charged)
+        changes.append(100 * (sum(monitored) - len(monitored) * plain) / (EVERY * plain))
     return changes
 
 

@@ -191,7 +191,7 @@ def monitor(  # noqa: PLR0913 - the public keyword API; checked and bundled at o
     - `model`: the very object that the loop calls, converted, or compiled with `backend="loka"` and this plan.
     - `db`: the probe database that the plan was made from. Events are added to its run, or to a run of their own where
       it is not in there; without `db` they are logged and kept in `events`.
-    - `every`: one step in so many is monitored, in high precision.
+    - `every`: one step in so many is monitored, in high precision, each time at another place among them.
     - `overhead`: the share of the run's own time that this may add; over it, fewer products per step, then fewer steps.
     - `clean_steps`, `max_flips`: a product that left its limit comes back after so many clean monitored steps in a row,
       so many times at most.

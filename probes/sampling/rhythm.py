@@ -10,8 +10,6 @@ from typing import Final
 
 # The fractional parts of its multiples fill the unit interval evenly, however many are taken (Weyl's golden sequence).
 _GOLDEN: Final[float] = (5**0.5 - 1) / 2
-# From so many steps on, the place of the sample among them changes. Of fewer, users count them off themselves.
-_SPREAD_FROM: Final[int] = 50
 # Forwards that may pass before a sample gives up on a backward that the loop has not shown yet.
 _PATIENCE: Final[int] = 8
 
@@ -25,6 +23,7 @@ class Rhythm:
     awaits_backward: bool = False
     with_gradient: bool = False  # whether a forward has come with grad mode on
     _due_since: int = -1  # the step at which a sample became due; -1: none is
+    _owes_another: bool = False  # whether the next window's sample became due while that one waited
     _began: int = 0  # the step with which the running sample began
     _captured: int = 0  # forwards of the running sample so far
     _since_backward: int = 0  # forwards with grad mode on
@@ -35,10 +34,10 @@ class Rhythm:
         """Whether a sample is due with this step: one in each window of `every`, each time at another place.
 
         A loop that takes turns (a discriminator and a generator, tasks, domains) would show one of them for ever at
-        every 100th step.
+        every 10th or 100th step. The first window's place is its first step.
         """
         window, place = divmod(self.steps, self.every)
-        return place == (int(self.every * (window * _GOLDEN % 1)) if self.every >= _SPREAD_FROM else 0)
+        return place == int(self.every * (window * _GOLDEN % 1))
 
     def is_over(self) -> bool:
         """Whether the running sample ends before the forward that now begins."""
@@ -52,14 +51,15 @@ class Rhythm:
 
     def forward(self, *, grad: bool, by_hand: bool = False) -> bool:
         """Count a step; say whether a sample is to begin with it."""
-        if self._is_due() and self._due_since < 0:
-            self._due_since = self.steps
+        if self._is_due():
+            self._owes_another = self._due_since >= 0
+            self._due_since = self._due_since if self._owes_another else self.steps
         starts = self._due_since >= 0 and (by_hand or self._is_first(grad))
         self.steps += 1
         self._since_backward += grad
         self.with_gradient |= grad
         if starts:
-            self._due_since = -1
+            self._due_since, self._owes_another = self.steps if self._owes_another else -1, False
         return starts
 
     def _is_first(self, grad: bool) -> bool:

@@ -1,8 +1,8 @@
 """The probe a user sees: a context manager around a training loop, with nothing to add inside the loop.
 
-A step is one forward of the root module. On one step in `every` the forward and its backward run under the capture
-mode; on the others the probe only takes the time. `with probe.step():` marks a step by hand where that does not fit: a
-compiled train step, several forwards that are to count as one step, functional code.
+A step is one forward of the root module. On one step in each `every`, at changing places (`rhythm`), the forward and
+its backward run under the capture mode; on the others the probe only takes the time. `with probe.step():` marks a step
+by hand where that does not fit: a compiled train step, several forwards that are to count as one step, functional code.
 
     with loka.probe(model, "run.db"):
         for batch in loader:
@@ -368,7 +368,8 @@ def probe(  # noqa: PLR0913 - the public keyword API; checked and bundled into S
 
     - `model`: the very object that the loop calls: the compiled or DDP-wrapped one, where there is one.
     - `db`: a SQLite path or a database URL. Runs are added to what is there.
-    - `every`: one step in so many is sampled. A step is one forward of the model and what follows it.
+    - `every`: one step in so many is sampled, the first and then each time at another place among them, so that a loop
+      which takes turns is seen on all of them. A step is one forward of the model and what follows it.
     - `overhead`: the share of the run's own time that the probe may add; over budget it samples rarer, and says so.
     - `recipes`: names from `loka.formats.RECIPES`; by default tensorwise, rowwise, blockwise and mxfp8.
     - `filter_fn(module, fqn)`: which sites count.

@@ -18,6 +18,7 @@ from loka.kernel_registry.spec import KernelSpec
 from tests.dispatch.kernels_that_fail_late import Faults
 from tests.dispatch.made_conversion import decision, plan_for
 from tests.dispatch.made_monitor import Model, batches, kinds, of_kind, train, with_next
+from tests.probes.made_probe import places
 
 KINDS = ("gives_nan", "raises", "is_off", "is_wrong")
 
@@ -63,19 +64,19 @@ def breaking(model, plan, *, steps=20, every=5):
 
 
 def test_a_kernel_that_gives_nan_is_found_at_the_next_monitored_step_and_out_of_use_everywhere(registry, caplog):
-    model = Model()
+    model, due = Model(), places(5, 25)[-1]
     plan = planned(model, "gives_nan")
     loka.convert(model, plan)
     with (
         caplog.at_level(logging.WARNING, "loka.monitor"),
         loka.monitor(model, plan, every=5, overhead=100.0) as monitor,
     ):
-        train(model, batches(20, loud=1.0))
+        train(model, batches(due, loud=1.0))
         Faults.on = True
         losses = train(model, batches(40, loud=1.0))
     assert kinds(monitor) == ["kernel_fault", "demoted", "demoted"]
     fault = of_kind(monitor, "kernel_fault")[0]
-    assert fault.step == 20
+    assert fault.step == due
     assert fault.message.startswith("late.linear.gives_nan gave 1 of 3072 elements that are not finite, from finite")
     assert monitor.changed == {"up.fprop": "high precision", "down.fprop": "high precision"}
     assert "quarantined" in registry.unavailable(registry.get("late.linear.gives_nan"), device_info())

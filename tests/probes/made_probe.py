@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from inspect import signature
+from math import isqrt
 
 import torch
 from torch import nn
@@ -51,6 +52,17 @@ def probed(model, tmp_path, loop, *, every=2, overhead=100.0, **options):
         with loka.probe(model, path, every=every, overhead=overhead, **options) as probe:
             loop(probe) if signature(loop).parameters else loop()
     return recorded(path)
+
+
+def places(every, steps):
+    """The steps of so many that are due for a sample, in integers: window w's at the fraction of w * golden ratio."""
+
+    def golden(n):
+        return (isqrt(5 * n * n) - n) // 2  # floor of n * (sqrt(5) - 1) / 2
+
+    windows = range(-(-steps // every))
+    due = [every * w + golden(every * w) - every * golden(w) for w in windows]
+    return [step for step in due if step < steps]
 
 
 def recorded(path):

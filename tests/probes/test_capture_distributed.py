@@ -21,7 +21,7 @@ from loka.probes.storing.database import open_database, read_learned
 from tests.made_processes import job, ranks
 from tests.probes.made_probe import PASSES_OF_TWO, Two, assert_nothing_attached, product, recorded, seen
 
-STEPS = 6
+STEPS = 7
 
 
 def wrapped(kind):
@@ -89,7 +89,7 @@ def work_killed(folder, rank, group, kind):
                 model.zero_grad()
                 model(torch.randn(8, 16)).square().sum().backward()
                 time.sleep(0.1)  # the writer is asynchronous
-                if dies and step == 3:
+                if dies and step == 4:
                     os.kill(os.getpid(), signal.SIGKILL)
                 for parameter in model.parameters():
                     dist.all_reduce(parameter.grad)
@@ -134,7 +134,7 @@ def test_one_rank_writes_for_all_under_the_users_names_and_none_is_disturbed(tmp
     assert run.info.fingerprint == {name: tuple(p.shape) for name, p in Two().named_parameters()}
     assert run.progress.weights_changed
     assert run.progress.unattributed == 0
-    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 2, 4, 6) for rank in (0, 1)]
+    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 3, 4, 7) for rank in (0, 1)]
     assert [seen(step) for step in steps[:6]] == [PASSES_OF_TWO] * 6
     ups = [product(step, "up") for step in steps[:2]]
     for up in ups:
@@ -155,7 +155,7 @@ def test_four_ranks_are_one_run_with_one_report(tmp_path, kind):
     run, steps = recorded(tmp_path / "run.db")
     assert (run.progress.status, run.info.world_size) == ("complete", 4)
     assert run.info.fingerprint == {name: tuple(p.shape) for name, p in Two().named_parameters()}
-    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 2, 4, 6) for rank in range(4)]
+    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 3, 4, 7) for rank in range(4)]
     assert [seen(step) for step in steps[:12]] == [PASSES_OF_TWO] * 12
     evidence = load_evidence(tmp_path / "run.db")
     assert {(one.site, one.product) for one in evidence.products} == set(PASSES_OF_TWO)
@@ -168,7 +168,7 @@ def test_four_ranks_with_uneven_and_empty_shards_are_one_run(tmp_path, kind):
     run, steps = recorded(tmp_path / "run.db")
     members = (1, 3) if kind == "subgroup" else range(4)
     assert run.info.world_size == len(members)
-    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 2, 4) for rank in members]
+    assert [(step.step, step.rank) for step in steps] == [(at, rank) for at in (0, 3, 4) for rank in members]
     rows = {step.rank: product(step, "up").m for step in steps}
     assert rows == {rank: ROWS_OF_RANK[rank] for rank in members}
     empty = [product(step, "up") for step in steps if step.rank == 1]
@@ -195,9 +195,9 @@ def test_a_rank_that_dies_leaves_a_database_that_says_what_is_missing(tmp_path):
     assert run.progress.status == "failed"  # the first rank met the broken connection in its own training loop
     (event,) = run.events
     assert event.kind == "rank_missing"
-    assert "rank 1: it did not close its part of the run; its last sample is that of step 2" in event.message
-    assert [(step.step, step.rank) for step in steps if step.rank == 1] == [(0, 1), (2, 1)]
-    assert [step.step for step in steps if step.rank == 0][:2] == [0, 2]
+    assert "rank 1: it did not close its part of the run; its last sample is that of step 3" in event.message
+    assert [(step.step, step.rank) for step in steps if step.rank == 1] == [(0, 1), (3, 1)]
+    assert [step.step for step in steps if step.rank == 0][:2] == [0, 3]
 
 
 def test_the_death_of_the_writing_rank_leaves_what_it_wrote(tmp_path):
@@ -205,4 +205,4 @@ def test_the_death_of_the_writing_rank_leaves_what_it_wrote(tmp_path):
     assert [one.code for one in ended] == [-signal.SIGKILL, 0], ended
     run, steps = recorded(tmp_path / "run.db")
     assert run.progress.status == "incomplete"
-    assert [(step.step, step.rank) for step in steps if step.rank == 0] == [(0, 0), (2, 0)]
+    assert [(step.step, step.rank) for step in steps if step.rank == 0] == [(0, 0), (3, 0)]

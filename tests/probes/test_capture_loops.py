@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.probes.made_probe import PASSES_OF_TWO, Two, probed, product, seen, train
+from tests.probes.made_probe import PASSES_OF_TWO, Two, places, probed, product, seen, train
 from tests.probes.made_situations import assert_as_eager
 
 
@@ -193,7 +193,7 @@ def test_inference_without_no_grad_does_not_wait_for_a_backward_for_ever(tmp_pat
             model(torch.randn(8, 16))
 
     run, steps = probed(model, tmp_path, loop, every=30)
-    assert [step.step for step in steps] == [0, 30]
+    assert [step.step for step in steps] == places(30, 60) == [0, 48]
     assert [seen(step) for step in steps] == [Counter({("up", "fprop"): 1, ("down", "fprop"): 1})] * 2
     assert not run.progress.weights_changed
 

@@ -42,7 +42,7 @@ def test_an_exception_in_the_block_stores_the_run_as_failed(tmp_path):
     model = Two()
 
     def loop():
-        train(model, 3)
+        train(model, 4)
         raise KeyError("boom")
 
     with pytest.raises(KeyError, match="boom"):
@@ -235,7 +235,7 @@ def test_two_probes_on_one_model_see_the_same_whichever_ends_first(tmp_path):
     probes = [loka.probe(model, tmp_path / f"{i}.db", every=2, overhead=100.0) for i in range(2)]
     for probe in probes:
         probe.__enter__()
-    train(model, 3)
+    train(model, 4)
     for probe in probes:
         probe.__exit__(None, None, None)
     for i in range(2):

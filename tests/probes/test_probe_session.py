@@ -139,9 +139,9 @@ def test_progress_can_be_asked_at_any_time(tmp_path):
     probe = loka.probe(model, tmp_path / "run.db", every=2)
     assert (probe.progress.steps, probe.progress.status) == (0, "complete")
     with probe:
-        train(model, 3)
-        assert (probe.progress.steps, probe.progress.sampled_steps, probe.progress.status) == (3, 2, "running")
-    assert (probe.progress.steps, probe.progress.status) == (3, "complete")
+        train(model, 4)
+        assert (probe.progress.steps, probe.progress.sampled_steps, probe.progress.status) == (4, 2, "running")
+    assert (probe.progress.steps, probe.progress.status) == (4, "complete")
     wall_s = probe.progress.wall_s
     time.sleep(0.01)
     assert probe.progress.wall_s == wall_s
