@@ -5,11 +5,13 @@ output to the first product on each way; nothing is computed.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor
+
+from loka.value_flow import tensors_in
 
 # Nodes of the autograd graph that multiply, and those between a product and the parameter that is its operand.
 _PRODUCTS: Final = re.compile(
@@ -33,7 +35,7 @@ class LastProducts:
 def last_products(output: object) -> LastProducts:
     """Follow the graph of what a model returned: tensors in tuples, dicts and dataclasses; empty without a graph."""
     found = LastProducts()
-    waiting: list[Any] = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
@@ -69,18 +71,3 @@ def _operand(node: Any) -> Iterator[Tensor]:
         node = inputs[0]
     if node is not None:
         yield node.variable
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in the output of a model: in tuples, dicts and dataclasses such as those of transformers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for item in vars(value).values():
-            yield from _tensors(item)

@@ -183,7 +183,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name))
+            yield from tensors_in(getattr(value, name, None))
 
 
 def is_followed(tensor: Tensor) -> bool:

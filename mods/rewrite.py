@@ -31,7 +31,7 @@ from loka.mods.edits import Edit, Replacement, edits_of, in_words, inherit, take
 from loka.mods.fast_paths import side_claims
 from loka.mods.source.calls import merged
 from loka.mods.trial.equivalent import Batch, EquivalentMod, Refusal
-from loka.mods.trial.verify import checked_trial, keep_equivalent
+from loka.mods.trial.verify import TOLERANCE, checked_trial, keep_equivalent
 
 logger = logging.getLogger("loka.mods")
 
@@ -128,7 +128,7 @@ def apply(
     filter_fn: FilterFn | None = None,
     *,
     inputs: Iterable[Batch] | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
 ) -> Applied:
     """Rewrite `model` in place by all of `mods`, or leave it as it was and raise.
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +232,11 @@ def _moved(actual: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(figure) else figure
 
 
-def checked_trial(inputs: object, tolerance: float) -> Trial:
+# What no tensor that a model returns moves by more than, relative to its norm, unless `apply` is told otherwise.
+TOLERANCE: Final[float] = 1e-4
+
+
+def checked_trial(inputs: object, tolerance: float = TOLERANCE) -> Trial:
     """Return what `inputs` and `tolerance` of `apply` mean. Raises ArgumentError for what they cannot be."""
     if not isinstance(tolerance, int | float) or isinstance(tolerance, bool) or not 0 <= tolerance < 1:
         raise ArgumentError(f"tolerance={tolerance!r}: give the relative change of the output that may stay, as 1e-4.")

@@ -45,14 +45,12 @@ from loka.probes.capturing.products import (
     per_expert,
 )
 from loka.probes.capturing.sites import OUTSIDE, SiteKey, SiteMap, is_plain
-from loka.probes.capturing.sources import SourceWatch
+from loka.probes.capturing.sources import MODE_COST_S, SourceWatch
 from loka.probes.capturing.storage import Place
 from loka.probes.experts.slices import Slice
 from loka.probes.sampling.dynamics import DynamicsMeter
 
-# What a dispatch mode costs per aten op; charged to the probe.
-MODE_COST_S: Final[float] = 3e-6
-# What it takes to look where the operands of one lie, where results are followed; charged likewise.
+# What it takes to look where the operands of an op lie, where results are followed; charged to the probe.
 _FOLLOW_COST_S: Final[float] = 2e-6
 # By identity: the packets live as long as torch does, and hashing one runs Python code at every op.
 _OF_INTEREST: Final[frozenset[int]] = COLLECTIVES.union(id(packet) for packet in (*PRODUCTS, *COPIES, *FUSED, *WHOLE))

@@ -52,14 +52,8 @@ class LayerFacts:
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
         """Restore what `arrays` gave. Raises ArgumentError for anything else."""
         stored = Stored(cls.__name__, arrays)
-        names = np.asarray(arrays.get("names", ()))
-        if names.dtype.kind != "U" or names.shape != (3,):
-            raise stored.damaged("names", "holds no three names")
-        runs, also, outside = names.tolist()
-        (head,) = stored.counts("head", 1)
-        if head > 1:
-            raise stored.damaged("head", "is neither 0 nor 1")
-        return cls(runs=runs, also=also, outside=outside, head=bool(head))
+        runs, also, outside = stored.texts("names", 3)
+        return cls(runs=runs, also=also, outside=outside, head=stored.flag("head"))
 
 
 @dataclass(slots=True)

@@ -30,6 +30,17 @@ class Stored:
             raise self.damaged(name, "holds a negative count")
         return values
 
+    def flag(self, name: str) -> bool:
+        """Return what is stored as 0 or 1."""
+        (value,) = self.counts(name, 1)
+        if value > 1:
+            raise self.damaged(name, "is neither 0 nor 1")
+        return bool(value)
+
+    def texts(self, name: str, length: int) -> tuple[str, ...]:
+        """Return `length` texts."""
+        return tuple(self._array(name, "U", (length,)).tolist())
+
     def integers(self, name: str, shape: Shape) -> npt.NDArray[np.int64]:
         """Return integers of any sign."""
         return self._array(name, "iu", shape).astype(np.int64)

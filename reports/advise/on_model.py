@@ -18,8 +18,6 @@ from loka.mods.trial.equivalent import Batch, EquivalentMod
 from loka.mods.trial.verify import checked_trial, run
 from loka.reports.advise.line import Line
 
-# What a model is run on where the caller gives no tolerance of its own: that of `apply`.
-_TOLERANCE = 1e-4
 _UNCHANGED = " Nothing was changed."
 
 
@@ -36,7 +34,7 @@ class OnModel:
                 "on=(model, [batch, ...])."
             )
         self.model: nn.Module = on[0]
-        self.batches: tuple[Batch, ...] = checked_trial(on[1], _TOLERANCE).batches
+        self.batches: tuple[Batch, ...] = checked_trial(on[1]).batches
         refuse_unready(self.model)
         for _ in run(self.model, self.batches):
             pass  # batches that do not fit are no reason against a mod
@@ -73,7 +71,7 @@ class OnModel:
         inputs: Iterable[Batch] | None = self.batches if isinstance(mod, EquivalentMod) else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LokaWarning)  # of places that were not asked about
-            applied = apply(self.model, [mod], line.filter_fn(), inputs=inputs, tolerance=_TOLERANCE)
+            applied = apply(self.model, [mod], line.filter_fn(), inputs=inputs)
         applied.undo()
         return applied
 

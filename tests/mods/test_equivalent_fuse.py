@@ -264,6 +264,13 @@ def test_what_was_fused_is_still_selected_by_the_name_of_each_linear(name):
     applied.undo()
 
 
+def test_a_fused_model_has_shapes_on_the_meta_device():
+    model, x = Three(), torch.randn(64, 8)
+    expected = model(x)
+    loka.mods.apply(model, [FuseParallelLinears()], inputs=[x])
+    assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == expected.shape
+
+
 def test_a_module_under_two_names_is_selected_by_either():
     model = nn.ModuleDict({"first": nn.Linear(8, 8)})
     model["second"] = model["first"]
