@@ -39,7 +39,7 @@ def no_kernel_takes(x: Tensor) -> bool:
     return x.layout is not torch.strided or x.is_meta or torch._C._is_tracing()
 
 
-def stands_for_many(x: Tensor) -> bool:
-    """Whether a tensor is that of a transform, such as a gradient of `is_grads_batched`: not every kernel takes one."""
+def is_of_a_transform(x: Tensor) -> bool:
+    """Whether a tensor is wrapped by a transform, such as a gradient of `is_grads_batched`: not every kernel takes one."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return wrapped or bool(torch._C._functorch.is_legacy_batchedtensor(x))

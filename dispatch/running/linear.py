@@ -40,7 +40,7 @@ from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
 from loka.sizes import known_positive
-from loka.stepping_aside import no_kernel_takes, stands_for_many, steps_aside
+from loka.stepping_aside import is_of_a_transform, no_kernel_takes, steps_aside
 from loka.torch_release import of_its_own, settle_columns
 
 log: Final = logging.getLogger("loka.dispatch")
@@ -136,7 +136,7 @@ def without(
         out = high_precision(*operands, product=which, out_dtype=operands[0].dtype)
     except Exception:  # noqa: BLE001 - whatever it is, the kernel's own error tells more
         raise error from None
-    if name != HIGH_PRECISION and not any(map(stands_for_many, operands)):  # the kernel serves every other call
+    if name != HIGH_PRECISION and not any(map(is_of_a_transform, operands)):  # the kernel serves every other call
         quarantine(name, operands[0].device, error)
         log.error(
             "%s failed on %s and is out of use from here on, high precision takes over: %s",
