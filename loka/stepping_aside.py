@@ -40,6 +40,6 @@ def no_kernel_takes(x: Tensor) -> bool:
 
 
 def is_of_a_transform(x: Tensor) -> bool:
-    """Whether a tensor is wrapped by a transform, such as a gradient of `is_grads_batched`: not every kernel takes one."""
+    """Whether a transform wraps a tensor, such as a gradient of `is_grads_batched`: not every kernel takes one."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return wrapped or bool(torch._C._functorch.is_legacy_batchedtensor(x))
