@@ -4,7 +4,8 @@ A short probe, a plan, a converted or compiled model, a monitor attached once, a
 process CPU time on one thread. A monitored step and the two behind it, in which its record is finished, are compared
 with the median of the steps around them: pairs from one stretch of one run, so the ratio holds on a busy machine. What
 they take more, over all steps of that stretch, is what the monitor adds there, a step that it left out included. What
-the other steps pay, two hook calls, is measured on a model so small that it can be seen, and added.
+the other steps pay, two hook calls, is measured on a model so small that it can be seen; what they pay for a look at
+their gradients, by blocks of steps with and without.
 
 Kernels that emulate FP8 would make every step so long that no monitor shows, and a monitored step, which is in high
 precision, the shorter one. The planned kernels here take what the model's own products take: on hardware FP8 steps are
@@ -128,10 +129,22 @@ def study(make: tuple[nn.Module, Loss], *, compiled: bool, stretches: int, folde
         "added by monitored steps, %": paired(added_percent(times)),
         "by stretch, %": [round(change, 3) for change in added_percent(times)],
         "added by hooks, %": 1e-4 * hook_us() / plain_s,
+        "added by looking at gradients, %": paired(looks_percent(step, called, plan)),
         "recorded by the monitor itself, %": 100 * progress.overhead_fraction,
         "demotions": sum(event.kind == "demoted" for event in monitor.events),
         "graphs compiled because of the monitor": int(counters["stats"]["unique_graphs"]) - before,
     }
+
+
+def looks_percent(step: Callable[[], None], called: nn.Module, plan: loka.Plan, rounds: int = 21) -> list[float]:
+    """Return what a step that is not monitored pays for the look at its gradients, in percent, by pairs of blocks."""
+
+    def block(*, hold_steps: bool) -> float:
+        with loka.monitor(called, plan, every=10**9, hold_steps=hold_steps):
+            timed(step, 3)  # the first one is monitored
+            return median(timed(step, 10))
+
+    return [100 * (block(hold_steps=True) / block(hold_steps=False) - 1) for _ in range(rounds)]
 
 
 def hook_us(rounds: int = 11, steps: int = 300) -> float:

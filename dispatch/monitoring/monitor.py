@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 import torch.distributed as dist
 from torch import nn
@@ -28,6 +28,7 @@ from loka.calls import is_compiled
 from loka.dispatch.deciding.job import all_or_none, check_plans
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.monitoring.guard import Patience
+from loka.dispatch.monitoring.held_steps import HeldSteps
 from loka.dispatch.monitoring.plan_watch import PlanWatch
 from loka.dispatch.monitoring.sequential import FALSE_ALARMS
 from loka.dispatch.monitoring.team_watch import Team
@@ -46,7 +47,9 @@ DEFAULT_OVERHEAD: Final[float] = 0.005
 CLEAN_STEPS: Final[int] = 20
 MAX_FLIPS: Final[int] = 2
 # Events that a user is to see without having asked for anything.
-_ALARMS: Final[frozenset[str]] = frozenset({"demoted", "kernel_fault", "kernel_differs", "monitor_ended"})
+_ALARMS: Final[frozenset[str]] = frozenset(
+    {"demoted", "kernel_fault", "kernel_differs", "step_held", "nonfinite_gradients", "monitor_ended"}
+)
 
 
 class Monitor(Probe):
@@ -64,11 +67,15 @@ class Monitor(Probe):
         db: str | PathLike[str] | None,
         settings: Settings,
         patience: Patience,
+        *,
+        hold_steps: bool,
     ) -> None:
+        self._holds_steps = hold_steps
         self.events: list[Event] = []
         self._plan = plan
         self._watch = PlanWatch(unwrap(model), plan, patience, Team(settings.process_group, model), self._tell_all)
         super().__init__(model, db if db is not None else "", replace(settings, watch=self._watch))
+        self._held = HeldSteps(unwrap(model), self._watch, self._steps, self._tell_all)
         self._records = db is not None and self._watch.team.leads
         self._book: RunWriter | None = None
         self._book_failed = False
@@ -78,8 +85,16 @@ class Monitor(Probe):
         """Products, as `site.pass`, that run on another kernel than the planned one, and which."""
         return self._watch.state()
 
+    def __enter__(self) -> Self:
+        """Attach, to the optimizers as well."""
+        entered = super().__enter__()
+        if self._holds_steps:
+            self._held.attach()
+        return entered
+
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Detach; the kernels stay as they are."""
+        self._held.detach()
         if error is not None:
             self._watch.team.leave()
         super().__exit__(kind, error, traceback)
@@ -128,6 +143,8 @@ class Monitor(Probe):
             f"{len(watch.guards)} products, {100 * progress.overhead_fraction:.3g} % of the time; at most "
             f"{FALSE_ALARMS * watch.products:.2g} false alarms are expected"
         ]
+        if self._held.count:
+            told.append(f"{self._held.count} step{'s' * (self._held.count > 1)} of the optimizer left out")
         changed = [f"{name} on {kernel}" for name, kernel in watch.state().items()]
         told.append(f"{len(changed)} not as planned: {', '.join(changed)}" if changed else "all run as planned")
         name, share = watch.worst()
@@ -184,6 +201,7 @@ def monitor(  # noqa: PLR0913 - the public keyword API; checked and bundled at o
     overhead: float = DEFAULT_OVERHEAD,
     clean_steps: int = CLEAN_STEPS,
     max_flips: int = MAX_FLIPS,
+    hold_steps: bool = True,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> Monitor:
     """Watch over a plan while a training runs on it: `with loka.monitor(model, plan, "run.db"): ...`.
@@ -195,6 +213,8 @@ def monitor(  # noqa: PLR0913 - the public keyword API; checked and bundled at o
     - `overhead`: the share of the run's own time that this may add; over it, fewer products per step, then fewer steps.
     - `clean_steps`, `max_flips`: a product that left its limit comes back after so many clean monitored steps in a row,
       so many times at most.
+    - `hold_steps`: leave out an optimizer step whose gradients are not finite, and monitor the next step at once; on a
+      device each optimizer step then waits for the backward pass. Looked at where a kernel in use can fail only.
     - `process_group`: its ranks decide together and change kernels alike. Each has to monitor, and take the same steps.
 
     Raises ArgumentError, PlanError, DatabaseError.
@@ -218,7 +238,8 @@ def monitor(  # noqa: PLR0913 - the public keyword API; checked and bundled at o
         loss=None,
     )
     patience = Patience(clean_steps=operator.index(clean_steps), max_flips=operator.index(max_flips))
-    return Monitor(model, plan, db, replace(settings, process_group=process_group), patience)
+    settings = replace(settings, process_group=process_group)
+    return Monitor(model, plan, db, settings, patience, hold_steps=hold_steps)
 
 
 def _check_model(model: nn.Module, plan: Plan) -> None:

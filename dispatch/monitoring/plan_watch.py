@@ -38,15 +38,23 @@ class PlanWatch:
     tell: Callable[[Event], None]
     guards: dict[Key, Guard] = field(init=False)
     products: int = 0  # readings of products taken so far
-    _device: torch.device = field(init=False)
+    urgent: bool = False  # gradients were not finite: every kernel is to be tried
+    device: torch.device = field(init=False)
+    can_fail: bool = field(init=False)  # whether any product runs on a kernel that may be out of order
     _check: KernelCheck = field(default_factory=KernelCheck)
     _findings: list[Finding] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)  # kernels of which faults and remarks have been told
 
     def __post_init__(self) -> None:
-        self._device = device_of(self.model)
-        found = (Guard(ladder, self.patience) for ladder in ladders(self.plan, device_info(self._device)))
+        self.device = device_of(self.model)
+        found = (Guard(ladder, self.patience) for ladder in ladders(self.plan, device_info(self.device)))
         self.guards = {guard.key: guard for guard in found}
+        self._note_kernels()
+
+    def _note_kernels(self) -> None:
+        """Take note of whether a kernel is in use that is not the definition of its recipe."""
+        names = {name for guard in self.guards.values() for name in guard.rung.kernels} - {HIGH_PRECISION}
+        self.can_fail = any(default_registry().get(name).library != "emulated" for name in names)
 
     # --- what a sample asks and shows ---
 
@@ -59,6 +67,10 @@ class PlanWatch:
         """Have a product that is under suspicion measured in every sample until that is settled."""
         guard = self.guards.get((site, product))
         return guard is not None and guard.suspects
+
+    def asks(self) -> bool:
+        """Have the next step sampled where this process decides alone; ranks go by the schedule that they share."""
+        return self.urgent and self.team.group is None
 
     def look(self, site: str, product: Pass, gemm: Gemm) -> None:
         """Try the kernel in use on the operands of this step."""
@@ -73,6 +85,7 @@ class PlanWatch:
 
     def sampled(self, record: StepRecord | None) -> None:
         """Read what a sample has shown on all ranks, and act on it; where it failed on one of them, none does."""
+        self.urgent = False
         failure: Exception | None = None
         message: dict[str, Any] = {"failed": True}
         try:
@@ -99,6 +112,7 @@ class PlanWatch:
         changes = {key: guard.rung.kernel for key, guard in self.guards.items() if guard.rung is not before[key]}
         if changes:
             put_into_effect(self.model, self.plan, changes)
+            self._note_kernels()
 
     def _shown(self, record: StepRecord) -> Shown:
         """Return what this rank has to tell."""
@@ -124,7 +138,7 @@ class PlanWatch:
                 self._told.add(kernel)
                 self.tell(Event(step=shown.step, kind="kernel_fault", message=words))
                 if self._out_of_use(kernel) is None:
-                    quarantine(kernel, self._device, KernelError(words))
+                    quarantine(kernel, self.device, KernelError(words))
             for guard in self.guards.values():
                 for event in guard.fault(shown.step, kernel, words):
                     self.tell(event)
@@ -141,7 +155,7 @@ class PlanWatch:
     def _out_of_use(self, kernel: str) -> str | None:
         """Return why a kernel cannot be used any more; it could when the watch began."""
         registry = default_registry()
-        return registry.unavailable(registry.get(kernel), device_info(self._device))
+        return registry.unavailable(registry.get(kernel), device_info(self.device))
 
     def state(self) -> dict[str, str]:
         """Return what has changed: product -> the kernel that it runs on instead of the planned one."""

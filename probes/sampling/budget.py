@@ -5,6 +5,7 @@ samples happen as `scheduled`, each with what its interval will have earned; lat
 them, so the measured overhead settles at or below the budget however small the model is.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -56,6 +57,7 @@ class Budget:
     samples: int = 0
     skipped: int = 0
     spent_s: float = 0.0
+    aside_s: float = 0.0  # spent between samples, which leave at least half of what is earned to them
     _plain_steps: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))
     _fixed_cost_s: float = 0.0
     _jobs: dict[Hashable, _Job] = field(default_factory=dict)
@@ -76,9 +78,13 @@ class Budget:
         """Take note of a step that was not sampled; `inside_s` of it went by in forward and backward."""
         self._plain_steps.append((whole_s, inside_s))
 
-    def begin_sample(self, wall_s: float) -> bool:
-        """Decide whether a step, due by schedule, is sampled, and plan what it measures."""
-        credit = self.overhead * max(wall_s - self.spent_s, 0.0) - self.spent_s
+    def begin_sample(self, wall_s: float, *, urgent: bool = False) -> bool:
+        """Decide whether a step that is due is sampled, and plan what it measures.
+
+        An urgent one is, and measures everything: later ones pay it back.
+        """
+        earned = self.overhead * max(wall_s - self.spent_s, 0.0)
+        credit = earned - self.spent_s - min(self.aside_s, earned / 2)
         interval = self.overhead * self.every * self.plain_step_s
         if self.samples < self.scheduled:
             overdrawn = credit < -_AHEAD * interval
@@ -87,7 +93,7 @@ class Budget:
         else:
             allowance = credit - self._fixed_cost_s
             overdrawn = allowance < (self._cost_of(self._queue[0]) if self._queue else 0.0)
-        grace = self._grace()
+        grace = math.inf if urgent else self._grace()
         if self.samples and overdrawn and not grace:
             self.skipped += 1
             return False

@@ -39,6 +39,11 @@ class Rhythm:
         window, place = divmod(self.steps, self.every)
         return place == int(self.every * (window * _GOLDEN % 1))
 
+    def ask(self) -> None:
+        """Have a sample fall due with the next step, beside those of the schedule."""
+        if self._due_since < 0:
+            self._due_since = self.steps
+
     def is_over(self) -> bool:
         """Whether the running sample ends before the forward that now begins."""
         if not self.awaits_backward or (self._is_due() and not self._trains):

@@ -91,7 +91,7 @@ class Steps:
             sampled_steps=self.budget.samples,
             skipped_samples=self.budget.skipped,
             wall_s=until - self._started_at if self._started_at else 0.0,
-            probe_s=self.budget.spent_s + self.audience.owed_s,
+            probe_s=self.budget.spent_s + self.budget.aside_s + self.audience.owed_s,
             unattributed=self._lost,
             weights_changed=self._weights.changed,
             status=status,
@@ -106,6 +106,15 @@ class Steps:
         """Add to the time that the running step has spent in forward and backward."""
         return _Timed(self)
 
+    @contextmanager
+    def charged(self) -> Iterator[None]:
+        """Charge the budget for what runs inside, between samples."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.budget.aside_s += time.perf_counter() - started
+
     def spent_inside(self, seconds: float) -> None:
         """Take note of time that went by in forward or backward."""
         self._inside_s += seconds
@@ -118,6 +127,8 @@ class Steps:
             self.budget.plain_step(time.perf_counter() - self._step_started_at, self._inside_s)
         self._step_started_at = time.perf_counter()
         self._inside_s = 0.0
+        if self._watch is not None and self._watch.asks():
+            self.rhythm.ask()
         due = self.rhythm.forward(grad=grad, by_hand=by_hand)
         if due and self.sampler is None and self._healthy():
             self._open(self.rhythm.steps - 1)
@@ -137,7 +148,7 @@ class Steps:
     def _open(self, step: int) -> None:
         """Begin a sample, if the budget allows one."""
         assert self._writer is not None
-        with self._harmless(step):
+        with self.harmless(step):
             if not self._may_open():
                 for event in self.news.skipped(step, self._settings.overhead) if not self.ended else ():
                     self._tell(event)
@@ -152,7 +163,8 @@ class Steps:
 
     def _may_open(self) -> bool:
         """Ask the budget, and the watch where there is one: that also when this process wants to end."""
-        allowed = not self._leaving and self.budget.begin_sample(self._step_started_at - self._started_at)
+        wall_s, urgent = self._step_started_at - self._started_at, self._watch is not None and self._watch.urgent
+        allowed = not self._leaving and self.budget.begin_sample(wall_s, urgent=urgent)
         if self._watch is None:
             return allowed
         goes, end = self._watch.agrees(allowed=allowed, leaving=self._leaving)
@@ -169,18 +181,18 @@ class Steps:
             return
         started = time.perf_counter()
         record: StepRecord | None = None
-        with self._harmless(sampler.step):
+        with self.harmless(sampler.step):
             record = sampler.finish()
         self._show(sampler, record)
         if record is not None:
-            with self._harmless(sampler.step):
+            with self.harmless(sampler.step):
                 self._keep(sampler, record, started, now)
         sampler.let_go()
 
     def _show(self, sampler: Sampler, record: StepRecord | None) -> None:
         """Show the watch, where there is one, what a sample has shown."""
         if self._watch is not None:
-            with self._harmless(sampler.step), _disable_current_modes(), torch.no_grad():
+            with self.harmless(sampler.step), _disable_current_modes(), torch.no_grad():
                 self._watch.sampled(None if sampler.failure else record)
 
     def _keep(self, sampler: Sampler, record: StepRecord, started: float, now: float) -> None:
@@ -212,7 +224,7 @@ class Steps:
         memory, writer = self._memory, self._writer
         if writer is None or not (final or memory.learner.is_due(self.budget.samples)):
             return
-        with self._harmless(self.rhythm.steps), _disable_current_modes():
+        with self.harmless(self.rhythm.steps), _disable_current_modes():
             keep_rows = final and writer.rank is not None
             writer.learned(memory.learner.records(memory.names, keep_rows=keep_rows), final=final)
             for event in self.news.forgotten(self.rhythm.steps, len(memory.learner.left_out)):
@@ -242,7 +254,7 @@ class Steps:
         self._tell_left(progress.steps)
 
     @contextmanager
-    def _harmless(self, step: int) -> Iterator[None]:
+    def harmless(self, step: int) -> Iterator[None]:
         """End the probe, and not the training, when something unforeseen fails inside."""
         try:
             with temporarily_clear_interpreter_stack():  # a step may begin inside a transform of torch.func

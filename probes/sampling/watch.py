@@ -15,6 +15,13 @@ class Watch(Protocol):
     ranks, `agrees` and `sampled` are called on all of them in the same order, whatever fails on one.
     """
 
+    @property
+    def urgent(self) -> bool:
+        """Whether the next sample measures every product, whatever that costs."""
+
+    def asks(self) -> bool:
+        """Whether a sample is to be due with this step, beside those of the schedule."""
+
     def recipes(self, site: str, product: Pass) -> Sequence[Recipe]:
         """Return the recipes to measure a product under; with none it is not looked at."""
 

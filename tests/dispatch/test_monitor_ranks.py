@@ -12,12 +12,18 @@ from torch.distributed.algorithms.join import Join
 import loka
 from loka.dispatch.monitoring import plan_watch
 from loka.dispatch.running.convert import planned_sites
+from loka.kernel_registry.registry import default_registry
+from loka.kernel_registry.spec import KernelSpec
 from loka.probes.sampling.budget import Budget
 from loka.probes.storing.database import open_database, read_run
-from tests.dispatch.made_conversion import plan_for
+from tests.dispatch.kernels_that_fail_late import Faults
+from tests.dispatch.made_conversion import decision, plan_for
 from tests.dispatch.made_monitor import TENSORWISE, Model, batches
 from tests.made_processes import ranks
 from tests.probes.made_probe import places
+
+# Between two monitored steps of a run that looks at one in eight.
+BREAKS_AT = places(8, 40)[1] + 2
 
 
 def trained(rank, group, steps, *, db=None, grows_at=None, **options):
@@ -56,9 +62,9 @@ def work_budget(folder, rank, group):
     asked = []
     allowed = Budget.begin_sample
 
-    def sometimes(budget, wall_s):
+    def sometimes(budget, wall_s, **urgent):
         asked.append(rank == 0 or len(asked) % 3 == 0)
-        return asked[-1] and allowed(budget, wall_s)
+        return asked[-1] and allowed(budget, wall_s, **urgent)
 
     Budget.begin_sample = sometimes
     try:
@@ -105,9 +111,41 @@ def work_uneven(folder, rank, group):
     return {"same": found[True] == found[False], "told": [str(each.message) for each in told]}
 
 
+def work_fault(folder, rank, group):
+    """A kernel begins to give NaN on one rank, and the gradients of all of them are NaN."""
+    where = "tests.dispatch.kernels_that_fail_late:gives_nan"
+    spec = KernelSpec(name="late.linear.gives_nan", op="linear", recipe="tensorwise", implementation=where)
+    default_registry().add(spec, owner="a test")
+    torch.manual_seed(0)
+    model = Model()
+    decisions = tuple(decision("up", each, "tensorwise", kernel=spec.name) for each in ("fprop", "dgrad", "wgrad"))
+    plan = plan_for(model, {}, decisions=decisions)
+    loka.convert(model, plan, process_group=group)
+    call = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with loka.monitor(call, plan, every=8, overhead=1e-9, process_group=group) as monitor:
+        for at, x in enumerate(batches(40, seed=rank, loud=1.0)):
+            Faults.on = rank == 1 and at >= BREAKS_AT
+            optimizer.zero_grad()
+            (call(x)[1:] - x[1:, :16]).square().mean().backward()
+            optimizer.step()
+    Faults.on = False
+    return {
+        "events": [(event.step, event.kind) for event in monitor.events],
+        "weights": [parameter.detach().tolist() for parameter in model.parameters()],
+        "finite": all(bool(parameter.isfinite().all()) for parameter in model.parameters()),
+    }
+
+
 def work(folder, rank, group):
     """One piece after the other."""
-    each = {"growth": work_growth, "budget": work_budget, "failure": work_failure, "uneven": work_uneven}
+    each = {
+        "growth": work_growth,
+        "budget": work_budget,
+        "failure": work_failure,
+        "uneven": work_uneven,
+        "fault": work_fault,
+    }
     return {name: piece(folder, rank, group) for name, piece in each.items()}
 
 
@@ -152,3 +190,14 @@ def test_ranks_that_may_take_different_numbers_of_steps_are_not_waited_for(found
     for rank in found[1]:
         assert rank["uneven"]["same"]
         assert any("ranks inside torch's Join may take different" in told for told in rank["uneven"]["told"])
+
+
+def test_what_a_kernel_spoils_on_one_rank_is_held_back_on_all_until_it_is_found(found):
+    first, second = (rank["fault"] for rank in found[1])
+    assert first["finite"]
+    assert first["weights"] == second["weights"]
+    assert first["events"] == second["events"]
+    looked = next(step for step in places(8, 40) if step >= BREAKS_AT)
+    told = [(step, "step_held") for step in range(BREAKS_AT, looked)]
+    told += [(looked, "kernel_fault"), *[(looked, "demoted")] * 3]
+    assert [each for each in first["events"] if each[1] != "monitored"] == told

@@ -66,9 +66,9 @@ def work_talking(folder, rank, group, kind):
     plain, model = trained(made(), rank), made()
     asked, allowed = [], Budget.begin_sample
 
-    def sometimes(budget, wall_s):
+    def sometimes(budget, wall_s, **urgent):
         asked.append(rank == 0 or len(asked) % 3 == 0)
-        return asked[-1] and allowed(budget, wall_s)
+        return asked[-1] and allowed(budget, wall_s, **urgent)
 
     Budget.begin_sample = sometimes
     try:

@@ -1,0 +1,193 @@
+"""Steps of the optimizer that a kernel would spoil are held back, until it is known which kernel it is.
+
+A monitor tries the kernels on one step in `every`. A kernel that begins to give NaN in between reaches the weights with
+the next step of the optimizer, and nothing brings those back. So where a plan runs kernels that can fail, gradients are
+looked at before each step of a `torch.optim` optimizer. Where they are not finite it sees none, as in a step that loss
+scaling leaves out, and the next step of the run is monitored whatever that costs: in high precision, with every kernel
+tried. Gradients that are not finite there either are the training's own: they pass.
+
+The answer is wanted before the optimizer goes on: on a device each of its steps waits for the backward pass, as it does
+under loss scaling. What a look takes is charged to the monitor's budget.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from loka.dispatch.monitoring.plan_watch import PlanWatch
+from loka.dtensors import is_sharded
+from loka.probes.records import Event
+from loka.probes.sampling.steps import Steps
+
+# Names that an event tells; the others are counted.
+_NAMED: Final[int] = 3
+_PLACE: Final = attrgetter("device", "dtype")
+_Held = list[tuple[nn.Parameter, Tensor]]
+
+
+@dataclass(slots=True)
+class HeldSteps:
+    """Looks at the gradients of a monitored training, before its optimizers do."""
+
+    model: nn.Module
+    watch: PlanWatch
+    steps: Steps
+    tell: Callable[[Event], None]
+    count: int = 0
+    _handles: list[RemovableHandle] = field(default_factory=list)
+    _held: "weakref.WeakKeyDictionary[Optimizer, _Held]" = field(default_factory=weakref.WeakKeyDictionary)
+    _ours: "weakref.WeakKeyDictionary[Optimizer, bool]" = field(default_factory=weakref.WeakKeyDictionary)
+    _after: int = 0  # steps of the run before the last step of an optimizer
+    _pass: bool = False  # gradients that are not finite are the training's own
+
+    def attach(self) -> None:
+        """Begin to look. Code that is compiled around a step calls what looks as it is."""
+        before, after = _disable_dynamo(partial(self._before)), _disable_dynamo(partial(self._behind))
+        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def detach(self) -> None:
+        """Look no more."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Look at the gradients; where the optimizer has them computed by a closure, whenever that has run."""
+        if not self.watch.can_fail or self.steps.ended or not self._is_ours(optimizer):
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            self._look_harmlessly(optimizer)
+            return None
+
+        def looked_at() -> Any:
+            loss = closure()
+            self._look_harmlessly(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], looked_at, *args[2:]), kwargs
+        return args, {**kwargs, "closure": looked_at}
+
+    def _behind(self, optimizer: Optimizer, *_: object) -> None:
+        """Give back what was held: the loop may look at it, and clears it as ever."""
+        for parameter, gradient in self._held.pop(optimizer, ()):
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self._after = self.steps.rhythm.steps
+
+    def _is_ours(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer changes the model."""
+        if optimizer not in self._ours:
+            of_model = {id(parameter) for parameter in self.model.parameters()}
+            self._ours[optimizer] = any(id(parameter) in of_model for parameter in _parameters(optimizer))
+        return self._ours[optimizer]
+
+    def _look_harmlessly(self, optimizer: Optimizer) -> None:
+        with self.steps.harmless(self._step), torch.no_grad():
+            if self.watch.device.type == "cuda":  # the backward pass itself is not what a look takes
+                torch.cuda.current_stream(self.watch.device).synchronize()
+            with self.steps.charged():
+                self._look(optimizer)
+
+    @property
+    def _step(self) -> int:
+        """The step of the run that the gradients are of."""
+        return max(self.steps.rhythm.steps - 1, 0)
+
+    def _look(self, optimizer: Optimizer) -> None:
+        if getattr(optimizer, "found_inf", None) is not None or _is_capturing():
+            return  # a fused optimizer under loss scaling leaves such a step out by itself
+        found = [each for each in _parameters(optimizer) if each.grad is not None]
+        if _are_finite([each.grad for each in found if each.grad is not None]):
+            self._pass = False
+            return
+        wrong = [each for each in found if not _is_finite(each.grad)]
+        if not wrong or self._pass:
+            return
+        sampler = self.steps.sampler
+        if sampler is not None and sampler.step <= self._after:  # all that the gradients are of ran in high precision
+            self._pass = True
+            self._say("nonfinite_gradients", f"{self._words(wrong)} in high precision, too: that is no kernel's doing")
+            return
+        self._held[optimizer] = [(each, each.grad) for each in found if each.grad is not None]
+        for parameter in found:
+            parameter.grad = None
+        self.count += 1
+        self.watch.urgent = True
+        spoiled = self._spoiled_buffers()
+        reached = f"; they have reached {spoiled}, which need a new start" if spoiled else ""
+        self._say("step_held", f"{self._words(wrong)}: the optimizer's step is left out{reached}")
+
+    def _words(self, wrong: list[nn.Parameter]) -> str:
+        """Say whose gradients are not finite."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        known = [names[id(parameter)] for parameter in wrong if id(parameter) in names]
+        return f"the gradients of {_listed(known or ['other parameters'])} are not finite"
+
+    def _spoiled_buffers(self) -> str:
+        """Return the buffers that a forward pass has left with values that are not finite, in words."""
+        return _listed([name for name, buffer in self.model.named_buffers() if not _is_finite(buffer)])
+
+    def _say(self, kind: str, words: str) -> None:
+        self.tell(Event(step=self._step, kind=kind, message=words))
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor that this rank has."""
+    if is_sharded(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
+    return tensor._values() if tensor.is_sparse else tensor
+
+
+def _are_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether all of these are finite: what loss scaling asks of most of them in one launch, at a scale of one."""
+    local = [each if type(each) is Tensor else _local(each) for each in gradients]
+    plain = [each for each in local if type(each) is Tensor and _may_be_scaled(each)]
+    alike: dict[Any, list[Tensor]] = {}
+    for place, each in zip(map(_PLACE, plain), plain, strict=True):
+        alike.setdefault(place, []).append(each)
+    flags = []
+    for group in alike.values():
+        flags.append(group[0].new_zeros((), dtype=torch.float32))
+        torch._amp_foreach_non_finite_check_and_unscale_(group, flags[-1], torch.ones_like(flags[-1]))
+    return not any(map(bool, flags)) and (len(plain) == len(local) or all(map(_is_finite, local)))
+
+
+def _may_be_scaled(gradient: Tensor) -> bool:
+    """Whether a tensor may be multiplied by one in place: autograd does not hold it, its elements share no memory.
+
+    On a device that torch scales losses for, too.
+    """
+    if gradient.layout is not torch.strided or gradient.requires_grad or not gradient.is_contiguous():
+        return False
+    return (gradient.is_cuda or gradient.is_cpu) and gradient.is_floating_point()
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    if tensor is None or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(_local(tensor).isfinite().all())
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded, in which nothing can be asked for its value."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
