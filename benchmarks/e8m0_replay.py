@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import loka
 from benchmarks.record import write_record
-from loka.dispatch.deciding.decide import request_of
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.deciding.sweep import sweep_evidence
 from loka.dispatch.measuring.profile import DeviceProfile
 from loka.formats import RECIPES

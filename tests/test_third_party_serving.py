@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import loka
-from loka.dispatch.deciding.candidates import request_of
 from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.profile import DeviceProfile, at_rows
 from loka.dispatch.running.executions import kernel_executions, reset_kernel_executions
 from loka.hardware import device_info

@@ -8,16 +8,16 @@ is its mean time over those at which the baseline was timed: all kernels of a pr
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal, NamedTuple
 
 from loka.bounds import Bound, Limit
 from loka.dispatch.deciding.judged import Judged, LossCost, judge_recipe
+from loka.dispatch.deciding.requests import DISPATCHED
 from loka.dispatch.measuring.profile import LEAST_COVERED, NO_ROWS, KernelTime, TimeAt, TimeTable, at_rows, varies
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.registry import Registry
-from loka.kernel_registry.spec import GemmRequest, KernelSpec, Op
+from loka.kernel_registry.spec import GemmRequest, KernelSpec
 from loka.probes.capturing.row_counts import RowCounts
 from loka.probes.judging.evidence import GatedError, ProductEvidence, RecipeEvidence
 from loka.probes.judging.loss_evidence import LossEvidence
@@ -40,35 +40,6 @@ Code = Literal[
 # A kernel must beat the baseline by this factor: less is not worth any error (DESIGN: speed > 1.05 x the baseline).
 MIN_SPEEDUP: Final[float] = 1.05
 
-# The ops whose kernels a plan can put to work. Products of the others are probed, timed and verified, and stay as
-# written.
-DISPATCHED: Final[frozenset[Op]] = frozenset({"linear", "grouped_linear", "linear_norm_act"})
-
-# aten op, without overload and in-place underscore -> what the registry calls it; else "other", as in recurrent layers.
-ATEN_OPS: Final[dict[str, Op]] = {
-    "mm": "linear",
-    "addmm": "linear",
-    "_addmm_activation": "linear",
-    "linear": "linear",
-    "mv": "linear",
-    "addmv": "linear",
-    "_scaled_mm": "linear",
-    "_scaled_mm_v2": "linear",
-    "bmm": "bmm",
-    "baddbmm": "bmm",
-    "addbmm": "bmm",
-    "_grouped_mm": "grouped_linear",
-    "_scaled_grouped_mm": "grouped_linear",
-    "_scaled_grouped_mm_v2": "grouped_linear",
-    "convolution": "convolution",
-    "convolution_backward": "convolution",
-    "_convolution": "convolution",
-}
-# A matrix times a vector: where the vector is the model's, it is no weight of a linear layer, and stays as written.
-_BY_VECTOR: Final[frozenset[str]] = frozenset({"mv", "addmv"})
-# Weights of experts are held as [experts, n, k] or [experts, k, n].
-_EXPERTS_DIM: Final[int] = 3
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
@@ -87,29 +58,6 @@ class Candidate:
     error_upper: float | None = None  # what a bound on the error was compared with
     loss: LossCost | None = None
     times: tuple[TimeAt, ...] | None = None
-
-
-def request_of(evidence: ProductEvidence, parameters: Mapping[str, tuple[int, ...]] | None = None) -> GemmRequest:
-    """Return the request that a product of the model makes of the registry, at its median m.
-
-    The batch of a grouped product is its number of experts, which the shapes of the run's `parameters` tell; where they
-    do not, it is 0.
-    """
-    op = ATEN_OPS.get(evidence.op, ATEN_OPS.get(evidence.op.removesuffix("_"), "other"))
-    batch, shape = evidence.batch, (parameters or {}).get(evidence.parameter, ())
-    if op == "grouped_linear":
-        batch = shape[0] if len(shape) == _EXPERTS_DIM else 0
-    op = "other" if evidence.op in _BY_VECTOR and len(shape) == 1 else op
-    return GemmRequest(
-        site=evidence.site,
-        product=evidence.product,
-        op=op,
-        m=evidence.m,
-        n=evidence.n,
-        k=evidence.k,
-        dtype=evidence.dtype,
-        batch=batch,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +149,14 @@ class Considered:
     baseline_time: KernelTime | None
     rejected: tuple[tuple[Case, Objection], ...]
     admissible: tuple[Case, ...]
-    selected: bool
     limit: Limit
+    left_out: Objection | None = None  # what keeps the product on its baseline whatever its kernels are like
     rows: RowCounts | None = NO_ROWS  # at which its kernels are compared; None: too few were timed
+
+    @property
+    def selected(self) -> bool:
+        """Whether it may leave its baseline."""
+        return self.left_out is None
 
     @property
     def by_loss(self) -> bool:
@@ -225,7 +178,11 @@ class _Shape:
 
 # What `consider` keeps of each shape while nothing but the site changes: layers of a model are alike.
 Shapes = dict[tuple[object, ...], _Shape]
-_LEFT_OUT: Final[Objection] = ("filtered", "the plan's filter leaves this site out")
+FILTERED: Final[Objection] = ("filtered", "the plan's filter leaves this site out")
+TWICE: Final[Objection] = (
+    "cannot",
+    "the loop differentiates its gradients again (create_graph=True), and rounding has no second derivative",
+)
 
 
 def consider(  # noqa: PLR0913 - the six things a choice rests on, whether there is one, and what others have shared
@@ -236,12 +193,13 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, whether there
     times: TimeTable,
     device: DeviceInfo,
     *,
-    selected: bool = True,
+    left_out: Objection | None = None,
     shapes: Shapes | None = None,
 ) -> Considered:
     """Put the questions to every candidate of a product; raise KernelError when the registry has no baseline for it.
 
-    shapes: kept between products under one registry, one table of times and one device.
+    left_out: what keeps the product on its baseline. shapes: kept between products under
+    one registry, one table of times and one device.
     """
     shape = _shape_of(request, evidence, registry, times, device, {} if shapes is None else shapes)
     limit = bound.limit(evidence.product, evidence.site)
@@ -252,7 +210,7 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, whether there
     for offer, before, after in shape.offers:
         error = judged[offer.spec.recipe or ""]
         case = Case(wanted, offer, error)
-        objection = (before or error.objection or after) if selected else _LEFT_OUT
+        objection = left_out or before or error.objection or after
         if objection is None:
             admissible.append(case)
         else:
@@ -264,8 +222,8 @@ def consider(  # noqa: PLR0913 - the six things a choice rests on, whether there
         baseline_time=shape.baseline_time,
         rejected=tuple(rejected),
         admissible=tuple(admissible),
-        selected=selected,
         limit=limit,
+        left_out=left_out,
         rows=shape.rows,
     )
 

@@ -12,16 +12,15 @@ from typing import Final
 
 from loka.bounds import Bound
 from loka.dispatch.deciding.candidates import (
-    ATEN_OPS,
     MIN_SPEEDUP,
     Candidate,
     Case,
     Code,
     Considered,
+    Objection,
     consider,
     fastest,
     rejected_candidate,
-    request_of,
 )
 from loka.dispatch.deciding.judged import LossCost, error_words, finite, loss_words
 from loka.dispatch.deciding.loss_budget import Ration
@@ -35,7 +34,6 @@ from loka.probes.judging.evidence import ProductEvidence
 from loka.timing import faster
 
 __all__ = [
-    "ATEN_OPS",
     "MIN_SPEEDUP",
     "Candidate",
     "Code",
@@ -43,7 +41,6 @@ __all__ = [
     "LossCost",
     "conclude",
     "decide",
-    "request_of",
 ]
 
 # How far a candidate came, for the sentence that explains a decision for the baseline.
@@ -105,22 +102,22 @@ def decide(  # noqa: PLR0913 - the six things a choice rests on, and whether the
     times: TimeTable,
     device: DeviceInfo,
     *,
-    selected: bool = True,
+    left_out: Objection | None = None,
 ) -> Decision:
     """Choose the kernel of one product; every candidate that loses says why.
 
-    A bound on the loss is one product's own here: a plan shares it out. `selected=False` leaves the product on its
-    baseline. Raises KernelError when the registry has no baseline for the product.
+    A bound on the loss is one product's own here: a plan shares it out. `left_out` says what keeps the product on
+    its baseline. Raises KernelError when the registry has no baseline for the product.
     """
-    return conclude(consider(request, evidence, bound, registry, times, device, selected=selected))
+    return conclude(consider(request, evidence, bound, registry, times, device, left_out=left_out))
 
 
 def conclude(considered: Considered, ration: Ration | None = None) -> Decision:
     """Choose among the candidates of one product; with a `ration`, among those of the recipe that it grants."""
     baseline = considered.baseline
     rejected: list[Entry] = list(considered.rejected)
-    if not considered.selected:
-        return _stays(considered, f"left out by the plan's filter, so it stays on {baseline.name}", rejected)
+    if considered.left_out is not None:
+        return _stays(considered, f"{considered.left_out[1]}, so it stays on {baseline.name}", rejected)
     granted = [case for case in considered.admissible if ration is None or case.spec.recipe == ration.recipe]
     others = [case for case in considered.admissible if ration is not None and case.spec.recipe != ration.recipe]
     if not granted:

@@ -169,6 +169,11 @@ def _about_evidence(evidence: RunEvidence, bound: Bound, decisions: tuple[Decisi
             f"What rounding {blind} of {len(decisions)} products does to the loss was not taken: they stay on their "
             "baseline. `loka explain` says why."
         )
+    if evidence.twice:
+        notes.append(
+            f"{len(evidence.twice)} of {len({each.request.site for each in decisions})} sites stay in high precision: "
+            "the loop differentiates their gradients again (create_graph=True), and rounding has no second derivative."
+        )
     left_out = _lost(decisions, "filtered")
     if left_out:
         notes.append(f"The filter leaves {left_out} of {len(decisions)} products on their baseline.")

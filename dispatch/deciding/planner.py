@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 
 from loka.bounds import DEFAULT_ROW_ERROR, Bound, checked_bound
 from loka.collecting import uncollected
-from loka.dispatch.deciding.candidates import Considered, Shapes, consider, request_of
+from loka.dispatch.deciding.candidates import FILTERED, TWICE, Considered, Objection, Shapes, consider
 from loka.dispatch.deciding.chains import with_chains
 from loka.dispatch.deciding.composition import composed
 from loka.dispatch.deciding.decide import Decision, conclude
@@ -32,6 +32,7 @@ from loka.dispatch.deciding.loss_budget import Ration, Spending, share_out
 from loka.dispatch.deciding.notes import plan_notes
 from loka.dispatch.deciding.options import DEFAULT_BUDGET_S, Filter, PlanOptions
 from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.deciding.row_ranges import Grounds, Product, by_row_ranges
 from loka.dispatch.measuring.families import family_shapes, measure_families
 from loka.dispatch.measuring.flows import flow_shapes, measure_flows
@@ -263,7 +264,7 @@ def decide_products(
     evidence: RunEvidence, bound: Bound, registry: Registry, times: TimeTable, options: PlanOptions
 ) -> Decided:
     """Decide every product of a run; raise ArgumentError for a pattern, of filter or bound, that matches no site."""
-    selected, info = _selected(evidence, options.filter), options.info
+    left_out, info = _left_out(evidence, options.filter), options.info
     bound.check_sites(dict.fromkeys(product.site for product in evidence.products))
     with uncollected():
         # In an order of their own: which of two equal purchases a budget is spent on depends on it.
@@ -277,22 +278,22 @@ def decide_products(
                 registry,
                 times,
                 info,
-                selected=product.site in selected,
+                left_out=left_out.get(product.site),
                 shapes=shapes,
             )
             for product in products
         )
-        left_out = [
+        without = [
             without_unsafe_experts(
                 each, evidence.experts.get((each.request.site, each.request.product)), bound.confidence
             )
             for each in considered
         ]
-        considered = tuple(each for each, _ in left_out)
+        considered = tuple(each for each, _ in without)
         spending = share_out(considered, bound) if bound.loss is not None else None
         rations = spending.rations if spending is not None else {}
         apart = tuple(
-            keeping(conclude(each, rations.get(position)), kept) for position, (each, kept) in enumerate(left_out)
+            keeping(conclude(each, rations.get(position)), kept) for position, (each, kept) in enumerate(without)
         )
         if options.by_rows:
             apart = _by_rows(apart, considered, rations, evidence, Grounds(bound, registry, times, info))
@@ -334,10 +335,13 @@ def _key(considered: Considered) -> tuple[str, Pass]:
     return considered.request.site, considered.request.product
 
 
-def _selected(evidence: RunEvidence, chosen: Filter | None) -> frozenset[str]:
+def _left_out(evidence: RunEvidence, chosen: Filter | None) -> dict[str, Objection]:
+    """Return the sites that stay on their baseline whatever their kernels are like, and why."""
     sites = sorted({product.site for product in evidence.products})
-    if chosen is None:
-        return frozenset(sites)
+    selected = set(sites)
     if callable(chosen):
-        return frozenset(site for site in sites if chosen(site))
-    return frozenset(select(chosen, sites, what="site", inside=True))
+        selected = {site for site in sites if chosen(site)}
+    elif chosen is not None:
+        selected = set(select(chosen, sites, what="site", inside=True))
+    filtered = dict.fromkeys((site for site in sites if site not in selected), FILTERED)
+    return dict.fromkeys(evidence.twice, TWICE) | filtered

@@ -23,7 +23,6 @@ from typing import Final
 from loka.bounds import Bound
 from loka.dispatch.deciding.by_rows import by_rows
 from loka.dispatch.deciding.candidates import (
-    DISPATCHED,
     MIN_SPEEDUP,
     Candidate,
     Case,
@@ -34,6 +33,7 @@ from loka.dispatch.deciding.candidates import (
 from loka.dispatch.deciding.decide import Decision, conclude
 from loka.dispatch.deciding.kept_experts import keeping, without_unsafe_experts
 from loka.dispatch.deciding.loss_budget import Ration
+from loka.dispatch.deciding.requests import DISPATCHED
 from loka.dispatch.deciding.row_boundaries import Gap, Room, boundaries
 from loka.dispatch.measuring.profile import KernelTime, TimeAt, TimeTable, at_rows
 from loka.formats import RECIPES

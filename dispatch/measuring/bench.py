@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from loka.dispatch.deciding.candidates import request_of
 from loka.dispatch.deciding.epilogue import epilogue_shapes
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.compare_values import compare_values, parse_kinds
 from loka.dispatch.measuring.draws import Source
 from loka.dispatch.measuring.flows import flow_shapes, measure_flows

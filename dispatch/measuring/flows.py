@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from loka.dispatch.deciding.candidates import request_of
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.draws import draw_operands
 from loka.dispatch.measuring.forms import Form, call_of, forms_of, takes_codes
 from loka.dispatch.measuring.layers import LEAST_SHARE

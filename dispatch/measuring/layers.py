@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from loka.dispatch.deciding.candidates import request_of
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.draws import Source, draw_operands, sources
 from loka.dispatch.measuring.measure import timed, timing_of, tried
 from loka.dispatch.measuring.profile import NO_ROWS, TimeTable, at_rows, time_key, varies

@@ -18,7 +18,8 @@ from functools import partial
 import torch
 
 from loka.bounds import Bound
-from loka.dispatch.deciding.candidates import DISPATCHED, MIN_SPEEDUP
+from loka.dispatch.deciding.candidates import MIN_SPEEDUP
+from loka.dispatch.deciding.requests import DISPATCHED
 from loka.dispatch.measuring.draws import Drawn, draw_operands
 from loka.dispatch.measuring.profile import TimeTable
 from loka.dispatch.measuring.shapes import Shape, shapes_of

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from loka.dispatch.deciding.candidates import request_of
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.draws import Source, sources
 from loka.dispatch.measuring.profile import at_rows, time_key, varies
 from loka.formats import Pass

@@ -1,7 +1,8 @@
 """What kind of layer a forward product belongs to, where that is not a linear layer like any other.
 
 A mod rewrites what multiplies as `nn.Linear` does, from a weight of its own, and `NoBias` keeps the biases of
-prediction heads. The numbers of a product tell none of that, so a run keeps it, of the layers that differ.
+prediction heads. What a loop differentiates twice cannot run in FP8: rounding has no second derivative. The numbers of
+a product tell none of that, so a run keeps it, of the layers that differ.
 """
 
 from collections import defaultdict
@@ -28,6 +29,7 @@ class LayerFacts:
     also: str = ""  # another name of its weight, which is shared
     outside: str = ""  # module that multiplies with its weight without calling it, as nn.MultiheadAttention does
     head: bool = False  # whether its output reached the output of the model without another product
+    twice: bool = False  # whether a backward pass through it was to be differentiated again (create_graph=True)
 
     @property
     def nbytes(self) -> int:
@@ -39,13 +41,14 @@ class LayerFacts:
         if (self.runs, self.also) != (other.runs, other.also):
             raise ArgumentError(f"{self} and {other} are facts of two layers; merge those of one.")
         outside = max(self.outside, other.outside)
-        return replace(self, head=self.head or other.head, outside=outside)
+        return replace(self, head=self.head or other.head, outside=outside, twice=self.twice or other.twice)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the state as plain arrays."""
         return {
             "names": np.asarray([self.runs, self.also, self.outside], dtype=np.str_),
             "head": np.asarray(int(self.head)),
+            **({"twice": np.asarray(1)} if self.twice else {}),  # which older runs do not tell
         }
 
     @classmethod
@@ -53,7 +56,8 @@ class LayerFacts:
         """Restore what `arrays` gave. Raises ArgumentError for anything else."""
         stored = Stored(cls.__name__, arrays)
         runs, also, outside = stored.texts("names", 3)
-        return cls(runs=runs, also=also, outside=outside, head=stored.flag("head"))
+        twice = "twice" in arrays and stored.flag("twice")
+        return cls(runs=runs, also=also, outside=outside, head=stored.flag("head"), twice=twice)
 
 
 @dataclass(slots=True)
@@ -63,13 +67,16 @@ class LayerNotes:
     facts: dict[str, LayerFacts] | None = None  # parameter -> facts; None: not looked yet
     told: dict[str, LayerFacts] = field(default_factory=dict)
 
-    def news(self, model: nn.Module, parameter: str, *, head: bool, outside: str = "") -> LayerFacts | None:
+    def news(
+        self, model: nn.Module, parameter: str, *, head: bool, outside: str = "", twice: bool = False
+    ) -> LayerFacts | None:
         """Return what is to be kept of the layer of a parameter, or None where nothing is, or it is kept already."""
         if self.facts is None:
             self.facts = layer_facts(model)
         told = self.told.get(parameter, LayerFacts())
         facts = self.facts.get(parameter, LayerFacts())
-        found = replace(facts, head=head or told.head, outside=max(outside, told.outside))
+        outside, twice = max(outside, told.outside), twice or told.twice
+        found = replace(facts, head=head or told.head, outside=outside, twice=twice)
         if found == told:
             return None
         self.told[parameter] = found

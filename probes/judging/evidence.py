@@ -23,7 +23,7 @@ from loka.probes.judging.assembly import Errors, Measure, operands_of, products_
 from loka.probes.judging.drift import Drift
 from loka.probes.judging.intervals import MIN_SAMPLES, Floats, Ints, intervals, select_window, window_mean
 from loka.probes.judging.loss_evidence import LossEvidence, loss_evidence
-from loka.probes.judging.predictions import read_epilogues, read_experts, read_families, read_flows, read_outsides
+from loka.probes.judging.predictions import read_epilogues, read_experts, read_families, read_flows, read_layers
 from loka.probes.judging.series import SHAPE, Merged, RunSeries, load_series, load_shares, over_ranks
 from loka.probes.judging.verdicts import (
     ErrorInterval,
@@ -86,6 +86,7 @@ def read_and_condense(
     frozen = not run.progress.weights_changed
     errors = _judge(series, frozen=frozen, confidence=confidence)
     loss = loss_evidence(series, frozen=frozen, confidence=confidence)
+    layers = read_layers(engine, run.info.id)
     evidence = RunEvidence(
         info=run.info,
         progress=run.progress,
@@ -98,7 +99,8 @@ def read_and_condense(
         families=read_families(engine, run.info.id, steps=_forward_steps(series)),
         epilogues=read_epilogues(engine, run.info.id),
         flows=read_flows(engine, run.info.id),
-        outsides=read_outsides(engine, run.info.id),
+        outsides={site: facts.outside for site, facts in layers.items() if facts.outside},
+        twice=frozenset(site for site, facts in layers.items() if facts.twice),
     )
     return evidence, series
 

@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 from loka.errors import ArgumentError
 from loka.formats import RECIPES, Pass
 from loka.numerics import gate_for
+from loka.probes.capturing.layer_facts import LayerFacts
 from loka.probes.capturing.shared_inputs import families
 from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.records import LearnedRecord
@@ -91,10 +92,9 @@ def read_flows(engine: Engine, run_id: str | None = None) -> dict[str, str]:
     return {site: facts.reader for site, facts in told.items() if facts.reader and facts.reader != site}
 
 
-def read_outsides(engine: Engine, run_id: str | None = None) -> dict[str, str]:
-    """Return the sites whose weight another module than their own multiplies with, with that module's name."""
-    told = _told(engine, run_id, LAYER, "which module multiplies with the weight of %s is not known: %s")
-    return {site: facts.outside for site, facts in told.items() if facts.outside}
+def read_layers(engine: Engine, run_id: str | None = None) -> dict[str, LayerFacts]:
+    """Return what a run has kept of the layers that are not like any other, by site."""
+    return _told(engine, run_id, LAYER, "what is special about the layer of %s is not known: %s")
 
 
 def _told(engine: Engine, run_id: str | None, kind: str, unknown: str) -> dict[str, Any]:

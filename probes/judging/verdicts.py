@@ -155,6 +155,7 @@ class RunEvidence:
     epilogues: tuple[str, ...] = ()  # sites that are one module with their norm and activation
     flows: Mapping[str, str] = field(default_factory=dict)  # such sites -> the one that alone reads their result
     outsides: Mapping[str, str] = field(default_factory=dict)  # sites -> another module that multiplies by their weight
+    twice: frozenset[str] = frozenset()  # sites whose gradients the loop differentiates again
 
     @property
     def has_loss(self) -> bool:

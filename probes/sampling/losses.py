@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loka.errors import ArgumentError
+from loka.probes.capturing.storage import stands_for_many
 
 Labels = Literal["closed", "sampled", "empirical"]
 LossHook = Callable[[Any, torch.Generator], Tensor]
@@ -205,3 +206,10 @@ def true_scale(root_value: float, loss: ModelLoss) -> float:
 
 def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
     return torch.bernoulli(p.cpu(), generator=generator).to(p.device)
+
+
+def value_of(root: Any) -> float:
+    """Return the value of a loss; NaN for what is none, and under `torch.vmap`, where it stands for many."""
+    if not isinstance(root, Tensor) or root.numel() != 1 or root.is_meta or not root.is_floating_point():
+        return math.nan
+    return math.nan if root.is_nested or stands_for_many(root) else float(root.detach())

@@ -22,7 +22,6 @@ from loka.probes.capturing.products import Draw
 from loka.probes.capturing.shared_inputs import Inputs
 from loka.probes.capturing.sites import SiteKey, SiteMap
 from loka.probes.capturing.sources import watch_for
-from loka.probes.capturing.storage import stands_for_many
 from loka.probes.experts.slices import Slice
 from loka.probes.experts.statistics import ExpertStatistics
 from loka.probes.records import DynamicsRecord, LossImpact, ProductRecord, StepRecord
@@ -30,7 +29,7 @@ from loka.probes.sampling.budget import Budget
 from loka.probes.sampling.dynamics import SHARE, DynamicsMeter, watched_modules
 from loka.probes.sampling.impact import ImpactMeter, Turns, block_of
 from loka.probes.sampling.learning import LEARN_EVERY, Learner
-from loka.probes.sampling.losses import LossHook, apply_hook, items_of
+from loka.probes.sampling.losses import LossHook, apply_hook, items_of, value_of
 from loka.probes.sampling.measure import Measurement, is_plain_product, measure, rows_of
 from loka.probes.sampling.settled import Settled
 from loka.probes.sampling.watch import Watch
@@ -116,6 +115,8 @@ class Sampler:
     _seen: dict[JobKey, _Seen] = field(default_factory=dict)
     _inputs: Inputs = field(default_factory=Inputs)
     _heads: set[str] = field(default_factory=set)  # parameters of the last products
+    _again: bool = False  # whether the backward pass that runs builds a graph, to be differentiated again
+    _twice: set[SiteKey] = field(default_factory=set)  # layers whose gradients are to be differentiated again
 
     def __post_init__(self) -> None:
         self.capture = Capture(self.sites, self)
@@ -135,6 +136,8 @@ class Sampler:
             self.meter.saw_gradient(sighting)
             if self.meter.labelled:
                 return
+            if self._again:
+                self._twice.add(sighting.key)
         key = (sighting.key, sighting.product)
         gemm = sighting.gemm
         if self.capture.dynamics is not None and sighting.product == "fprop":
@@ -252,13 +255,15 @@ class Sampler:
             torch.autograd.grad(drawn.root, weights, drawn.gradient, retain_graph=True, allow_unused=True)
         return ""
 
-    def went_backward(self, roots: Sequence[Any]) -> None:
+    def went_backward(self, roots: Sequence[Any], *, create_graph: bool) -> None:
         """Take note of the loss that the loop's own backward begins at; two different ones are none."""
+        # Those of torch.func always build a graph, and planned layers run in high precision there.
+        self._again = create_graph and not torch._C._are_functorch_transforms_active()
         if self.meter.labelled:
             return
         try:
             with _disable_current_modes():
-                value = _number(roots[0]) if len(roots) == 1 else math.nan
+                value = value_of(roots[0]) if len(roots) == 1 else math.nan
         except Exception as error:  # noqa: BLE001 - a probe must never stop the training it watches; it is told and ends
             self.failed(error)
             return
@@ -347,7 +352,8 @@ class Sampler:
         if key[1] != "fprop" or not seen.parameter or self.watch is not None:
             return
         layers, head = self.memory.layers, seen.parameter in self._heads
-        facts = layers.news(self.sites.model, seen.parameter, head=head, outside=seen.outside)
+        twice = key[0] in self._twice
+        facts = layers.news(self.sites.model, seen.parameter, head=head, outside=seen.outside, twice=twice)
         if facts is not None:
             self.memory.learner.learn_layer(key[0], facts, self.step)
 
@@ -378,13 +384,6 @@ def _record(site: str, product: Pass, seen: _Seen, impacts: Mapping[str, LossImp
         impacts=impacts,
         unmeasured=seen.unmeasured,
     )
-
-
-def _number(root: Any) -> float:
-    """Return the value of a loss; NaN for what is none, and under `torch.vmap`, where it stands for many."""
-    if not isinstance(root, Tensor) or root.numel() != 1 or root.is_meta or not root.is_floating_point():
-        return math.nan
-    return math.nan if root.is_nested or stands_for_many(root) else float(root.detach())
 
 
 def _turn(samples: int, calls: int) -> int:

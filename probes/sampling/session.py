@@ -284,7 +284,7 @@ class Probe:
         if self._thread:
             if sampler is None or self._thread != threading.get_ident():
                 return None
-            sampler.went_backward(roots)
+            sampler.went_backward(roots, create_graph=create_graph)
             return sampler.capture.building_graph(create_graph)
         if self._in_step or self._in_forward or self._root is None or self._root.running:
             return None  # inside a step or forward that is not sampled
@@ -293,7 +293,7 @@ class Probe:
         self._notice_unseen_forwards(roots)
         self._steps.rhythm.backward()
         if sampler is not None and not self._by_hand:
-            sampler.went_backward(roots)
+            sampler.went_backward(roots, create_graph=create_graph)
         return None if self._by_hand else self._around_backward(create_graph)
 
     @contextmanager

@@ -14,8 +14,8 @@ import numpy as np
 from sqlalchemy import Engine
 
 from loka.bounds import Bound
-from loka.dispatch.deciding.candidates import request_of
 from loka.dispatch.deciding.decide import Decision
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.profile import TimeTable
 from loka.errors import ArgumentError
 from loka.formats import ROLES, Pass

@@ -3,8 +3,9 @@
 import math
 
 from loka.bounds import Bound
-from loka.dispatch.deciding.decide import decide, request_of
+from loka.dispatch.deciding.decide import decide
 from loka.dispatch.deciding.plan import Plan
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.profile import TimeTable
 from loka.hardware import DeviceInfo
 from loka.kernel_registry.builtin import KERNELS
@@ -124,10 +125,10 @@ def timings(times, **changes):
     ]
 
 
-def decided(times=None, *, evidence=None, bound=BOUND, registry=None, device=HOPPER, assume=None, selected=True):
+def decided(times=None, *, evidence=None, bound=BOUND, registry=None, device=HOPPER, assume=None, left_out=None):
     evidence = product() if evidence is None else evidence
     table = TimeTable(timings(times or {}, of=evidence), assume_speedup=assume)
-    return decide(request_of(evidence), evidence, bound, registry or built_in(), table, device, selected=selected)
+    return decide(request_of(evidence), evidence, bound, registry or built_in(), table, device, left_out=left_out)
 
 
 def made_plan(*decisions, **changes):

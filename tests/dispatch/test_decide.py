@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loka.bounds import Bound
-from loka.dispatch.deciding.decide import ATEN_OPS, MIN_SPEEDUP, request_of
+from loka.dispatch.deciding.candidates import FILTERED, TWICE
+from loka.dispatch.deciding.decide import MIN_SPEEDUP
+from loka.dispatch.deciding.requests import ATEN_OPS, request_of
 from loka.formats import PASSES
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.spec import KernelSpec
@@ -162,10 +164,17 @@ def test_a_tie_goes_to_the_first_by_name():
 
 
 def test_a_filtered_site_stays_on_its_baseline():
-    decision = decided({BASE: 20.0, ROW: 10.0}, selected=False)
+    decision = decided({BASE: 20.0, ROW: 10.0}, left_out=FILTERED)
     assert decision.kernel == BASE
     assert set(codes(decision).values()) == {"filtered"}
     assert "filter" in decision.why
+
+
+def test_what_is_differentiated_twice_stays_on_its_baseline():
+    decision = decided({BASE: 20.0, ROW: 10.0}, left_out=TWICE)
+    assert decision.kernel == BASE
+    assert set(codes(decision).values()) == {"cannot"}
+    assert "create_graph=True" in decision.why
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from loka.dispatch.deciding.decide import request_of
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.profile import DeviceProfile, TimeTable, newest
 from loka.errors import ArgumentError, PlanError
 from tests.dispatch.made_evidence import CPU, HOPPER, product, timing

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from loka.dispatch.deciding.candidates import Candidate, consider, request_of
+from loka.dispatch.deciding.candidates import Candidate, consider
 from loka.dispatch.deciding.decide import conclude
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.deciding.rejected import Rejected, entries_of, told
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.profile import TimeTable
 from tests.dispatch.made_evidence import BOUND, HOPPER, built_in, decided, made_plan, product, recipe, timings
 

@@ -1,12 +1,17 @@
 """Differentiating twice through a product in FP8 is an error, on every way there is, and never a wrong number."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import loka
 from loka.dispatch.running.convert import convert, revert
+from loka.dispatch.running.executions import kernel_executions
 from loka.formats import PASSES
+from loka.probes.capturing.layer_facts import LayerFacts
 from tests.dispatch.made_conversion import MIXED, decision, plan_for
 
 WORDS = "differentiate twice a product in FP8"
@@ -101,3 +106,54 @@ def test_a_checkpoint_may_lie_around_it(kernel):
     assert torch.equal(slope, plain)
     with pytest.raises(RuntimeError, match=WORDS):
         slope.sum().backward()
+
+
+class Pair(nn.Module):
+    """A critic whose slopes are penalised, and a generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.critic = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 1))
+
+    def forward(self, noise, real):
+        fake = self.generator(noise)
+        middle = (0.5 * (real + fake.detach())).requires_grad_()
+        (slope,) = torch.autograd.grad(self.critic(middle).sum(), middle, create_graph=self.training)
+        penalty = (slope.norm(dim=1) - 1).square().mean()
+        return self.critic(fake).mean() - self.critic(real).mean() + penalty
+
+
+def pair_trained(model, steps, probe=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    with probe or nullcontext():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(64, 8, generator=generator), torch.randn(64, 16, generator=generator)).backward()
+            optimizer.step()
+
+
+def test_a_plan_leaves_what_is_differentiated_twice_in_high_precision(tmp_path):
+    torch.manual_seed(0)
+    model = Pair()
+    pair_trained(model, 40, loka.probe(model, tmp_path / "run.db", every=2, overhead=100.0))
+    plan = loka.plan(tmp_path / "run.db", loka.Bound(row_error=0.2), assume_speedup=1.5)
+    low = {each.request.site for each in plan.decisions if each.recipe is not None}
+    assert low == {"generator.0", "generator.2"}
+    kept = [each for each in plan.decisions if each.request.site.startswith("critic")]
+    assert kept
+    assert all("create_graph=True" in each.why for each in kept)
+    assert any("2 of 4 sites stay in high precision" in note for note in plan.notes)
+    loka.convert(model, plan, emulate=True)
+    pair_trained(model, 3)  # and raises nothing
+    assert kernel_executions()
+    with pytest.raises(RuntimeError, match=WORDS):
+        penalty(model.generator, torch.randn(4, 8, requires_grad=True)).backward()
+
+
+def test_facts_of_a_layer_are_kept_merged_and_read_from_runs_that_do_not_tell():
+    plain, twice = LayerFacts(), LayerFacts(twice=True)
+    assert LayerFacts.from_arrays(twice.arrays()) == plain.merge(twice) == twice.merge(plain) == twice
+    assert "twice" not in plain.arrays()
+    assert LayerFacts.from_arrays(plain.arrays()) == plain

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loka.dispatch.deciding.candidates import request_of
 from loka.dispatch.deciding.decide import decide
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.deciding.planner import PlanOptions, decide_all
+from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring import measure as measure_module
 from loka.dispatch.measuring.bench import bench_database, times_over_rows
 from loka.dispatch.measuring.draws import Source, dealt_out, draw_operands

@@ -171,7 +171,7 @@ def test_a_failure_in_reading_the_loss_ends_the_probe_and_not_the_training(tmp_p
     def cannot(root):
         raise ValueError("cannot read")
 
-    monkeypatch.setattr(sampler, "_number", cannot)
+    monkeypatch.setattr(sampler, "value_of", cannot)
     warned(model, tmp_path, lambda probe: losses.append(train(model, 6)), told)
     assert told[0].startswith("Looking into step 0 failed (ValueError: cannot read).")
     assert losses[0] == train(model, 6)
