@@ -77,7 +77,14 @@ class Plan:
         document.write_atomically(path, self.text())
 
     def text(self) -> str:
-        """Return the plan as JSON, one line per decision."""
+        """Return the plan as JSON, one line per decision; raise PlanError where no plan could be read from it again."""
+        names = dict.fromkeys((*self.fingerprint, *(site for site, _ in self._index)))
+        odd = next((name for name in names if not name.isprintable()), None)
+        if odd is not None:
+            raise PlanError(
+                f"The name {odd!r} of this model holds control characters, which no plan file may. Rename the module "
+                "or parameter and probe again, or use the plan in the process that has made it."
+            )
         return self._text(created=True)
 
     @classmethod

@@ -14,6 +14,7 @@ from torch import nn
 from loka.bounds import Bound
 from loka.dispatch.deciding.plan import Plan
 from loka.errors import PlanError
+from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_evidence import AMPERE, HOPPER, built_in, decided, made_plan, product, recipe
 
 ROW, BASE = "torch.scaled_mm.rowwise", "torch.mm.bf16"
@@ -241,3 +242,13 @@ def test_kernels_that_cannot_run_here_or_mean_something_else_are_reported(docume
     assert "needs CUDA compute capability 8.9" in problem
     other = Plan.load(document(decision(2, recipe="tensorwise")))
     assert "has the recipe rowwise here, not tensorwise" in other.kernel_problems(built_in(), HOPPER)[0]
+
+
+def test_a_name_that_no_file_may_hold_is_refused_when_it_is_written(tmp_path):
+    model = nn.Sequential()
+    model.add_module("a\nb", nn.Linear(16, 16))
+    plan = plan_for(model, {"a\nb": {"fprop": "tensorwise"}})
+    with pytest.raises(PlanError, match=r"'a\\nb.weight' of this model holds control characters.*Rename the module"):
+        plan.save(tmp_path / "plan.json")
+    assert not (tmp_path / "plan.json").exists()
+    assert plan.hash
