@@ -32,7 +32,17 @@ from loka.probes.sampling.steps import Steps
 # Names that an event tells; the others are counted.
 _NAMED: Final[int] = 3
 _PLACE: Final = attrgetter("device", "dtype")
-_Held = list[tuple[nn.Parameter, Tensor]]
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of one optimizer."""
+
+    groups: int = -1  # groups of parameters that it had when it was looked at
+    is_ours: bool = False  # it changes the model
+    after: int = 0  # steps of the run before its last step
+    passes: bool = False  # gradients that are not finite are the training's own
+    held: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -45,10 +55,8 @@ class HeldSteps:
     tell: Callable[[Event], None]
     count: int = 0
     _handles: list[RemovableHandle] = field(default_factory=list)
-    _held: "weakref.WeakKeyDictionary[Optimizer, _Held]" = field(default_factory=weakref.WeakKeyDictionary)
-    _ours: "weakref.WeakKeyDictionary[Optimizer, bool]" = field(default_factory=weakref.WeakKeyDictionary)
-    _after: int = 0  # steps of the run before the last step of an optimizer
-    _pass: bool = False  # gradients that are not finite are the training's own
+    _known: "weakref.WeakKeyDictionary[Optimizer, _Known]" = field(default_factory=weakref.WeakKeyDictionary)
+    _after: int = 0  # steps of the run before the last step of any that is ours: where one that is new has begun
 
     def attach(self) -> None:
         """Begin to look. Code that is compiled around a step calls what looks as it is."""
@@ -62,7 +70,7 @@ class HeldSteps:
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Look at the gradients; where the optimizer has them computed by a closure, whenever that has run."""
-        if not self.watch.can_fail or self.steps.ended or not self._is_ours(optimizer):
+        if not self.watch.can_fail or self.steps.ended or not self._of(optimizer).is_ours:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
@@ -80,19 +88,28 @@ class HeldSteps:
 
     def _behind(self, optimizer: Optimizer, *_: object) -> None:
         """Give back what was held: the loop may look at it, and clears it as ever."""
-        for parameter, gradient in self._held.pop(optimizer, ()):
+        known = self._of(optimizer)
+        held, known.held = known.held, []
+        for parameter, gradient in held:
             if parameter.grad is None:
                 parameter.grad = gradient
-        self._after = self.steps.rhythm.steps
+        if known.is_ours:
+            known.after = self._after = self.steps.rhythm.steps
 
-    def _is_ours(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer changes the model."""
-        if optimizer not in self._ours:
+    def _of(self, optimizer: Optimizer) -> _Known:
+        """Return what is known of an optimizer; looked at again where it has got groups of parameters."""
+        known = self._known.get(optimizer)
+        if known is None:
+            known = self._known[optimizer] = _Known(after=self._after)
+        if known.groups != len(optimizer.param_groups):
             of_model = {id(parameter) for parameter in self.model.parameters()}
-            self._ours[optimizer] = any(id(parameter) in of_model for parameter in _parameters(optimizer))
-        return self._ours[optimizer]
+            known.is_ours = any(id(parameter) in of_model for parameter in _parameters(optimizer))
+            known.groups = len(optimizer.param_groups)
+        return known
 
     def _look_harmlessly(self, optimizer: Optimizer) -> None:
+        if _is_capturing() or getattr(optimizer, "found_inf", None) is not None:
+            return  # a fused optimizer under loss scaling leaves such a step out by itself
         with self.steps.harmless(self._step), torch.no_grad():
             if self.watch.device.type == "cuda":  # the backward pass itself is not what a look takes
                 torch.cuda.current_stream(self.watch.device).synchronize()
@@ -105,21 +122,20 @@ class HeldSteps:
         return max(self.steps.rhythm.steps - 1, 0)
 
     def _look(self, optimizer: Optimizer) -> None:
-        if getattr(optimizer, "found_inf", None) is not None or _is_capturing():
-            return  # a fused optimizer under loss scaling leaves such a step out by itself
+        known = self._of(optimizer)
         found = [each for each in _parameters(optimizer) if each.grad is not None]
         if _are_finite([each.grad for each in found if each.grad is not None]):
-            self._pass = False
+            known.passes = False
             return
         wrong = [each for each in found if not _is_finite(each.grad)]
-        if not wrong or self._pass:
+        if not wrong or known.passes:
             return
         sampler = self.steps.sampler
-        if sampler is not None and sampler.step <= self._after:  # all that the gradients are of ran in high precision
-            self._pass = True
+        if sampler is not None and sampler.step <= known.after:  # all that the gradients are of ran in high precision
+            known.passes = True
             self._say("nonfinite_gradients", f"{self._words(wrong)} in high precision, too: that is no kernel's doing")
             return
-        self._held[optimizer] = [(each, each.grad) for each in found if each.grad is not None]
+        known.held = [(each, each.grad) for each in found if each.grad is not None]
         for parameter in found:
             parameter.grad = None
         self.count += 1
@@ -135,8 +151,8 @@ class HeldSteps:
         return f"the gradients of {_listed(known or ['other parameters'])} are not finite"
 
     def _spoiled_buffers(self) -> str:
-        """Return the buffers that a forward pass has left with values that are not finite, in words."""
-        return _listed([name for name, buffer in self.model.named_buffers() if not _is_finite(buffer)])
+        """Return the buffers that a forward pass has left with NaN, in words; infinity may be a mask's."""
+        return _listed([name for name, buffer in self.model.named_buffers() if _has_nan(buffer)])
 
     def _say(self, kind: str, words: str) -> None:
         self.tell(Event(step=self._step, kind=kind, message=words))
@@ -181,6 +197,10 @@ def _is_finite(tensor: Tensor | None) -> bool:
     if tensor is None or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     return bool(_local(tensor).isfinite().all())
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return not tensor.is_meta and bool(_local(tensor).isnan().any())
 
 
 def _is_capturing() -> bool:

@@ -208,9 +208,73 @@ def test_a_sampled_micro_batch_does_not_excuse_those_before_it():
     assert is_finite(model)
 
 
+@pytest.mark.parametrize("shares", [False, True])
+def test_steps_of_another_optimizer_do_not_excuse_what_came_before_them(shares):
+    """A discriminator's, or that of the head, steps in each micro-batch; the model's own in each third one."""
+    torch.manual_seed(0)
+    model, last = Model(), places(8, 40)[-1]
+    plan = planned(model, "fprop")
+    loka.convert(model, plan)
+    other = model.down if shares else nn.Linear(4, 4)
+    often = torch.optim.SGD(other.parameters(), lr=1e-2)
+    seldom = torch.optim.SGD(model.up.parameters(), lr=1e-2)
+    with loka.monitor(model, plan, every=8, overhead=100.0) as monitor:
+        for at, x in enumerate(batches(last + 1, loud=1.0)):
+            Faults.on = at == last - 2
+            (model(x)[1:] - x[1:, :16]).square().mean().backward()
+            often.step()
+            often.zero_grad()
+            if (last - at) % 3 == 0:
+                seldom.step()
+                seldom.zero_grad()
+    assert kinds(monitor) == ["step_held"] * (1 + shares)
+    assert monitor.events[-2].step == last
+    assert is_finite(model)
+
+
+def test_an_optimizer_whose_gradients_are_finite_holds_back_no_other():
+    torch.manual_seed(0)
+    model = Model()
+    plan = planned(model, "fprop")
+    loka.convert(model, plan)
+    one, other = (torch.optim.SGD(part.parameters(), lr=1e-2) for part in (model.up, model.down))
+    with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
+        for x in batches(8, loud=1.0):
+            plain_step(model, one, x)
+            model.down.bias.grad[0] = math.inf  # the training's own, in each step
+            other.step()
+            other.zero_grad()
+            nn.init.zeros_(model.down.bias)
+    assert kinds(monitor) == ["nonfinite_gradients"]
+
+
+@pytest.mark.parametrize("lasts", [True, False])
+def test_an_optimizer_that_gets_the_model_later_is_looked_at(lasts):
+    """As in a fine-tuning that thaws the model behind its head; or it is made anew in each step."""
+    torch.manual_seed(0)
+    model, head = Model(), nn.Linear(16, 4)
+    plan = planned(model, "fprop")
+    loka.convert(model, plan)
+    optimizer = torch.optim.SGD(head.parameters(), lr=1e-2)
+    with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
+        for at, x in enumerate(batches(8, loud=1.0)):
+            if at == 2 and lasts:
+                optimizer.add_param_group({"params": list(model.parameters())})
+            if not lasts:
+                optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+            Faults.on = at == 5
+            model.zero_grad()
+            head.zero_grad()
+            head(model(x)).square().mean().backward()
+            optimizer.step()
+    assert kinds(monitor) == ["step_held"]
+    assert is_finite(model)
+
+
 def test_buffers_that_it_has_reached_are_named():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16))
+    model.register_buffer("mask", torch.full((3, 3), -math.inf).triu())
     decisions = [decision("0", each, "tensorwise" if each == "fprop" else None, kernel=NAME) for each in PASSES[:1]]
     plan = plan_for(model, {}, decisions=tuple(decisions))
     loka.convert(model, plan)
