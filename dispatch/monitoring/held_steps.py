@@ -6,6 +6,9 @@ looked at before each step of a `torch.optim` optimizer. Where they are not fini
 scaling leaves out, and the next step of the run is monitored whatever that costs: in high precision, with every kernel
 tried. Gradients that are not finite there either are the training's own: they pass.
 
+Loss scaling leaves such a step out by itself, before an optimizer is asked, and halves its scale each time. So where no
+optimizer has stepped for more backward passes than it ever took before, the next step of the run is monitored, too.
+
 The answer is wanted before the optimizer goes on: on a device each of its steps waits for the backward pass, as it does
 under loss scaling. What a look takes is charged to the monitor's budget.
 """
@@ -56,6 +59,8 @@ class HeldSteps:
     count: int = 0
     _handles: list[RemovableHandle] = field(default_factory=list)
     _known: "weakref.WeakKeyDictionary[Optimizer, _Known]" = field(default_factory=weakref.WeakKeyDictionary)
+    _backwards: int = 0  # backward passes since an optimizer has stepped
+    _usual: int = 0  # the most of them that came before a step; 0: none has been seen
     _after: int = 0  # steps of the run before the last step of any that is ours: where one that is new has begun
 
     def attach(self) -> None:
@@ -67,6 +72,17 @@ class HeldSteps:
         """Look no more."""
         while self._handles:
             self._handles.pop().remove()
+
+    def went_backward(self) -> None:
+        """Count a backward pass; have the next step looked at where the optimizers have come to a halt."""
+        self._backwards += 1
+        if not self._usual or self._backwards <= self._usual or not self._handles or not self.watch.can_fail:
+            return
+        self._usual = 2 * self._backwards
+        self.watch.urgent = True
+        self._say(
+            "no_step", f"no optimizer has stepped for {self._backwards} backward passes: the next step is monitored"
+        )
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Look at the gradients; where the optimizer has them computed by a closure, whenever that has run."""
@@ -94,6 +110,7 @@ class HeldSteps:
             if parameter.grad is None:
                 parameter.grad = gradient
         if known.is_ours:
+            self._usual, self._backwards = max(self._usual, self._backwards), 0
             known.after = self._after = self.steps.rhythm.steps
 
     def _of(self, optimizer: Optimizer) -> _Known:

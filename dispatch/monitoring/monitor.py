@@ -16,7 +16,8 @@ Everything that happens is an event: logged, kept in `events`, and added to the 
 import logging
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
 from typing import Any, ClassVar, Final, Self
@@ -98,6 +99,11 @@ class Monitor(Probe):
         if error is not None:
             self._watch.team.leave()
         super().__exit__(kind, error, traceback)
+
+    def around_backward(self, roots: Sequence[Any], *, create_graph: bool) -> AbstractContextManager[None] | None:
+        """Scope for one backward, as a probe has it; it is counted, too."""
+        self._held.went_backward()
+        return super().around_backward(roots, create_graph=create_graph)
 
     def _open_writer(self) -> Writer:
         def opened() -> RunWriter | None:

@@ -271,6 +271,47 @@ def test_an_optimizer_that_gets_the_model_later_is_looked_at(lasts):
     assert is_finite(model)
 
 
+def test_under_loss_scaling_the_kernel_is_found_before_the_scale_is_lost():
+    """The scaler leaves steps out without asking the optimizer: only that none comes can be seen."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+
+    def step(model, optimizer, x):
+        optimizer.zero_grad()
+        loss = (model(x)[1:] - x[1:, :16]).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item()
+
+    model, monitor, losses = trained(["fprop", "dgrad"], step=step)
+    assert kinds(monitor) == ["no_step", "kernel_fault", *["demoted"] * 4]
+    assert monitor.events[0].step == BREAKS_AT + 1
+    assert of_kind(monitor, "kernel_fault")[0].step == BREAKS_AT + 2
+    assert scaler.get_scale() == 256.0
+    assert is_finite(model)
+    assert sum(losses[-10:]) == pytest.approx(sum(in_high_precision()[-10:]), rel=0.1)
+
+
+def test_accumulation_and_evaluations_are_no_halt():
+    torch.manual_seed(0)
+    model = Model()
+    plan = planned(model, "fprop")
+    loka.convert(model, plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
+        for at, x in enumerate(batches(40, loud=1.0)):
+            model(x).square().mean().backward()
+            if at % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+            if at == 19:
+                with torch.no_grad():
+                    for _ in range(10):
+                        model(x)
+    assert kinds(monitor) == []
+    assert monitor.progress.sampled_steps == 1
+
+
 def test_buffers_that_it_has_reached_are_named():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16))
