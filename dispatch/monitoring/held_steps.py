@@ -14,27 +14,25 @@ under loss scaling. What a look takes is charged to the monitor's budget.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from operator import attrgetter
+from functools import partial, wraps
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from loka.dispatch.monitoring.finite import are_finite, has_nan, is_finite
 from loka.dispatch.monitoring.plan_watch import PlanWatch
-from loka.dtensors import is_sharded
 from loka.probes.records import Event
 from loka.probes.sampling.steps import Steps
 
 # Names that an event tells; the others are counted.
 _NAMED: Final[int] = 3
-_PLACE: Final = attrgetter("device", "dtype")
 
 
 @dataclass(slots=True)
@@ -46,6 +44,30 @@ class _Known:
     after: int = 0  # steps of the run before its last step
     passes: bool = False  # gradients that are not finite are the training's own
     held: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    inner: int = 0  # steps inside of the one that runs: `super().step()` is one of its own to torch
+    closure: "weakref.ref[Any] | None" = None  # what computes the gradients of the step that runs, looked at
+    hooks: list[RemovableHandle] = field(default_factory=list)  # of this step, between those of the user's
+
+    def begin(self) -> None:
+        """Forget what a step that did not come to its end has left."""
+        self.inner, self.held, self.closure = 0, [], None
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def give_back(self) -> None:
+        """Give back what was held: the loop, and hooks of its own, may look at it, and clear it as ever."""
+        if self.inner:
+            return
+        held, self.held = self.held, []
+        for parameter, gradient in held:
+            if parameter.grad is None:
+                parameter.grad = gradient
+
+    def is_inside(self, closure: object) -> bool:
+        """Whether a step that begins is inside of another one of its optimizer's, which was looked at."""
+        if callable(closure):
+            return self.closure is not None and closure is self.closure()
+        return bool(self.held) and all(parameter.grad is None for parameter, _ in self.held)
 
 
 @dataclass(slots=True)
@@ -70,8 +92,9 @@ class HeldSteps:
 
     def detach(self) -> None:
         """Look no more."""
-        while self._handles:
-            self._handles.pop().remove()
+        for each in (self._handles, *(known.hooks for known in self._known.values())):
+            while each:
+                each.pop().remove()
 
     def went_backward(self) -> None:
         """Count a backward pass; have the next step looked at where the optimizers have come to a halt."""
@@ -85,30 +108,54 @@ class HeldSteps:
         )
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Look at the gradients; where the optimizer has them computed by a closure, whenever that has run."""
-        if not self.watch.can_fail or self.steps.ended or not self._of(optimizer).is_ours:
+        """Look at the gradients that the optimizer gets, behind hooks of the user or the closure that computes them."""
+        known = self._of(optimizer)
+        if not self.watch.can_fail or self.steps.ended or not known.is_ours:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if not callable(closure):
-            self._look_harmlessly(optimizer)
+        if known.is_inside(closure):
+            known.inner += 1
             return None
-
-        def looked_at() -> Any:
-            loss = closure()
-            self._look_harmlessly(optimizer)
-            return loss
-
+        known.begin()
+        if not callable(closure):
+            if optimizer._optimizer_step_pre_hooks:
+                known.hooks.append(optimizer.register_step_pre_hook(lambda *_: self._look_harmlessly(optimizer)))
+            else:
+                self._look_harmlessly(optimizer)
+            return None
+        if any(isinstance(each, Optimizer) for each in vars(optimizer).values()):
+            return None  # the one that it has take the step is looked at then
+        looked_at = self._looked_at(optimizer, closure)
+        known.closure = weakref.ref(looked_at)
         if len(args) > 1:
             return (args[0], looked_at, *args[2:]), kwargs
         return args, {**kwargs, "closure": looked_at}
 
+    def _looked_at(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a closure behind which gradients are looked at, but for those of a step on its way.
+
+        Whoever has moved weights before it asks for gradients may have to move them back, and not do so without any
+        (sharpness-aware minimisation). torch's own takes them for zeros, and ends there.
+        """
+        begun = _versions(optimizer)
+
+        @wraps(closure)
+        def looked_at(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            if isinstance(optimizer, LBFGS) or _versions(optimizer) == begun:
+                self._look_harmlessly(optimizer)
+            return loss
+
+        return looked_at
+
     def _behind(self, optimizer: Optimizer, *_: object) -> None:
-        """Give back what was held: the loop may look at it, and clears it as ever."""
+        """Take note of a step that is over."""
         known = self._of(optimizer)
-        held, known.held = known.held, []
-        for parameter, gradient in held:
-            if parameter.grad is None:
-                parameter.grad = gradient
+        if known.inner:
+            known.inner -= 1
+            return
+        known.give_back()
+        known.begin()
         if known.is_ours:
             self._usual, self._backwards = max(self._usual, self._backwards), 0
             known.after = self._after = self.steps.rhythm.steps
@@ -141,10 +188,12 @@ class HeldSteps:
     def _look(self, optimizer: Optimizer) -> None:
         known = self._of(optimizer)
         found = [each for each in _parameters(optimizer) if each.grad is not None]
-        if _are_finite([each.grad for each in found if each.grad is not None]):
+        if not found:
+            return
+        if are_finite([each.grad for each in found if each.grad is not None]):
             known.passes = False
             return
-        wrong = [each for each in found if not _is_finite(each.grad)]
+        wrong = [each for each in found if not is_finite(each.grad)]
         if not wrong or known.passes:
             return
         sampler = self.steps.sampler
@@ -155,6 +204,10 @@ class HeldSteps:
         known.held = [(each, each.grad) for each in found if each.grad is not None]
         for parameter in found:
             parameter.grad = None
+        if optimizer._optimizer_step_post_hooks:  # they are to find gradients, and may clear them
+            first = optimizer.register_step_post_hook(lambda *_: known.give_back())
+            optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
+            known.hooks.append(first)
         self.count += 1
         self.watch.urgent = True
         spoiled = self._spoiled_buffers()
@@ -169,7 +222,7 @@ class HeldSteps:
 
     def _spoiled_buffers(self) -> str:
         """Return the buffers that a forward pass has left with NaN, in words; infinity may be a mask's."""
-        return _listed([name for name, buffer in self.model.named_buffers() if _has_nan(buffer)])
+        return _listed([name for name, buffer in self.model.named_buffers() if has_nan(buffer)])
 
     def _say(self, kind: str, words: str) -> None:
         self.tell(Event(step=self._step, kind=kind, message=words))
@@ -179,45 +232,9 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor that this rank has."""
-    if is_sharded(tensor):
-        tensor = tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
-    return tensor._values() if tensor.is_sparse else tensor
-
-
-def _are_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether all of these are finite: what loss scaling asks of most of them in one launch, at a scale of one."""
-    local = [each if type(each) is Tensor else _local(each) for each in gradients]
-    plain = [each for each in local if type(each) is Tensor and _may_be_scaled(each)]
-    alike: dict[Any, list[Tensor]] = {}
-    for place, each in zip(map(_PLACE, plain), plain, strict=True):
-        alike.setdefault(place, []).append(each)
-    flags = []
-    for group in alike.values():
-        flags.append(group[0].new_zeros((), dtype=torch.float32))
-        torch._amp_foreach_non_finite_check_and_unscale_(group, flags[-1], torch.ones_like(flags[-1]))
-    return not any(map(bool, flags)) and (len(plain) == len(local) or all(map(_is_finite, local)))
-
-
-def _may_be_scaled(gradient: Tensor) -> bool:
-    """Whether a tensor may be multiplied by one in place: autograd does not hold it, its elements share no memory.
-
-    On a device that torch scales losses for, too.
-    """
-    if gradient.layout is not torch.strided or gradient.requires_grad or not gradient.is_contiguous():
-        return False
-    return (gradient.is_cuda or gradient.is_cpu) and gradient.is_floating_point()
-
-
-def _is_finite(tensor: Tensor | None) -> bool:
-    if tensor is None or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    return bool(_local(tensor).isfinite().all())
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return not tensor.is_meta and bool(_local(tensor).isnan().any())
+def _versions(optimizer: Optimizer) -> int:
+    """Return a number that is another one once weights have been written to."""
+    return sum(each._version for each in _parameters(optimizer) if not each.is_inference())
 
 
 def _is_capturing() -> bool:
