@@ -83,6 +83,7 @@ class HeldSteps:
     _known: "weakref.WeakKeyDictionary[Optimizer, _Known]" = field(default_factory=weakref.WeakKeyDictionary)
     _backwards: int = 0  # backward passes since an optimizer has stepped
     _usual: int = 0  # the most of them that came before a step; 0: none has been seen
+    _last: int = -1  # the step of the run whose gradients were last held
     _after: int = 0  # steps of the run before the last step of any that is ours: where one that is new has begun
 
     def attach(self) -> None:
@@ -208,8 +209,10 @@ class HeldSteps:
             first = optimizer.register_step_post_hook(lambda *_: known.give_back())
             optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
             known.hooks.append(first)
-        self.count += 1
         self.watch.urgent = True
+        if self._last == self._step:  # of many optimizers, one for each parameter perhaps, the first has told
+            return
+        self._last, self.count = self._step, self.count + 1
         spoiled = self._spoiled_buffers()
         reached = f"; they have reached {spoiled}, which need a new start" if spoiled else ""
         self._say("step_held", f"{self._words(wrong)}: the optimizer's step is left out{reached}")

@@ -291,3 +291,29 @@ def test_a_closure_may_take_arguments():
                 return loss
 
             assert math.isfinite(optimizer.step(closure))
+
+
+def test_an_optimizer_for_each_parameter_steps_inside_of_the_backward_pass():
+    torch.manual_seed(0)
+    model = Model()
+    plan = planned(model, *PASSES)
+    loka.convert(model, plan)
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=1e-2) for parameter in model.parameters()}
+
+    def steps(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(steps)
+    moved = []
+    with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
+        for at, x in enumerate(batches(12, loud=1.0)):
+            Faults.on = at == 5
+            before = model.down.bias.detach().clone()
+            (model(x)[1:] - x[1:, :16]).square().mean().backward()
+            Faults.on = False
+            moved.append(not torch.equal(before, model.down.bias))
+    assert kinds(monitor) == ["step_held"]
+    assert is_finite(model)
+    assert moved == [at != 5 for at in range(12)]
