@@ -81,7 +81,7 @@ class HeldSteps:
     count: int = 0
     _handles: list[RemovableHandle] = field(default_factory=list)
     _known: "weakref.WeakKeyDictionary[Optimizer, _Known]" = field(default_factory=weakref.WeakKeyDictionary)
-    _backwards: int = 0  # backward passes since an optimizer has stepped
+    _before_step: int = 0  # backward passes of the run before the last step of an optimizer
     _usual: int = 0  # the most of them that came before a step; 0: none has been seen
     _last: int = -1  # the step of the run whose gradients were last held
     _after: int = 0  # steps of the run before the last step of any that is ours: where one that is new has begun
@@ -98,15 +98,18 @@ class HeldSteps:
                 each.pop().remove()
 
     def went_backward(self) -> None:
-        """Count a backward pass; have the next step looked at where the optimizers have come to a halt."""
-        self._backwards += 1
-        if not self._usual or self._backwards <= self._usual or not self._handles or not self.watch.can_fail:
+        """Have the next step looked at where the optimizers have come to a halt."""
+        since = self._since_step
+        if not self._usual or since <= self._usual or not self._handles or not self.watch.can_fail:
             return
-        self._usual = 2 * self._backwards
+        self._usual = 2 * since
         self.watch.urgent = True
-        self._say(
-            "no_step", f"no optimizer has stepped for {self._backwards} backward passes: the next step is monitored"
-        )
+        self._say("no_step", f"no optimizer has stepped for {since} backward passes: the next step is monitored")
+
+    @property
+    def _since_step(self) -> int:
+        """Backward passes since an optimizer has stepped."""
+        return self.steps.rhythm.backwards - self._before_step
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Look at the gradients that the optimizer gets, behind hooks of the user or the closure that computes them."""
@@ -158,7 +161,7 @@ class HeldSteps:
         known.give_back()
         known.begin()
         if known.is_ours:
-            self._usual, self._backwards = max(self._usual, self._backwards), 0
+            self._usual, self._before_step = max(self._usual, self._since_step), self.steps.rhythm.backwards
             known.after = self._after = self.steps.rhythm.steps
 
     def _of(self, optimizer: Optimizer) -> _Known:

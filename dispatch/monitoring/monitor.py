@@ -101,9 +101,10 @@ class Monitor(Probe):
         super().__exit__(kind, error, traceback)
 
     def around_backward(self, roots: Sequence[Any], *, create_graph: bool) -> AbstractContextManager[None] | None:
-        """Scope for one backward, as a probe has it; it is counted, too."""
+        """Scope for one backward, as a probe has it."""
+        scope = super().around_backward(roots, create_graph=create_graph)
         self._held.went_backward()
-        return super().around_backward(roots, create_graph=create_graph)
+        return scope
 
     def _open_writer(self) -> Writer:
         def opened() -> RunWriter | None:

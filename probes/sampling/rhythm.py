@@ -20,6 +20,7 @@ class Rhythm:
 
     every: int
     steps: int = 0
+    backwards: int = 0
     awaits_backward: bool = False
     with_gradient: bool = False  # whether a forward has come with grad mode on
     _due_since: int = -1  # the step at which a sample became due; -1: none is
@@ -90,6 +91,7 @@ class Rhythm:
 
     def backward(self) -> None:
         """Take note that a backward begins."""
+        self.backwards += 1
         self._trains = True
         self._per_backward = max(self._since_backward, 1)
         self._since_backward = 0
