@@ -119,6 +119,7 @@ def _run(evidence: RunEvidence) -> dict[str, Any]:
         "python": info.environment.python,
         "loka": info.environment.loka,
         **_unseen(evidence),
+        **({"differentiated_twice": sorted(evidence.twice)} if evidence.twice else {}),
     }
 
 

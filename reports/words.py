@@ -258,6 +258,11 @@ def notes(report: Report) -> list[str]:
         lines.append(DRIFTS)
     lines += _about_loss(report)
     lines += map(plain, expert_notes(report))
+    if twice := report["run"].get("differentiated_twice"):
+        lines.append(
+            f"{plural(len(twice), 'site')} in high precision whatever the verdict: the loop differentiates gradients "
+            "again (create_graph=True), and rounding has no second derivative"
+        )
     early = sum(row["verdict"] == "safe" and _is_early(row) for row in report["sites"])
     if early:
         lines.append(

@@ -12,6 +12,8 @@ from loka.dispatch.running.convert import convert, revert
 from loka.dispatch.running.executions import kernel_executions
 from loka.formats import PASSES
 from loka.probes.capturing.layer_facts import LayerFacts
+from loka.reports.build import report_of
+from loka.reports.words import notes
 from tests.dispatch.made_conversion import MIXED, decision, plan_for
 
 WORDS = "differentiate twice a product in FP8"
@@ -145,6 +147,9 @@ def test_a_plan_leaves_what_is_differentiated_twice_in_high_precision(tmp_path):
     assert kept
     assert all("create_graph=True" in each.why for each in kept)
     assert any("2 of 4 sites stay in high precision" in note for note in plan.notes)
+    report = report_of(tmp_path / "run.db", loka.Bound(row_error=0.2))
+    assert report["run"]["differentiated_twice"] == ["critic.0", "critic.2"]
+    assert any(note.startswith("2 sites in high precision whatever the verdict") for note in notes(report))
     loka.convert(model, plan, emulate=True)
     pair_trained(model, 3)  # and raises nothing
     assert kernel_executions()
