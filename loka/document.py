@@ -69,9 +69,23 @@ def parse(raw: bytes, where: str, *, kind: str, schema: int) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("kind", "schema")}
 
 
+def refuse_database(file: Path) -> None:
+    """Raise PlanError where writing a text would put it in the place of a folder or of a SQLite database."""
+    if file.is_dir():
+        raise PlanError(f"{file} could not be written: it is a folder. Name a file in it.")
+    if not file.is_file():  # nothing yet, or a pipe, which cannot be looked into
+        return
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(16) == b"SQLite format 3\0":
+            raise PlanError(
+                f"{file} was left as it is: it is a database, and its runs would be lost. Name another file."
+            )
+
+
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file so that a reader sees all of it or its predecessor; raise PlanError when that fails."""
     file = Path(path)
+    refuse_database(file)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as stream:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from loka.document import refuse_database
 from loka.errors import ArgumentError, LokaError
 
 P = ParamSpec("P")
@@ -111,6 +112,8 @@ def write(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
         return
+    if not output.is_dir():
+        refuse_database(output)
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
