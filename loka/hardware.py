@@ -7,6 +7,8 @@ from typing import Final
 
 import torch
 
+from loka.errors import ArgumentError
+
 # Compute capabilities from which on a device has what is named. Sources: PTX ISA (`mma` and `cvt.rn.satfinite` with
 # e4m3 and e5m2: 8.9; `cvt` of both from fp32 without a way through fp16, and `cp.async.bulk.tensor`: 9.0; `tcgen05.mma`
 # with one E8M0 scale per 32 elements: 10.0), and what torch._scaled_mm checks.
@@ -67,6 +69,22 @@ def shared_bytes(info: DeviceInfo) -> int:
 def current_device() -> torch.device:
     """Return where a model would run by default: the current CUDA device, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def chosen_device(device: torch.device | str | None) -> torch.device:
+    """Return the device that somebody names, by default the current one; raise ArgumentError where it is not here."""
+    if device is None:
+        return current_device()
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the second where torch has no CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(
+            f"The device {str(device)!r} cannot be used here: {reason}. Name one that this machine has, such as cpu or "
+            "cuda:0; a plan for a device elsewhere takes its times from a device profile."
+        ) from error
+    return found
 
 
 def multiplies_bf16(device_type: str) -> bool:

@@ -16,7 +16,7 @@ from loka.bounds import Bound, checked_bound
 from loka.collecting import uncollected
 from loka.dispatch.deciding.decide import Decision
 from loka.dispatch.deciding.planner import PlanOptions, check_loss, decide_all, time_table
-from loka.hardware import current_device
+from loka.hardware import chosen_device
 from loka.kernel_registry.registry import default_registry
 from loka.probes.judging.evidence import RunEvidence, read_and_condense
 from loka.probes.judging.series import RunSeries
@@ -88,7 +88,7 @@ def _built(
     engine: Engine, bound: Bound, run: str | None, device: torch.device | str | None, *, material: bool
 ) -> Built:
     evidence, series = read_and_condense(engine, run, confidence=bound.confidence)
-    options = PlanOptions(device=current_device() if device is None else torch.device(device), measure=False)
+    options = PlanOptions(device=chosen_device(device), measure=False)
     timings = read_timings(engine, str(options.info))
     trajectories = read_trajectories(engine, evidence.info.id)
     check_loss(evidence, bound)

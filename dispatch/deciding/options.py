@@ -8,7 +8,7 @@ from typing import Final, Self, TypedDict
 import torch
 
 from loka.dispatch.measuring.profile import DeviceProfile
-from loka.hardware import DeviceInfo, current_device, device_info
+from loka.hardware import DeviceInfo, chosen_device, device_info
 from loka.timing import Progress
 
 DEFAULT_BUDGET_S: Final[float] = 30.0
@@ -61,7 +61,7 @@ class PlanOptions:
         if profile is not None and not isinstance(profile, DeviceProfile):
             profile = DeviceProfile.load(profile)
         return cls(
-            device=current_device() if device is None else torch.device(device),
+            device=chosen_device(device),
             profile=profile,
             assume_speedup=assume_speedup,
             measure=measure,

@@ -24,7 +24,7 @@ from loka.dispatch.measuring.verify import Verification, verify
 from loka.environment import environment_facts
 from loka.errors import KernelError
 from loka.formats import PASSES, Pass
-from loka.hardware import current_device, device_info
+from loka.hardware import chosen_device, current_device, device_info
 from loka.kernel_registry.ceilings import ceilings_of
 from loka.kernel_registry.registry import Registry, default_registry
 from loka.kernel_registry.spec import GemmRequest
@@ -50,7 +50,7 @@ def bench_database(
 
     Returns all its times for this device. Raises DatabaseError, EvidenceError.
     """
-    where = current_device() if device is None else torch.device(device)
+    where = chosen_device(device)
     engine = open_database(db, create=False)
     try:
         evidence = collect_evidence(engine)
@@ -98,7 +98,7 @@ def row_times(
         evidence = collect_evidence(engine)
     finally:
         engine.dispose()
-    info = device_info(current_device() if device is None else device)
+    info = device_info(chosen_device(device))
     table = TimeTable(each for each in timings if each.device == str(info))
     return times_over_rows(evidence, table, default_registry())
 
@@ -126,7 +126,7 @@ def bench_suite(
     name: str, device: torch.device | str | None, budget_s: float, on_progress: Progress | None = None
 ) -> tuple[Timing, ...]:
     """Measure a named suite of products in all their passes, in bf16 on CUDA and fp32 on a CPU."""
-    where = current_device() if device is None else torch.device(device)
+    where = chosen_device(device)
     shapes, registry = suite_shapes(name, where), default_registry()
     share_s = budget_s * PRODUCTS_SHARE
     measured = measure_shapes(shapes, registry, where, budget_s=share_s, on_progress=on_progress)
@@ -155,7 +155,7 @@ def compare_shapes(
     on_progress: Progress | None = None,
 ) -> list[Timing]:
     """Time every kernel on several kinds of values, given as `normal,zeros,learned`."""
-    where = current_device() if device is None else device
+    where = chosen_device(device)
     return compare_values(
         shapes, default_registry(), where, parse_kinds(kinds), budget_s=budget_s, on_progress=on_progress
     )
@@ -168,7 +168,7 @@ def tune_shapes(
 
     Raises KernelError where our kernels do not run.
     """
-    where = current_device() if device is None else torch.device(device)
+    where = chosen_device(device)
     registry = default_registry()
     reason = registry.unavailable(registry.get(TUNED_KERNEL), device_info(where))
     if reason is not None:
@@ -184,12 +184,12 @@ def tune_shapes(
 
 def ceilings_here(timings: Sequence[Timing], device: torch.device | str | None) -> Ceilings | None:
     """Measure the ceilings of the device that these times were measured on; None where there are none to place."""
-    return ceilings_of(current_device() if device is None else torch.device(device)) if timings else None
+    return ceilings_of(chosen_device(device)) if timings else None
 
 
 def shapes_for(db: str | None, suite_name: str | None, device: torch.device | str | None) -> list[Shape]:
     """Return the distinct products of a database's newest run, with what is known of their values, or of a suite."""
-    where = current_device() if device is None else torch.device(device)
+    where = chosen_device(device)
     if db is None:
         return suite_shapes(suite_name or "", where)
     engine = open_database(db, create=False)
@@ -203,7 +203,7 @@ def profile_of(
     timings: Sequence[Timing], label: str, device: torch.device | str | None, ceilings: Ceilings | None = None
 ) -> DeviceProfile:
     """Bundle the times of this device, and its ceilings, into a profile that plans can be made from elsewhere."""
-    info = device_info(current_device() if device is None else device)
+    info = device_info(chosen_device(device))
     if not timings:
         raise KernelError(
             f"Nothing was timed on {info}: no FP8 kernel serves these shapes here, or the budget was too small. "

@@ -135,10 +135,10 @@ def kernels(
     device: DeviceOption = None,
 ) -> None:
     """List every known kernel: available here, or why not."""
-    from loka.hardware import current_device, device_info
+    from loka.hardware import chosen_device, device_info
     from loka.kernel_registry.registry import default_registry
 
-    info = device_info(device or current_device())
+    info = device_info(chosen_device(device))
     rows: list[dict[str, Any]] = [
         {
             "kernel": spec.name,
