@@ -5,7 +5,7 @@ process CPU time on one thread. A monitored step and the two behind it, in which
 with the median of the steps around them: pairs from one stretch of one run, so the ratio holds on a busy machine. What
 they take more, over all steps of that stretch, is what the monitor adds there, a step that it left out included. What
 the other steps pay, two hook calls, is measured on a model so small that it can be seen; what they pay for a look at
-their gradients, by blocks of steps with and without.
+their gradients, by steps with and without.
 
 Kernels that emulate FP8 would make every step so long that no monitor shows, and a monitored step, which is in high
 precision, the shorter one. The planned kernels here take what the model's own products take: on hardware FP8 steps are
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from time import process_time
 from typing import Any, Final
 
@@ -129,22 +129,31 @@ def study(make: tuple[nn.Module, Loss], *, compiled: bool, stretches: int, folde
         "added by monitored steps, %": paired(added_percent(times)),
         "by stretch, %": [round(change, 3) for change in added_percent(times)],
         "added by hooks, %": 1e-4 * hook_us() / plain_s,
-        "added by looking at gradients, %": paired(looks_percent(step, called, plan)),
+        "added by looking at gradients, %": looks_percent(step, called, plan),
         "recorded by the monitor itself, %": 100 * progress.overhead_fraction,
         "demotions": sum(event.kind == "demoted" for event in monitor.events),
         "graphs compiled because of the monitor": int(counters["stats"]["unique_graphs"]) - before,
     }
 
 
-def looks_percent(step: Callable[[], None], called: nn.Module, plan: loka.Plan, rounds: int = 21) -> list[float]:
-    """Return what a step that is not monitored pays for the look at its gradients, in percent, by pairs of blocks."""
+def looks_percent(
+    step: Callable[[], None], called: nn.Module, plan: loka.Plan, pairs: int = 151
+) -> dict[str, float | None]:
+    """Return what a step pays for the look at its gradients, in percent, by neighbouring steps with and without.
 
-    def block(*, hold_steps: bool) -> float:
-        with loka.monitor(called, plan, every=10**9, hold_steps=hold_steps):
-            timed(step, 3)  # the first one is monitored
-            return median(timed(step, 10))
-
-    return [100 * (block(hold_steps=True) / block(hold_steps=False) - 1) for _ in range(rounds)]
+    The median of the pairs, and its standard error by the spread of the middle half.
+    """
+    changes = []
+    with loka.monitor(called, plan, every=10**9) as monitor:
+        timed(step, 5)  # the first one is monitored
+        for _ in range(pairs):
+            (looked,) = timed(step, 1)
+            monitor._held.detach()
+            (plain,) = timed(step, 1)
+            monitor._held.attach()
+            changes.append(100 * (looked / plain - 1))
+    low, middle, high = quantiles(changes, n=4)
+    return {"median": middle, "standard error": 1.253 * (high - low) / 1.349 / pairs**0.5}
 
 
 def hook_us(rounds: int = 11, steps: int = 300) -> float:

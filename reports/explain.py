@@ -28,7 +28,8 @@ def decisions_of(plan: Plan, site: str, product: Pass | None = None) -> tuple[De
     found = [each for each in plan.decisions if each.request.site == site]
     if not found:
         sites = sorted({each.request.site for each in plan.decisions})
-        raise EvidenceError(f"The run has no site {site!r} among its {len(sites)}.{nearest(site, sites)}")
+        known = nearest(site, sites) or f" The first: {', '.join(map(repr, sites[:3]))}."
+        raise EvidenceError(f"The run has no site {site!r} among its {len(sites)}.{known}")
     chosen = tuple(each for each in found if product is None or each.request.product == product)
     if not chosen:
         seen = ", ".join(each.request.product for each in found)

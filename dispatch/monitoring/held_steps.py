@@ -10,7 +10,7 @@ Loss scaling leaves such a step out by itself, before an optimizer is asked, and
 optimizer has stepped for more backward passes than it ever took before, the next step of the run is monitored, too.
 
 The answer is wanted before the optimizer goes on: on a device each of its steps waits for the backward pass, as it does
-under loss scaling. What a look takes is charged to the monitor's budget.
+under loss scaling. What a look takes is told with the rest, and comes on top of the budget for samples.
 """
 
 import weakref
@@ -181,7 +181,7 @@ class HeldSteps:
         with self.steps.harmless(self._step), torch.no_grad():
             if self.watch.device.type == "cuda":  # the backward pass itself is not what a look takes
                 torch.cuda.current_stream(self.watch.device).synchronize()
-            with self.steps.charged():
+            with self.steps.aside():
                 self._look(optimizer)
 
     @property

@@ -110,7 +110,11 @@ def plain(text: str) -> str:
 def write(text: str, output: Path | None) -> None:
     """Write a text to a file, or to the terminal; raise ArgumentError where that fails."""
     if output is None:
-        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        ended = text if text.endswith("\n") else text + "\n"
+        try:
+            sys.stdout.write(ended)
+        except UnicodeEncodeError:  # a pipe whose encoding is narrower than what a page says of itself
+            sys.stdout.buffer.write(ended.encode())
         return
     if not output.is_dir():
         refuse_database(output)

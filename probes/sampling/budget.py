@@ -57,7 +57,7 @@ class Budget:
     samples: int = 0
     skipped: int = 0
     spent_s: float = 0.0
-    aside_s: float = 0.0  # spent between samples, which leave at least half of what is earned to them
+    aside_s: float = 0.0  # spent between samples, which those need not earn
     _plain_steps: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))
     _fixed_cost_s: float = 0.0
     _jobs: dict[Hashable, _Job] = field(default_factory=dict)
@@ -83,8 +83,7 @@ class Budget:
 
         An urgent one is, and measures everything: later ones pay it back.
         """
-        earned = self.overhead * max(wall_s - self.spent_s, 0.0)
-        credit = earned - self.spent_s - min(self.aside_s, earned / 2)
+        credit = self.overhead * max(wall_s - self.spent_s, 0.0) - self.spent_s
         interval = self.overhead * self.every * self.plain_step_s
         if self.samples < self.scheduled:
             overdrawn = credit < -_AHEAD * interval

@@ -107,8 +107,8 @@ class Steps:
         return _Timed(self)
 
     @contextmanager
-    def charged(self) -> Iterator[None]:
-        """Charge the budget for what runs inside, between samples."""
+    def aside(self) -> Iterator[None]:
+        """Take note of the time that something takes between samples."""
         started = time.perf_counter()
         try:
             yield

@@ -155,9 +155,8 @@ def _check_path(path: Path, create: bool) -> None:
     if not is_ours(path, empty_is=create):
         size = path.stat().st_size
         what = "is not a LoKA probe database" if size else "is empty: it holds no run"
-        raise DatabaseError(
-            f"{path} {what}, and was left as it was. Name a probe database, or a file that does not exist."
-        )
+        wanted = "a probe database, or a file that does not exist" if create else "one that loka.probe has written"
+        raise DatabaseError(f"{path} {what}, and was left as it was. Name {wanted}.")
 
 
 def _created_file(path: Path) -> Engine:

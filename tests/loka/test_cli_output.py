@@ -1,5 +1,6 @@
-"""No command writes its output in the place of a probe database."""
+"""What commands write goes where it should, and never in the place of a probe database."""
 
+import io
 import os
 import sqlite3
 
@@ -37,3 +38,10 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_a_folder_is_named_as_one():
     with pytest.raises(PlanError, match="is a folder"):
         write_atomically(".", "{}")
+
+
+def test_a_narrow_pipe_gets_the_page_as_it_says_of_itself(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    write("<meta charset=utf-8> ≤ 0.05", None)
+    assert raw.getvalue().decode() == "<meta charset=utf-8> ≤ 0.05\n"
