@@ -61,7 +61,7 @@ class PlanOptions:
         if profile is not None and not isinstance(profile, DeviceProfile):
             profile = DeviceProfile.load(profile)
         return cls(
-            device=chosen_device(device),
+            device=chosen_device(device if profile is None else None),  # a profile is of a device elsewhere
             profile=profile,
             assume_speedup=assume_speedup,
             measure=measure,

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from loka.dispatch.deciding.options import PlanOptions
 from loka.dispatch.deciding.requests import request_of
 from loka.dispatch.measuring.profile import DeviceProfile, TimeTable, newest
 from loka.errors import ArgumentError, PlanError
@@ -174,3 +175,8 @@ def test_the_source_of_a_table_is_that_of_its_times():
     assert TimeTable([timing("a.b", 1.0)], source="profile: h200").lookup("a.b", REQUEST).source == "profile: h200"
     assert TimeTable().assumption == ""
     assert str(CPU) == timing("a.b", 1.0).device
+
+
+def test_a_device_elsewhere_may_be_named_with_its_profile():
+    options = PlanOptions.of(device="cuda", device_profile=made_profile())
+    assert options.info == HOPPER
