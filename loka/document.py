@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, TypeVar, Union, cast
 from loka.errors import LokaError, PlanError
 
 MAX_BYTES: Final[int] = 256 * 2**20  # a plan of 2,000 sites with 40 candidates each has a third of it
+SQLITE_HEADER: Final = b"SQLite format 3\0"  # what every SQLite database begins with
 _MAX_INTEGER: Final[int] = 2**53
 _KEYS: Final[dict[str, str]] = {"product": "pass"}
 
@@ -76,7 +77,7 @@ def refuse_database(file: Path) -> None:
     if not file.is_file():  # nothing yet, or a pipe, which cannot be looked into
         return
     with contextlib.suppress(OSError), file.open("rb") as stream:
-        if stream.read(16) == b"SQLite format 3\0":
+        if stream.read(len(SQLITE_HEADER)) == SQLITE_HEADER:
             raise PlanError(
                 f"{file} was left as it is: it is a database, and its runs would be lost. Name another file."
             )

@@ -19,6 +19,7 @@ from loka.dispatch.deciding.by_rows import kernel_for
 from loka.dispatch.deciding.decide import Decision
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.deciding.planner import check_loss
+from loka.document import SQLITE_HEADER
 from loka.errors import ArgumentError
 from loka.formats import Pass
 from loka.probes.judging.evidence import (
@@ -246,7 +247,7 @@ def _is_plan(name: str) -> bool:
             start = stream.read(_LONGEST_TEXT)
     except OSError as error:
         raise ArgumentError(f"{name} could not be read: {error.strerror}. Check its permissions.") from error
-    if start.startswith(b"SQLite format 3\0"):
+    if start.startswith(SQLITE_HEADER):
         return False
     if start.lstrip().startswith(b"{"):
         return True

@@ -4,10 +4,12 @@ A monitor tries the kernels on one step in `every`. A kernel that begins to give
 the next step of the optimizer, and nothing brings those back. So where a plan runs kernels that can fail, gradients are
 looked at before each step of a `torch.optim` optimizer. Where they are not finite it sees none, as in a step that loss
 scaling leaves out, and the next step of the run is monitored whatever that costs: in high precision, with every kernel
-tried. Gradients that are not finite there either are the training's own: they pass.
+tried. Gradients that are not finite there either are the training's own: they pass. Ranks that monitor together take
+samples together alone, so they go on leaving steps out until the next one is due.
 
-Loss scaling leaves such a step out by itself, before an optimizer is asked, and halves its scale each time. So where no
-optimizer has stepped for more backward passes than it ever took before, the next step of the run is monitored, too.
+Loss scaling leaves such a step out by itself, and halves its scale each time: it asks no optimizer, or tells a fused
+one. So the next step of the run is monitored, too, where no optimizer has stepped for more backward passes than it ever
+took before, and where a fused one is told.
 
 The answer is wanted before the optimizer goes on: on a device each of its steps waits for the backward pass, as it does
 under loss scaling. What a look takes is told with the rest, and comes on top of the budget for samples.
@@ -176,8 +178,8 @@ class HeldSteps:
         return known
 
     def _look_harmlessly(self, optimizer: Optimizer) -> None:
-        if _is_capturing() or getattr(optimizer, "found_inf", None) is not None:
-            return  # a fused optimizer under loss scaling leaves such a step out by itself
+        if _is_capturing():
+            return
         with self.steps.harmless(self._step), torch.no_grad():
             if self.watch.device.type == "cuda":  # the backward pass itself is not what a look takes
                 torch.cuda.current_stream(self.watch.device).synchronize()
@@ -190,6 +192,10 @@ class HeldSteps:
         return max(self.steps.rhythm.steps - 1, 0)
 
     def _look(self, optimizer: Optimizer) -> None:
+        scaled = getattr(optimizer, "found_inf", None)
+        if scaled is not None:
+            self._heed(leaves_out=bool(scaled))
+            return
         known = self._of(optimizer)
         found = [each for each in _parameters(optimizer) if each.grad is not None]
         if not found:
@@ -210,7 +216,7 @@ class HeldSteps:
             parameter.grad = None
         if optimizer._optimizer_step_post_hooks:  # they are to find gradients, and may clear them
             first = optimizer.register_step_post_hook(lambda *_: known.give_back())
-            optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
+            optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]  # an OrderedDict, which torch annotates as a dict
             known.hooks.append(first)
         self.watch.urgent = True
         if self._last == self._step:  # of many optimizers, one for each parameter perhaps, the first has told
@@ -219,6 +225,12 @@ class HeldSteps:
         spoiled = self._spoiled_buffers()
         reached = f"; they have reached {spoiled}, which need a new start" if spoiled else ""
         self._say("step_held", f"{self._words(wrong)}: the optimizer's step is left out{reached}")
+
+    def _heed(self, *, leaves_out: bool) -> None:
+        """Take note of a fused optimizer under loss scaling, which leaves a step out by itself."""
+        if leaves_out and self._last != self._step:
+            self._last, self.watch.urgent = self._step, True
+            self._say("no_step", "a fused optimizer leaves its step out under loss scaling: the next step is monitored")
 
     def _words(self, wrong: list[nn.Parameter]) -> str:
         """Say whose gradients are not finite."""

@@ -220,9 +220,9 @@ def monitor(  # noqa: PLR0913 - the public keyword API; checked and bundled at o
     - `overhead`: the share of the run's own time that this may add; over it, fewer products per step, then fewer steps.
     - `clean_steps`, `max_flips`: a product that left its limit comes back after so many clean monitored steps in a row,
       so many times at most.
-    - `hold_steps`: leave out an optimizer step whose gradients are not finite, and monitor the next step at once. Where
-      a kernel in use can fail, each optimizer step is then preceded by a look at its gradients, which comes on top of
-      `overhead`; on a device it waits for the backward pass.
+    - `hold_steps`: leave out an optimizer step whose gradients are not finite, and monitor the next step at once; ranks
+      that monitor together leave out until one is due. Where a kernel in use can fail, each optimizer step is then
+      preceded by a look at its gradients, which comes on top of `overhead`; on a device it waits for the backward pass.
     - `process_group`: its ranks decide together and change kernels alike. Each has to monitor, and take the same steps.
 
     Raises ArgumentError, PlanError, DatabaseError.

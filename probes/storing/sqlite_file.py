@@ -11,6 +11,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from loka.document import SQLITE_HEADER
 from loka.errors import DatabaseError
 from loka.probes.storing.schema import APPLICATION_ID
 
@@ -18,7 +19,6 @@ from loka.probes.storing.schema import APPLICATION_ID
 BUSY_S: Final[float] = 5.0
 # Execution option of a transaction that will write.
 WRITE: Final = "loka_write"
-_SQLITE_HEADER: Final = b"SQLite format 3\x00"
 _APPLICATION_ID_AT: Final = 68
 
 # What a failure means, by the start of SQLite's name for it.
@@ -90,7 +90,7 @@ def is_ours(path: Path, *, empty_is: bool) -> bool:
     if not header:
         return empty_is
     mark = APPLICATION_ID.to_bytes(4, "big")
-    return header.startswith(_SQLITE_HEADER) and header[_APPLICATION_ID_AT : _APPLICATION_ID_AT + 4] == mark
+    return header.startswith(SQLITE_HEADER) and header[_APPLICATION_ID_AT : _APPLICATION_ID_AT + 4] == mark
 
 
 def file_engine(path: Path, mode: str) -> Engine:

@@ -22,6 +22,14 @@ def planned(model, *passes, kernel=NAME):
     return plan_for(model, {}, decisions=tuple(decisions))
 
 
+def converted(*passes, kernel=NAME):
+    """A model that runs such a plan, and the plan."""
+    torch.manual_seed(0)
+    model = Model()
+    plan = planned(model, *passes, kernel=kernel)
+    return loka.convert(model, plan), plan
+
+
 def plain_step(model, optimizer, x):
     """One step as most loops write it; returns the loss."""
     optimizer.zero_grad()

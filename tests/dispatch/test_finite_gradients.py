@@ -9,19 +9,17 @@ from torch import nn
 import loka
 from loka.dispatch.monitoring import finite
 from tests.dispatch.made_held import (
+    converted,
     plain_step,
-    planned,
 )
-from tests.dispatch.made_monitor import Model, batches, kinds
+from tests.dispatch.made_monitor import batches, kinds
 
 pytestmark = pytest.mark.usefixtures("late_registry")
 
 
 def test_large_gradients_are_finite_ones():
     """Their norm overflows, they do not."""
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
     with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
         for x in batches(3, loud=1.0):

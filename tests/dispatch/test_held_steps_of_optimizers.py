@@ -13,9 +13,9 @@ from tests.dispatch.made_held import (
     BREAKS_AT,
     NAME,
     PASSES,
+    converted,
     is_finite,
     plain_step,
-    planned,
     trained,
 )
 from tests.dispatch.made_monitor import Model, batches, kinds
@@ -67,10 +67,7 @@ def test_a_step_of_every_optimizer_is_left_out():
 @pytest.mark.parametrize("shares", [False, True])
 def test_steps_of_another_optimizer_do_not_excuse_what_came_before_them(shares):
     """A discriminator's, or that of the head, steps in each micro-batch; the model's own in each third one."""
-    torch.manual_seed(0)
-    model, last = Model(), places(8, 40)[-1]
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    (model, plan), last = converted("fprop"), places(8, 40)[-1]
     other = model.down if shares else nn.Linear(4, 4)
     often = torch.optim.SGD(other.parameters(), lr=1e-2)
     seldom = torch.optim.SGD(model.up.parameters(), lr=1e-2)
@@ -89,10 +86,7 @@ def test_steps_of_another_optimizer_do_not_excuse_what_came_before_them(shares):
 
 
 def test_an_optimizer_whose_gradients_are_finite_holds_back_no_other():
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     one, other = (torch.optim.SGD(part.parameters(), lr=1e-2) for part in (model.up, model.down))
     with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
         for x in batches(8, loud=1.0):
@@ -107,10 +101,7 @@ def test_an_optimizer_whose_gradients_are_finite_holds_back_no_other():
 @pytest.mark.parametrize("lasts", [True, False])
 def test_an_optimizer_that_gets_the_model_later_is_looked_at(lasts):
     """As in a fine-tuning that thaws the model behind its head; or it is made anew in each step."""
-    torch.manual_seed(0)
-    model, head = Model(), nn.Linear(16, 4)
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    (model, plan), head = converted("fprop"), nn.Linear(16, 4)
     optimizer = torch.optim.SGD(head.parameters(), lr=1e-2)
     with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
         for at, x in enumerate(batches(8, loud=1.0)):
@@ -129,10 +120,7 @@ def test_an_optimizer_that_gets_the_model_later_is_looked_at(lasts):
 
 def held_once(make, *, closure=False, seen=lambda optimizer: None):
     """Train under a monitor with a NaN in one step; return the model, the monitor and the weights by which it moved."""
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     optimizer = make(model)
     moved = []
     with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
@@ -177,10 +165,7 @@ def test_a_hook_of_the_users_behind_the_step_finds_gradients_and_clears_them():
 
 
 def test_what_a_hook_of_the_users_before_the_step_leaves_is_looked_at():
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
 
     def without_nan(*_):
@@ -252,10 +237,7 @@ def test_weights_that_a_step_has_moved_are_moved_back():
 
 def test_gradients_of_a_step_on_its_way_are_left_to_it():
     """Weights that were moved without a step of an optimizer that could be looked at are moved back all the same."""
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     optimizer = Sharpness(model.parameters())
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with loka.monitor(model, plan, every=1000, overhead=1e-9):
@@ -275,10 +257,7 @@ def test_a_closure_may_take_arguments():
             assert closure(backward=False).item() != loss.item()
             return loss
 
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     optimizer = Searches(model.parameters(), lr=1e-2)
     with loka.monitor(model, plan, every=1000, overhead=1e-9), torch.enable_grad():
         for x in batches(3, loud=1.0):
@@ -294,10 +273,7 @@ def test_a_closure_may_take_arguments():
 
 
 def test_an_optimizer_for_each_parameter_steps_inside_of_the_backward_pass():
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, *PASSES)
-    loka.convert(model, plan)
+    model, plan = converted(*PASSES)
     optimizers = {parameter: torch.optim.SGD([parameter], lr=1e-2) for parameter in model.parameters()}
 
     def steps(parameter):

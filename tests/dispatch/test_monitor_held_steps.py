@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.dispatch.made_held import (
     NAME,
     PASSES,
     STEPS,
+    converted,
     in_a_closure,
     in_high_precision,
     is_finite,
@@ -50,10 +52,7 @@ def test_one_step_is_left_out_and_the_kernel_is_found_in_the_next(which, step, l
 
 
 def test_gradients_that_are_not_finite_in_high_precision_pass():
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
         for at, x in enumerate(batches(12, loud=1.0)):
@@ -65,10 +64,7 @@ def test_gradients_that_are_not_finite_in_high_precision_pass():
 
 
 def test_one_bad_batch_costs_one_step_and_no_kernel(late_registry):
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
         for at, x in enumerate(batches(12, loud=1.0)):
@@ -81,10 +77,7 @@ def test_one_bad_batch_costs_one_step_and_no_kernel(late_registry):
 
 def test_a_sampled_micro_batch_does_not_excuse_those_before_it():
     """Of three micro-batches the last is monitored; NaN of the first is no doing of the training's own."""
-    torch.manual_seed(0)
-    model, last = Model(), places(8, 40)[-1]
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    (model, plan), last = converted("fprop"), places(8, 40)[-1]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with loka.monitor(model, plan, every=8, overhead=100.0) as monitor:
         for at, x in enumerate(batches(last + 1, loud=1.0)):
@@ -99,8 +92,9 @@ def test_a_sampled_micro_batch_does_not_excuse_those_before_it():
     assert is_finite(model)
 
 
-def test_under_loss_scaling_the_kernel_is_found_before_the_scale_is_lost():
-    """The scaler leaves steps out without asking the optimizer: only that none comes can be seen."""
+@pytest.mark.parametrize(("fused", "told_at"), [(False, BREAKS_AT + 1), (True, BREAKS_AT)])
+def test_under_loss_scaling_the_kernel_is_found_before_the_scale_is_lost(fused, told_at):
+    """The scaler leaves steps out without asking the optimizer, and only that none comes can be seen; or tells it."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
 
     def step(model, optimizer, x):
@@ -111,20 +105,18 @@ def test_under_loss_scaling_the_kernel_is_found_before_the_scale_is_lost():
         scaler.update()
         return loss.item()
 
-    model, monitor, losses = trained(["fprop", "dgrad"], step=step)
+    make = partial(torch.optim.Adam, fused=fused)
+    model, monitor, losses = trained(["fprop", "dgrad"], step=step, make=make)
     assert kinds(monitor) == ["no_step", "kernel_fault", *["demoted"] * 4]
-    assert monitor.events[0].step == BREAKS_AT + 1
-    assert of_kind(monitor, "kernel_fault")[0].step == BREAKS_AT + 2
-    assert scaler.get_scale() == 256.0
+    assert monitor.events[0].step == told_at
+    assert of_kind(monitor, "kernel_fault")[0].step == told_at + 1
+    assert scaler.get_scale() == 1024.0 / 2 ** (told_at + 1 - BREAKS_AT)
     assert is_finite(model)
     assert sum(losses[-10:]) == pytest.approx(sum(in_high_precision()[-10:]), rel=0.1)
 
 
 def test_accumulation_and_evaluations_are_no_halt():
-    torch.manual_seed(0)
-    model = Model()
-    plan = planned(model, "fprop")
-    loka.convert(model, plan)
+    model, plan = converted("fprop")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with loka.monitor(model, plan, every=1000, overhead=1e-9) as monitor:
         for at, x in enumerate(batches(40, loud=1.0)):
@@ -158,15 +150,16 @@ def test_buffers_that_it_has_reached_are_named():
     assert held.message.endswith("they have reached 1.running_mean, 1.running_var, which need a new start")
 
 
-def test_nothing_is_looked_at_where_every_kernel_is_the_definition(monkeypatch):
-    monkeypatch.setattr(held_steps, "are_finite", None)  # a call would raise
-    model = Model()
-    plan = planned(model, "fprop", kernel="emulated.linear.tensorwise")
-    loka.convert(model, plan)
+@pytest.mark.parametrize(("kernel", "looks"), [("emulated.linear.tensorwise", 0), (NAME, 3)])
+def test_nothing_is_looked_at_where_every_kernel_is_the_definition(kernel, looks, monkeypatch):
+    seen = []
+    monkeypatch.setattr(held_steps, "are_finite", lambda gradients: seen.append(len(gradients)) or True)
+    model, plan = converted("fprop", kernel=kernel)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with loka.monitor(model, plan, every=1000):
         for x in batches(3, loud=1.0):
             plain_step(model, optimizer, x)
+    assert seen == [4] * looks
 
 
 def test_other_models_and_what_comes_behind_the_block_are_left_alone():
