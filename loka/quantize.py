@@ -21,6 +21,7 @@ from torch import Tensor
 from loka.amax import finite_amax, readable
 from loka.formats import Format, OperandSpec
 from loka.pieces import in_pieces
+from loka.sizes import is_known
 
 # Of the smallest scale, the smallest normal fp32, so that its reciprocal stays finite. An integer: see `Format`.
 _MIN_SCALE_EXPONENT: Final[int] = math.frexp(torch.finfo(torch.float32).smallest_normal)[1] - 1
@@ -155,14 +156,14 @@ def _grouped(x: Tensor, spec: OperandSpec) -> Tensor:
     """View [..., rows, k] as [..., rows / group, group, k / group, group], zero-padding ragged ends."""
     rows, k = x.shape[-2:]
     pad_rows, pad_k = _padding(rows, spec.group_rows), _padding(k, spec.group_k)
-    if isinstance(pad_rows, torch.SymInt) or isinstance(pad_k, torch.SymInt) or pad_rows or pad_k:
+    if not (is_known(pad_rows) and is_known(pad_k)) or pad_rows or pad_k:
         x = torch.nn.functional.pad(x, (0, pad_k, 0, pad_rows))
     return x.reshape(*x.shape[:-2], *_extents(rows + pad_rows, spec.group_rows), *_extents(k + pad_k, spec.group_k))
 
 
 def _extents(extent: int, group: int | None) -> tuple[int, int]:
     """Return how many groups there are along a dimension, and the elements of each; without `group` it is one."""
-    if group is None and (torch.compiler.is_dynamo_compiling() or isinstance(extent, torch.SymInt)):
+    if group is None and not is_known(extent):
         return 1, extent  # where it is known only once data is there, a quotient would not be known to be one
     group = group or max(extent, 1)
     return extent // group, group
@@ -177,7 +178,7 @@ def _padding(extent: int, group: int | None) -> int:
     """
     if group is None or group == 1:
         return 0
-    if isinstance(extent, torch.SymInt):
+    if not is_known(extent):
         return 2 * group - extent % group
     return -extent % group
 
@@ -186,8 +187,7 @@ def _ungrouped(x: Tensor, shape: torch.Size) -> Tensor:
     """Undo `_grouped`: keeps the layout, unless there was padding to cut."""
     full = x.reshape(*x.shape[:-4], x.shape[-4] * x.shape[-3], x.shape[-2] * x.shape[-1])
     rows, k = shape[-2:]
-    symbolic = isinstance(rows, torch.SymInt) or isinstance(k, torch.SymInt)
-    if not symbolic and full.shape == shape:
+    if is_known(rows) and is_known(k) and full.shape == shape:
         return full
     # Under torch.compile with a dynamic batch, the padded strides would become part of what is saved for backward.
     return full[..., :rows, :k].contiguous()
@@ -195,11 +195,11 @@ def _ungrouped(x: Tensor, shape: torch.Size) -> Tensor:
 
 def _is_padded(x: Tensor, grouped: Tensor) -> bool:
     """Whether zeros complete a group, or may: of a dynamic extent that is not known."""
-    symbolic = any(isinstance(extent, torch.SymInt) for extent in x.shape[-2:])
+    rows, k = x.shape[-2:]
     return (
-        symbolic
-        or grouped.shape[-4] * grouped.shape[-3] != x.shape[-2]
-        or (grouped.shape[-2] * grouped.shape[-1] != x.shape[-1])
+        not (is_known(rows) and is_known(k))
+        or grouped.shape[-4] * grouped.shape[-3] != rows
+        or grouped.shape[-2] * grouped.shape[-1] != k
     )
 
 

@@ -15,3 +15,12 @@ def known_positive(size: int | torch.SymInt) -> bool:
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # only where code is traced: it is heavy
 
     return bool(guard_or_false(size > 0))
+
+
+def is_known(size: int | torch.SymInt) -> bool:
+    """Return whether a size is a number while code is traced, and not what each call may have another of."""
+    if type(size) is int and not is_dynamo_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # only where code is traced: it is heavy
+
+    return bool(has_static_value(size))

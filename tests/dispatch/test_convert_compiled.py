@@ -44,6 +44,12 @@ def stepped(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [out.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
+def without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have casts traced, as they are on a CPU without such units, and not left to an operator."""
+    monkeypatch.setattr("loka.kernel_registry.emulated.available", lambda device: False)
+    monkeypatch.setattr("loka.kernel_registry.held.available", lambda device: False)
+
+
 @pytest.mark.parametrize(
     ("recipe", "dynamic", "bf16_units", "backend"),
     [
@@ -57,8 +63,7 @@ def test_a_converted_model_is_one_graph_with_the_numbers_of_eager_code(
     recipe, dynamic, bf16_units, backend, monkeypatch
 ):
     if not bf16_units:
-        monkeypatch.setattr("loka.kernel_registry.emulated.available", lambda device: False)
-        monkeypatch.setattr("loka.kernel_registry.held.available", lambda device: False)
+        without_bf16_units(monkeypatch)
     eager, model = converted(recipe), converted(recipe)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
     for rows in (8, 24):
@@ -67,9 +72,29 @@ def test_a_converted_model_is_one_graph_with_the_numbers_of_eager_code(
             assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_that_are_dynamic_are_compiled_once():
+@pytest.mark.parametrize("bf16_units", [True, False])
+def test_rows_that_are_dynamic_are_compiled_once(bf16_units, monkeypatch):
+    if not bf16_units:
+        without_bf16_units(monkeypatch)
     compiled = torch.compile(converted("blockwise"), backend="eager", fullgraph=True, dynamic=True)
     stepped(compiled, torch.randn(8, 5, 13))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (9, 24):
+        for rows in (9, 24, 128):  # 640 rows of the last one are five whole groups
             stepped(compiled, torch.randn(rows, 5, 13))
+
+
+@pytest.mark.parametrize(("recipe", "bf16_units"), [("blockwise", True), ("blockwise", False), ("mxfp8", False)])
+def test_rows_that_only_data_tell_are_traced_with_the_rest(recipe, bf16_units, monkeypatch):
+    if not bf16_units:
+        without_bf16_units(monkeypatch)
+    eager, model = converted(recipe), converted(recipe)
+
+    def of_some(tower: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+        return tower(x[rows.nonzero()[:, 0]])
+
+    compiled = torch.compile(lambda *args: of_some(model, *args), backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for share in (0.5, 0.9):
+            x = torch.randn(40, 5, 13)
+            rows = torch.rand(40) < share
+            assert torch.allclose(compiled(x, rows), of_some(eager, x, rows), rtol=1e-5, atol=1e-6)
