@@ -19,7 +19,7 @@ def known_positive(size: int | torch.SymInt) -> bool:
 
 def is_known(size: int | torch.SymInt) -> bool:
     """Return whether a size is a number while code is traced, and not what each call may have another of."""
-    if type(size) is int and not is_dynamo_compiling():
+    if not isinstance(size, torch.SymInt) and not is_dynamo_compiling():
         return True
     from torch.fx.experimental.symbolic_shapes import has_static_value  # only where code is traced: it is heavy
 
