@@ -19,7 +19,7 @@ from loka.probes.routing.trace import RoutingTrace
 from loka.reports.html import html_environment, inline, source_hash
 from loka.reports.markdown import code, line, text
 from loka.reports.routing_record import RoutingReport, RoutingTable, routing_report, routing_tables
-from loka.reports.words import plain
+from loka.reports.words import plain, plural
 
 _CELL: Final[float] = 6.0  # of a heat map, in units of its own
 _ROW: Final[float] = 10.0
@@ -110,7 +110,7 @@ def _facts(report: RoutingReport) -> list[tuple[str, str]]:
     sizes = [("top k", trace["top_k"]), ("token width", trace["hidden_size"])]
     return [
         *([("model", plain(trace["model"]))] if trace["model"] else []),
-        ("requests", f"{trace['requests']:,} of {len(trace['domains'])} domains"),
+        ("requests", f"{trace['requests']:,} of {plural(len(trace['domains']), 'domain')}"),
         ("layers", str(len(trace["layers"]))),
         ("experts", str(trace["experts"])),
         *((name, str(value)) for name, value in sizes if value is not None),

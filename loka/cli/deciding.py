@@ -126,4 +126,4 @@ def _plan(db: str, bound: "Bound", output: Path, options: dict[str, Any]) -> Non
     console = Console(highlight=False)
     for note in made.notes:
         console.print(plain(note), soft_wrap=True)
-    console.print(f"Wrote {output}.", soft_wrap=True)
+    console.print(f"Wrote {plain(str(output))}.", soft_wrap=True)

@@ -64,13 +64,14 @@ def convert(
 ) -> None:
     """Turn a token-level trace of another program, or what a crash has left of a recording, into a routing trace."""
     from loka.probes.routing.convert import convert as make_trace
+    from loka.reports.words import plural
 
     made = make_trace(source, experts=experts)
     made.save(output)
     Console(highlight=False).print(
         plain(
-            f"Wrote {output}: {made.requests:,} requests of {len(made.domains)} domains, {len(made.layers)} layers of "
-            f"{made.experts} experts."
+            f"Wrote {output}: {plural(made.requests, 'request')} of {plural(len(made.domains), 'domain')}, "
+            f"{plural(len(made.layers), 'layer')} of {plural(made.experts, 'expert')}."
         ),
         soft_wrap=True,
     )

@@ -55,6 +55,7 @@ def place(  # noqa: PLR0913 - one parameter per flag
     from loka.dispatch.placement.place import place as make_placement
     from loka.dispatch.placement.record import Placement
     from loka.probes.routing.trace import RoutingTrace
+    from loka.reports.words import plural
 
     options = PlaceOptions(
         devices=devices,
@@ -75,7 +76,8 @@ def place(  # noqa: PLR0913 - one parameter per flag
     made.save(output)
     _say(made.notes)
     Console(highlight=False).print(
-        f"Placed {made.experts} experts in {len(made.layers)} layers on {made.devices} devices. Wrote "
+        f"Placed {plural(made.experts, 'expert')} in {plural(len(made.layers), 'layer')} on "
+        f"{plural(made.devices, 'device')}. Wrote "
         f"{plain(str(output))}. Judge it on other requests with: loka moe evaluate {plain(str(output))} TRACE",
         soft_wrap=True,
     )
@@ -131,7 +133,10 @@ def _say(notes: Iterable[str]) -> None:
 
 
 def _table(judged: dict[str, Any]) -> Table:
-    table = Table(title=f"{judged['requests']} requests on {judged['devices']} devices, {len(judged['layers'])} layers")
+    from loka.reports.words import plural
+
+    sizes = [plural(judged[name], name.removesuffix("s")) for name in ("requests", "devices")]
+    table = Table(title=f"{' on '.join(sizes)}, {plural(len(judged['layers']), 'layer')}")
     for name in ("placement", "bytes sent", "of linear", "busiest link, of linear", "load max/mean", "per layer"):
         table.add_column(name, justify="left" if name == "placement" else "right")
     for name, sent in judged["bytes"].items():

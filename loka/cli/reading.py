@@ -62,6 +62,7 @@ def report(  # noqa: PLR0913 - one parameter per flag
         from loka.reports.render import rendered
         from loka.reports.summary import fails
         from loka.reports.table import print_table
+        from loka.reports.words import plural
 
         is_page = format is ReportFormat.HTML
         with progress("reading the run"):
@@ -73,8 +74,9 @@ def report(  # noqa: PLR0913 - one parameter per flag
         failures = fails(built.report, fail_on.value) if fail_on is not None else []
         del built  # else the collector walks over all of it as soon as it may
     if fail_on is not None and failures:
+        failing = f"{plural(len(failures), 'product')}. {'; '.join(failures[:3])}"
         Console(stderr=True, highlight=False).print(
-            f"[bold red]--fail-on {fail_on.value}:[/] {len(failures)} products. {plain('; '.join(failures[:3]))}",
+            f"[bold red]--fail-on {fail_on.value}:[/] {plain(failing)}",
             soft_wrap=True,
         )
         raise typer.Exit(EXIT_GATE)

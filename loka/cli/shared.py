@@ -12,6 +12,7 @@ from typing import Annotated, Final, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
@@ -104,7 +105,7 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
 
 def plain(text: str) -> str:
     """Return text that Rich prints as it is."""
-    return text.replace("[", r"\[")
+    return escape(text)
 
 
 def write(text: str, output: Path | None) -> None:

@@ -146,6 +146,17 @@ def test_plan_writes_a_file_and_says_what_is_gained(database: str, tmp_path: Pat
     assert loka.Plan.load(target).environment["time_source"] in ("measured", "none")
 
 
+@pytest.mark.parametrize("name", ["plan[red].json", "[/bold].json", "a\\[red].json"])
+def test_names_that_look_like_markup_are_said_as_they_are(database: str, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name.removesuffix(".json")  # "[/" is a folder, too
+    folder.mkdir(parents=True)
+    target = folder / "plan.json"
+    code, text, _ = run("plan", database, "-o", str(target), "--assume-speedup", "1.3", "--bound", "0.2")
+    assert code == 0
+    assert f"Wrote {target}." in text
+    assert run("explain", str(folder / "none.db"), "x")[2].count(str(folder / "none.db")) == 1
+
+
 def test_few_rows_and_many_get_kernels_of_their_own_unless_that_is_not_wanted(tmp_path: Path) -> None:
     model, database = nn.Sequential(nn.Linear(32, 16)), tmp_path / "rows.db"
     with torch.no_grad(), loka.probe(model, database, every=1, overhead=100.0):

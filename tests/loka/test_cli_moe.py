@@ -72,7 +72,7 @@ def test_convert_writes_a_trace_that_report_reads(tmp_path):
     (tmp_path / "tokens.csv").write_text("\n".join(rows))
     code, text, _ = run("convert", tmp_path / "tokens.csv", "-o", tmp_path / "t.npz", "--experts", 4)
     assert code == 0
-    assert "2 requests of 2 domains, 1 layers of 4 experts" in text
+    assert "2 requests of 2 domains, 1 layer of 4 experts" in text
     assert RoutingTrace.load(tmp_path / "t.npz").counts[:, :, 0].tolist() == [
         [[0, 1, 0, 0], [0, 0, 1, 0]],
         [[0, 1, 0, 0], [0, 0, 0, 0]],
