@@ -50,4 +50,4 @@ class PlaceOptions:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not (name == "clusters" and value is None) and not low <= value <= high:
-                raise ArgumentError(f"{name} is {value}; it must lie in {low:g} to {high:g}. Correct it.")
+                raise ArgumentError(f"{name} is {value}; it must lie in {low:.15g} to {high:.15g}. Correct it.")

@@ -115,10 +115,8 @@ class RoutingTrace:
         wanted = self.layers if layers is None else tuple(layers)
         unknown = [layer for layer in wanted if layer not in self.layers]
         if unknown or not wanted:
-            asked = f"layers {unknown} are" if unknown else "no layer is"
-            raise ArgumentError(
-                f"Cannot select: {asked} in this trace. Its layers are {_listed(self.layers)}; give their numbers."
-            )
+            wrong = f"layers {unknown} are not in this trace" if unknown else "no layer is named"
+            raise ArgumentError(f"Cannot select: {wrong}. Its layers are {_listed(self.layers)}; give their numbers.")
         columns = [self.layers.index(layer) for layer in wanted]
         return type(self)(
             counts=self.counts[rows][:, :, columns],

@@ -107,3 +107,9 @@ def test_a_file_that_is_no_placement_is_refused_in_a_sentence(document, tmp_path
 def test_a_method_that_is_not_there_is_named_with_those_that_are(made):
     with pytest.raises(ArgumentError, match="linear, eplb, paper, loka"):
         made.hosts("eplp")
+
+
+@pytest.mark.parametrize(("asked", "highest"), [({"replicas": 2**20 + 1}, 1048576), ({"seed": 2**32}, 4294967295)])
+def test_an_option_out_of_its_range_is_told_the_very_range(asked, highest):
+    with pytest.raises(ArgumentError, match=f"must lie in 0 to {highest}[.]"):
+        PlaceOptions(devices=4, **asked)

@@ -252,8 +252,8 @@ def test_select_takes_requests_and_layers_in_the_order_asked_for():
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"layers": [2]}, r"layers \[2\] are in this trace. Its layers are 1, 3, 5"),
-        ({"layers": []}, "no layer is"),
+        ({"layers": [2]}, r"layers \[2\] are not in this trace\. Its layers are 1, 3, 5"),
+        ({"layers": []}, r"no layer is named\. Its"),
         ({"requests": []}, "select some"),
         ({"requests": [10]}, "there are 0 to 9"),
         ({"requests": [-1]}, "there are 0 to 9"),
