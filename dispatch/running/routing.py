@@ -171,15 +171,23 @@ def runnable(kernel: str, recipe: str, request: GemmRequest, here: DeviceInfo, *
     reason = _why_not(kernel, recipe, request, here)
     if reason is None:
         return kernel
-    stand_in = f"emulated.{request.op}.{recipe}"
-    if not emulate or _why_not(stand_in, recipe, request, here) is not None:
+    stand_ins = [each for each in _stand_ins(kernel, recipe, request) if _why_not(each, recipe, request, here) is None]
+    if not emulate or not stand_ins:
         raise PlanError(
             f"The plan runs {kernel} on {request.site}.{request.product}, and on {here} it cannot: {reason}. Make a "
             "plan for this device with `loka plan`, or ask for emulate=True to run the same recipes in emulated "
             "numerics, without their speed."
         )
-    log.info("%s cannot run on %s (%s): %s stands in", kernel, here, reason, stand_in)
-    return stand_in
+    log.info("%s cannot run on %s (%s): %s stands in", kernel, here, reason, stand_ins[0])
+    return stand_ins[0]
+
+
+def _stand_ins(kernel: str, recipe: str, request: GemmRequest) -> tuple[str, ...]:
+    """Name the emulated kernels of a recipe, the one first that shares casts between passes where the planned does."""
+    registry = default_registry()
+    known = registry.get(kernel) if kernel in registry else None
+    ops = ("linear_layer", request.op) if known is not None and known.op == "linear_layer" else (request.op,)
+    return tuple(f"emulated.{op}.{recipe}" for op in ops)
 
 
 def _product_op(op: Op) -> Op:

@@ -15,6 +15,7 @@ from loka.dispatch.running import linear as op
 from loka.dispatch.running import routing
 from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
 from loka.errors import KernelError, PlanError
+from loka.formats import PASSES
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import KernelSpec
@@ -92,6 +93,20 @@ def test_a_kernel_that_cannot_serve_is_refused_unless_emulation_is_asked_for(
 def test_there_is_no_stand_in_for_a_recipe_that_is_unknown(registry: Registry) -> None:
     with pytest.raises(PlanError, match=r"fourbit.linear.x.*known kernels"):
         site_kernels(plan_of(decision("up", "fprop", "x", kernel="fourbit.linear.x")), CPU, emulate=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stand_in"),
+    [
+        ("tensorwise", "emulated.linear_layer.tensorwise"),
+        ("blockwise", "emulated.linear_layer.blockwise"),
+        ("rowwise", "emulated.linear.rowwise"),  # of which no two products read the same codes
+    ],
+)
+def test_what_stands_in_for_a_kernel_that_shares_casts_shares_them(recipe: str, stand_in: str) -> None:
+    kernel = f"triton.linear_layer.{recipe}"
+    plan = plan_of(*(decision("up", product, recipe, kernel=kernel) for product in PASSES))
+    assert site_kernels(plan, CPU, emulate=True) == {"up": SiteKernels(**dict.fromkeys(PASSES, stand_in))}
 
 
 def test_a_kernel_that_cannot_be_imported_is_refused_before_anything_runs(registry: Registry) -> None:
