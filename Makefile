@@ -52,7 +52,7 @@ test: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory --jobs=2 lint unit
 
 bench: $(VENV)/.installed-dev
-	for study in probe_overhead probe_memory learned_cost dispatch_cost import_time emulated_linear weight_cache monitor_overhead routing_overhead; do $(BIN)/python -m benchmarks.$$study --quick || exit 1; done
+	for study in probe_overhead probe_memory learned_cost dispatch_cost import_time emulated_linear compile_time weight_cache monitor_overhead routing_overhead; do $(BIN)/python -m benchmarks.$$study --quick || exit 1; done
 
 truth: $(VENV)/.installed-truth
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.truth

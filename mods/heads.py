@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from loka.calls import forward_of
 from loka.errors import ArgumentError
@@ -86,10 +87,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """Return a copy of the model that shares its parameters; buffers are its own, for forwards write to them."""
+    """Return a copy of the model that shares its parameters; buffers are its own, for forwards write to them.
+
+    So is what a forward has computed and kept, which autograd lets nobody deepcopy.
+    """
     parameters = {id(tensor): tensor for tensor in model.parameters()}
-    buffers = {id(tensor): tensor.detach().clone() for tensor in model.buffers()}
-    return copy.deepcopy(model, {**parameters, **buffers})
+    held = (value for module in model.modules() for value in tree_leaves(vars(module)))
+    computed = (value for value in held if isinstance(value, Tensor) and not value.is_leaf)
+    own = {id(tensor): tensor.detach().clone() for tensor in (*model.buffers(), *computed)}
+    return copy.deepcopy(model, {**parameters, **own})
 
 
 def _named(model: nn.Module, modules: Iterable[str], parameters: Iterable[Tensor], how: str) -> Heads:

@@ -97,17 +97,26 @@ class NoBias(Mod):
         left = [name for name, present in places.items() if present]
         if left:
             others = f"; the other {len(places) - len(left)} have none" if len(left) < len(places) else ""
-            return f"All {len(left)} biases there are kept: {listing(left)}{others}. {self._why_kept(model)}"
+            return f"All {len(left)} biases there are kept: {listing(left)}{others}. {self._why_kept(model, len(left))}"
         if places:
             return f"None of the {len(places)} linears, convolutions and norms has a bias: it is applied already."
         kinds = listing(type(module).__name__ for module in model.modules())
         return f"It looks for linears, convolutions, norms and attention; this model consists of {kinds}."
 
-    def _why_kept(self, model: nn.Module) -> str:
+    def _why_kept(self, model: nn.Module, left: int) -> str:
         if self.keep is not None:
             return "Narrow `keep`, or it is applied already."
-        how = find_heads(model, self.example).how
-        which = f"They are those of layers {how}" if how else "They belong to prediction heads"
+        heads = find_heads(model, self.example)
+        read = [
+            _join(fqn, slot)
+            for fqn, module, slot in _known(model)
+            if id(getattr(module, slot)) in heads.elsewhere and id(module) not in heads.layers
+        ]
+        of_heads = f"are those of layers {heads.how}" if heads.how else "belong to prediction heads"
+        which = f"They {of_heads}"
+        if read:
+            others = f"; the others {of_heads}" if len(read) < left else ""
+            which = f"Code outside of its layer reads {listing(read)}{others}"
         return f"{which}. Name in `keep` those that are heads, [] if none is; or it is applied already."
 
 

@@ -239,6 +239,29 @@ def test_fused_layers_are_layers():
     assert model[3].bias is not None
 
 
+class Keeping(nn.Module):
+    """Keeps what it has computed, as attention does for those who plot it, and has a wide head before a narrow gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.body, self.head = nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(4, 32)
+
+    def forward(self, x):
+        self.seen = self.gate(x).sigmoid()
+        self.kept = {"all": [self.seen * 2]}
+        return self.head(self.seen * self.body(x))
+
+
+@pytest.mark.parametrize("example", [None, torch.ones(3, 8)], ids=["trace", "run"])
+def test_a_model_that_keeps_what_it_computed_is_followed(example):
+    model = Keeping()
+    model(torch.randn(3, 8))
+    seen, kept = model.seen, model.kept["all"][0]
+    assert [*find_heads(model, example).layers.values()] == ["head"]
+    assert model.seen is seen
+    assert model.kept["all"][0] is kept
+
+
 def test_a_model_that_is_one_layer_is_its_own_head():
     model = nn.Linear(16, 4)
     assert find_heads(model).layers == {id(model): ""}

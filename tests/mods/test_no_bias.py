@@ -217,6 +217,30 @@ def test_a_bias_that_other_code_reads_stays_and_is_named():
     model(torch.randn(3, 8)).sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        (
+            True,
+            r"All 2 biases there are kept: 'step\.bias', 'head\.bias'\. Code outside of its layer reads 'step\.bias'; "
+            r"the others are those of layers found as prediction heads",
+        ),
+        (False, r"'step\.bias'; the other 1 have none\. Code outside of its layer reads 'step\.bias'\. Name in `keep`"),
+    ],
+)
+def test_a_bias_that_other_code_reads_is_not_said_to_be_one_of_a_head(bias, said):
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step, self.head = nn.Linear(8, 16), nn.Linear(16, 9, bias=bias)
+
+        def forward(self, x):
+            return self.head(F.linear(x, self.step.weight, self.step.bias))
+
+    with pytest.warns(LokaWarning, match=r"leaves 'step\.bias'"), pytest.raises(ModError, match=said):
+        loka.mods.apply(Read(), [NoBias()])
+
+
 def test_naming_an_unknown_bias_in_keep_silences_the_warning():
     model = nn.ModuleDict({"rnn": nn.GRU(8, 8), "head": nn.Linear(8, 1), "body": nn.Linear(8, 8)})
     with warnings.catch_warnings():
