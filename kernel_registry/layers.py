@@ -19,7 +19,6 @@ from torch import Tensor
 
 from loka.formats import RECIPES, OperandSpec, Pass, Recipe, Role
 from loka.kernel_registry import emulated, torch_scaled_mm
-from loka.kernel_registry.bf16_units import available
 from loka.kernel_registry.halves import LibraryHalves
 from loka.kernel_registry.operands import Operand, quantize_both_sides, quantize_operand
 
@@ -65,14 +64,10 @@ class Layer:
 
     recipe: Recipe
     casts: Casts
-    # Whether casts are shared in code that is compiled for a CPU with bf16 units, too, where the products of the
-    # definition are operators that cast, or sums over codes (`emulated`). Elsewhere they are plain tensor code: a
-    # compiler has half of it to compile, and keeps no more for the backward pass.
-    beside_bf16_units: bool = True
-
-    def is_for_graphs(self, device: torch.device) -> bool:
-        """Whether code that is compiled for a device shares casts."""
-        return self.beside_bf16_units or not available(device)
+    # Where a compiler fuses a cast with its neighbours, one that is kept for later may cost more than it saves: of
+    # ReLUs, Inductor then keeps masks of booleans besides, which AVX2 writes slowly. On such a CPU the dlrm-like stack
+    # of `benchmarks.emulated_linear` under tensorwise takes 1.4 times as long, the wukong-like 0.92 times.
+    when_traced: bool = True
 
     def input_sides(self, x: Tensor, needs: Needs) -> Sides:
         """Quantise x [m, k] along k, and along m where the gradient of the weight is wanted."""
@@ -181,8 +176,8 @@ class Triton(_Codes):
         return out
 
 
-emulated_tensorwise: Final = Layer(RECIPES["tensorwise"], Emulated(RECIPES["tensorwise"]), beside_bf16_units=False)
-emulated_blockwise: Final = Layer(RECIPES["blockwise"], Emulated(RECIPES["blockwise"]), beside_bf16_units=False)
+emulated_tensorwise: Final = Layer(RECIPES["tensorwise"], Emulated(RECIPES["tensorwise"]), when_traced=False)
+emulated_blockwise: Final = Layer(RECIPES["blockwise"], Emulated(RECIPES["blockwise"]), when_traced=False)
 torch_tensorwise: Final = Layer(RECIPES["tensorwise"], Torch(torch_scaled_mm.tensorwise_halves))
 triton_tensorwise: Final = Layer(RECIPES["tensorwise"], Triton())
 triton_rowwise: Final = Layer(RECIPES["rowwise"], Triton())

@@ -249,7 +249,7 @@ def _shares_casts(kernels: tuple[str, str, str], x: Tensor, weight: Tensor) -> b
     layer = _layers[name]
     if layer is None:
         return False
-    return not is_traced(x) or layer.is_for_graphs(x.device)
+    return layer.when_traced or not is_traced(x)
 
 
 def is_traced(x: Tensor) -> bool:

@@ -270,6 +270,5 @@ def of_the_input(node):
 def test_a_compiler_merges_the_casts_of_one_input(kernel, around, monkeypatch):
     monkeypatch.setitem(bf16_units._AVAILABLE, "cpu", False)  # with such units, casts by groups are inside an operator
     one, three = (read_in_graphs(layers, kernel, around) for layers in (1, 3))
-    # Along its rows, and, where that makes a difference, along its columns for the gradient of a weight.
-    assert one["maxima"] == (2 if kernel == BLOCKWISE else 1)
+    assert one["maxima"] == 2  # along its rows, and along its columns for the gradient of a weight
     assert three == one
