@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loka.formats import RECIPES, OperandSpec, Pass, Recipe, Role
 from loka.kernel_registry import emulated, torch_scaled_mm
+from loka.kernel_registry.bf16_units import available
 from loka.kernel_registry.halves import LibraryHalves
 from loka.kernel_registry.operands import Operand, quantize_both_sides, quantize_operand
 
@@ -32,7 +33,7 @@ class Needs(NamedTuple):
 
 # An operand along its own rows, and its transpose along those; None where nobody reads it.
 Sides = tuple[Operand | None, Operand | None]
-Kept = tuple[Operand | None, Operand | None]  # of x and of the weight, turned
+Kept = tuple[Operand | Tensor | None, Operand | None]  # of x, or x itself, and of the weight; codes are turned
 
 
 class Made(NamedTuple):
@@ -64,10 +65,17 @@ class Layer:
 
     recipe: Recipe
     casts: Casts
-    # Where a compiler fuses a cast with its neighbours, one that is kept for later may cost more than it saves: of
-    # ReLUs, Inductor then keeps masks of booleans besides, which AVX2 writes slowly. On such a CPU the dlrm-like stack
-    # of `benchmarks.emulated_linear` under tensorwise takes 1.4 times as long, the wukong-like 0.92 times.
-    when_traced: bool = True
+    # Whether casts are shared in code that is compiled for a CPU with bf16 units, too, where the products of the
+    # definition are operators that cast, or sums over codes (`emulated`).
+    beside_bf16_units: bool = True
+    # Whether compiled code keeps x as codes. Where it fuses casts with their neighbours that costs more than to cast
+    # again: of ReLUs, Inductor keeps masks of booleans besides, which AVX2 writes slowly. On such a CPU a step of the
+    # dlrm-like stack of `benchmarks.emulated_linear` takes 1.4 times as long under tensorwise.
+    graphs_keep_codes_of_x: bool = True
+
+    def is_for_graphs(self, device: torch.device) -> bool:
+        """Whether code that is compiled for a device shares casts."""
+        return self.beside_bf16_units or not available(device)
 
     def input_sides(self, x: Tensor, needs: Needs) -> Sides:
         """Quantise x [m, k] along k, and along m where the gradient of the weight is wanted."""
@@ -87,9 +95,18 @@ class Layer:
         of_weight, kept_weight = self.weight_sides(weight, needs, dtype) if made.weight is None else made.weight
         return self.casts.multiply(_made(along_k), _made(of_weight), "fprop", dtype), (kept_x, kept_weight)
 
+    def forward_in_graph(self, x: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor, Kept]:
+        """Return the same in code that is compiled."""
+        if self.graphs_keep_codes_of_x:
+            return self.forward(x, weight, needs)
+        y, (_, kept_weight) = self.forward(x, weight, Needs(x=needs.x, weight=False))
+        return y, (x if needs.weight else None, kept_weight)
+
     def backward(self, grad: Tensor, kept: Kept) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of x and of the weight in the dtype of `grad`, each where its counterpart was kept."""
         x, weight = kept
+        if isinstance(x, Tensor):
+            x = self.casts.quantise(x.t(), self.recipe.operand("input"), grad.dtype)
         along_n, along_m = self._sides(grad, "grad_output", grad.dtype, first=weight is not None, second=x is not None)
         grad_x = None if weight is None else self.casts.multiply(_made(along_n), weight, "dgrad", grad.dtype)
         grad_weight = None if x is None else self.casts.multiply(_made(along_m), x, "wgrad", grad.dtype)
@@ -176,8 +193,12 @@ class Triton(_Codes):
         return out
 
 
-emulated_tensorwise: Final = Layer(RECIPES["tensorwise"], Emulated(RECIPES["tensorwise"]), when_traced=False)
-emulated_blockwise: Final = Layer(RECIPES["blockwise"], Emulated(RECIPES["blockwise"]), when_traced=False)
+def _emulated(recipe: Recipe) -> Layer:
+    return Layer(recipe, Emulated(recipe), beside_bf16_units=False, graphs_keep_codes_of_x=False)
+
+
+emulated_tensorwise: Final = _emulated(RECIPES["tensorwise"])
+emulated_blockwise: Final = _emulated(RECIPES["blockwise"])
 torch_tensorwise: Final = Layer(RECIPES["tensorwise"], Torch(torch_scaled_mm.tensorwise_halves))
 triton_tensorwise: Final = Layer(RECIPES["tensorwise"], Triton())
 triton_rowwise: Final = Layer(RECIPES["rowwise"], Triton())

@@ -183,12 +183,14 @@ class _Layer(torch.autograd.Function):
         needs_x_grad, needs_weight_grad, *_ = ctx.needs_input_grad
         layer, needs = load_layer(name), Needs(needs_x_grad, needs_weight_grad)
         if is_traced(x):
-            out, kept = layer.forward(x, weight, needs)
+            out, kept = layer.forward_in_graph(x, weight, needs)
         else:
             of_weight = None if held is None else held.sides(name, layer, weight, needs, weight.dtype)
             out, kept = layer.forward(x, weight, needs, Made(input_sides(layer, x, needs, weight.dtype), of_weight))
-        ctx.save_for_backward(*(tensor for each in kept if each is not None for tensor in (each.data, each.scale)))
-        ctx.specs = tuple(None if each is None else each.spec for each in kept)
+        operands = [each if isinstance(each, Operand) else None for each in kept]
+        codes = (tensor for each in operands if each is not None for tensor in (each.data, each.scale))
+        ctx.save_for_backward(kept[0] if isinstance(kept[0], Tensor) else None, *codes)
+        ctx.specs = tuple(None if each is None else each.spec for each in operands)
         ctx.name = name
         if not is_traced(x):
             depends_on(ctx, x, weight)
@@ -198,12 +200,13 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
+        x, *codes = ctx.saved_tensors
+        tensors = iter(codes)
         kept = [None if spec is None else Operand(next(tensors), next(tensors), spec) for spec in ctx.specs]
         if not is_traced(grad):
             forget_input()
         with torch.autocast(grad.device.type, enabled=False):
-            gradients = load_layer(ctx.name).backward(grad, (kept[0], kept[1]))
+            gradients = load_layer(ctx.name).backward(grad, (kept[0] if x is None else x, kept[1]))
         passes: tuple[Pass, ...] = ("dgrad", "wgrad")
         for gradient, which in zip(gradients, passes, strict=True):
             if gradient is not None:
@@ -249,7 +252,7 @@ def _shares_casts(kernels: tuple[str, str, str], x: Tensor, weight: Tensor) -> b
     layer = _layers[name]
     if layer is None:
         return False
-    return layer.when_traced or not is_traced(x)
+    return not is_traced(x) or layer.is_for_graphs(x.device)
 
 
 def is_traced(x: Tensor) -> bool:

@@ -1,12 +1,18 @@
 """A converted model under compilers: one graph, whatever is dynamic, with the numbers of eager code."""
 
+from collections import Counter
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import loka
 from loka.formats import PASSES
+from loka.kernel_registry import bf16_units
 from tests.dispatch.made_conversion import plan_for
+from tests.dispatch.test_shared_input import converted as on_kernel
 
 WIDTH = 16
 
@@ -46,8 +52,7 @@ def stepped(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have casts traced, as they are on a CPU without such units, and not left to an operator."""
-    monkeypatch.setattr("loka.kernel_registry.emulated.available", lambda device: False)
-    monkeypatch.setattr("loka.kernel_registry.held.available", lambda device: False)
+    monkeypatch.setitem(bf16_units._AVAILABLE, "cpu", False)
 
 
 @pytest.mark.parametrize(
@@ -98,3 +103,26 @@ def test_rows_that_only_data_tell_are_traced_with_the_rest(recipe, bf16_units, m
             x = torch.randn(40, 5, 13)
             rows = torch.rand(40) < share
             assert torch.allclose(compiled(x, rows), of_some(eager, x, rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "casts"),
+    [
+        ("emulated.linear_layer.tensorwise", 4),  # the input for each; the weight and the gradient once for both
+        ("emulated.linear_layer.blockwise", 5),  # the weight has the same blocks both ways
+        ("emulated.linear.rowwise", 6),
+    ],
+)
+def test_a_compiled_layer_casts_once_what_two_products_read(kernel, casts, monkeypatch):
+    without_bf16_units(monkeypatch)
+    model = on_kernel(nn.Sequential(nn.Linear(13, 40)), kernel, ("0",))
+    found: Counter[str] = Counter()
+
+    def note(graph: torch.fx.GraphModule, _: object) -> object:
+        found.update("amax" for node in graph.graph.nodes if "amax" in str(node.target) and node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+    x = torch.randn(7, 13, requires_grad=True)
+    torch.compile(model, backend=backend, fullgraph=True)(x).square().sum().backward()
+    assert found["amax"] == casts
