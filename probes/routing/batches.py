@@ -28,7 +28,7 @@ class Batch(NamedTuple):  # one is made for every step, and that takes a third o
     cache: Any
     cached: int  # tokens in the cache
     encoded: bool  # goes on from what an encoder gave
-    given: tuple[Any, Any]  # tokens and mask, where they came by name
+    given: tuple[Any, Any]  # its tokens and mask as they came; no tokens where another argument tells rows and length
 
 
 def takes_batches(module: nn.Module) -> bool:
@@ -69,7 +69,7 @@ def batch_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mappin
         cache=cache,
         cached=cached,
         encoded=given.get("encoder_outputs") is not None,
-        given=(kwargs.get("input_ids"), kwargs.get("attention_mask")),
+        given=(tokens if given.get("input_ids") is tokens else None, mask),
     )
 
 

@@ -89,7 +89,11 @@ class Flow:
             self._catch_up(requests)
             if phase == DECODE:
                 self._step(requests, batch)
-        valid = self._valid_around(batch, outer) if batch.hidden and batch.rows > 1 else batch.valid
+        valid = batch.valid
+        if batch.hidden and batch.rows > 1:
+            valid = self._valid_around(batch, outer)
+        elif valid is None and outer is not None and batch.tokens is not None and batch.tokens is outer.given[0]:
+            valid = outer.valid  # a part that is handed the tokens without their mask
         step = requests.step if phase == DECODE and batch.length == 1 and batch.rows == requests.rows else None
         facts = (batch.given, requests.hidden_size, torch.is_inference_mode_enabled())
         here.forward = Forward(requests, phase, batch.rows, batch.length, valid, step, *facts)
@@ -151,8 +155,10 @@ class Flow:
 
     def _catch_up(self, requests: OpenRequests) -> None:
         """Take what plain decode steps have chosen since somebody looked."""
-        if requests.again is not None and requests.again.steps:
-            self.take(requests.again)
+        again = requests.again
+        # A part that was told apart may have taken the steps before their choices came: those are left without a step.
+        if again is not None and (again.steps or again.chosen):
+            self.take(again)
 
     def drop(self, forward: Forward) -> None:
         """Forget the requests of a forward that failed."""

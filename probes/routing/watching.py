@@ -181,12 +181,12 @@ class BatchPart:
     def begin(self, now: Situation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         """Begin a forward; None where nothing is given that could be a batch.
 
-        Where that is the very tokens and mask of the forward around, this one is part of it.
+        Where that is the very tokens and mask of the forward around, or its tokens and no mask, this one is part of it.
         """
         outer = now.forward
         if outer is not None:
             tokens, mask = outer.given
-            if tokens is not None and kwargs.get("input_ids") is tokens and kwargs.get("attention_mask") is mask:
+            if tokens is not None and kwargs.get("input_ids") is tokens and kwargs.get("attention_mask", mask) is mask:
                 return outer
         if self.eager.waits:
             self.eager.look()

@@ -178,6 +178,23 @@ def test_a_padded_batch_counts_as_its_prompts_alone(name, tmp_path):
     assert np.array_equal(found.counts[3], alone(model, name, lambda: model(input_ids=prompt[:1], **decoder)))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_encoder_and_decoder_of_one_forward_may_differ_in_length(rows, tmp_path):
+    name = "Switch"
+    model = build(name)
+    prompt, answer = torch.randint(3, VOCABULARY, (rows, 7)), torch.randint(3, VOCABULARY, (rows, 5))
+    mask = torch.ones(rows, 7, dtype=torch.long)
+    mask[1:2, :3] = 0
+    with loka.trace_routing(model, tmp_path / "t.npz"):
+        model(input_ids=prompt, attention_mask=mask, decoder_input_ids=answer)
+    found = RoutingTrace.load(tmp_path / "t.npz")
+    assert found.requests == rows
+    for row in range(rows):
+        ids, made = prompt[row : row + 1, mask[row].bool()], answer[row : row + 1]
+        counts = alone(model, name, lambda ids=ids, made=made: model(input_ids=ids, decoder_input_ids=made))
+        assert np.array_equal(found.counts[row], counts), row
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_way_to_run_the_experts_is_traced_alike(implementation, tmp_path):
     model = build("Mixtral").float()

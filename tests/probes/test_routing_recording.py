@@ -1,5 +1,6 @@
 """Whose requests the tokens of a forward are: rows, conversations, caches, scopes, phases, endings."""
 
+import importlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from loka.errors import LokaWarning
 from loka.probes.routing.trace import RoutingTrace
 from tests.made_processes import ranks
 from tests.probes.made_recording import NONE, attached, check, generate, seeded_model, tokens
-from tests.probes.made_routing import EXPERTS, LAYERS, TOP_K, WIDTH, Cache, MadeModel
+from tests.probes.made_routing import EXPERTS, LAYERS, TOP_K, WIDTH, Cache, MadeLayer, MadeModel
 
 
 @pytest.fixture
@@ -169,6 +170,54 @@ def test_a_row_that_was_fed_a_stop_token_has_ended(model, path, mode, stop_token
     found = RoutingTrace.load(path)
     check(found, model, (prompt[0], answer[0, :2]), (prompt[1], answer[1, :4]))
     assert found.decode_steps.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("stop_tokens", [(), [2]])
+def test_the_last_step_counts_where_an_embedding_takes_tokens_as_a_model_does(model, path, stop_tokens):
+    class TokenEmbedding(nn.Embedding):
+        def forward(self, input_ids):
+            return super().forward(input_ids)
+
+    importlib.import_module("torch._dynamo")  # then steps that are like the one before are recognised
+    model.embedding.__class__ = TokenEmbedding
+    prompt, answer = tokens(2, 3), tokens(2, 5)
+    cache = Cache()
+    with loka.trace_routing(model, path, stop_tokens=stop_tokens), torch.no_grad():
+        for fed in (prompt, *answer.split(1, dim=1)):
+            model(input_ids=fed, past_key_values=cache)
+    found = RoutingTrace.load(path)
+    check(found, model, (prompt[0], answer[0]), (prompt[1], answer[1]))
+    assert found.decode_steps.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("masks", ["left out", "none", "causal"])
+@pytest.mark.parametrize("positional", [False, True])
+def test_padding_is_not_counted_where_layers_are_handed_the_tokens(path, masks, positional):
+    class Layer(MadeLayer):
+        def forward(self, hidden, attention_mask=None, input_ids=None):  # as layers are that route by the token itself
+            return super().forward(hidden)
+
+    class Model(MadeModel):
+        def forward(self, input_ids, attention_mask=None):
+            hidden = self.embedding(input_ids)
+            seen = torch.ones(input_ids.shape[1:] * 2).tril().bool()[None, None]
+            if attention_mask is not None:
+                seen = attention_mask[:, None, None, :].bool() & seen
+            given = {"left out": {}, "none": {"attention_mask": None}, "causal": {"attention_mask": seen}}[masks]
+            for layer in self.layers:
+                hidden = layer(hidden, input_ids=input_ids, **given)
+            return hidden
+
+    model, prompt = Model().eval(), tokens(2, 5)
+    for layer in model.layers:
+        layer.__class__ = Layer
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    with loka.trace_routing(model, path):
+        if positional:
+            model(prompt, mask)
+        else:
+            model(input_ids=prompt, attention_mask=mask)
+    check(RoutingTrace.load(path), model, (prompt[0], NONE), (prompt[1, 2:], NONE))
 
 
 def test_flat_tokens_are_one_request(path):
