@@ -336,7 +336,7 @@ def _converted_class(kind: Kind, base: Any) -> Any:
         if not hasattr(self, _MARK):
             return base.forward(self, input)
         route: Route = self._loka_routes["weight"]
-        route.reached = True
+        route.note_reached()
         kernels = route.kernels
         return linear(input, self.weight, self.bias, kernels.fprop, kernels.dgrad, kernels.wgrad)
 
@@ -345,13 +345,12 @@ def _converted_class(kind: Kind, base: Any) -> Any:
         if not hasattr(self, _MARK):
             return base.forward(self, input)
         route: Route = self._loka_routes["weight"]
-        route.reached = True
+        route.note_reached()
         return linear_norm_act(input, self.weight, self.bias, self.eps, route.kernels.as_tuple())
 
     @functools.wraps(base.forward)
     def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with Reroute.of(self, getattr(self, _MARK, {})):
-            return base.forward(self, *args, **kwargs)
+        return Reroute.of(self, getattr(self, _MARK, {})).run(base.forward, self, *args, **kwargs)
 
     def restore(self: Any, state: Any) -> None:
         base.__setstate__(self, state)

@@ -32,6 +32,12 @@ from loka.stepping_aside import steps_aside
 Kernels = tuple[str, str, str]  # fprop, dgrad, wgrad
 
 
+def _let_pass(function: Callable[..., Any], *args: Any) -> None:
+    """Call what Dynamo refuses in a checkpoint, a graph of its own: what leaves something behind."""
+    call: Any = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
+    call(function, *args)
+
+
 @dataclass(eq=False)
 class Route:
     """The kernels of one converted site, and whether a product has gone to them yet."""
@@ -62,6 +68,13 @@ class Route:
         experts = right.shape[0] if right.dim() == 3 else left.shape[0]
         kept = self.kernels.kept_among(first_among(self.part, experts), experts)
         return grouped_matmul(left, right, offsets, self.kernels.as_tuple(), kept)
+
+    def note_reached(self) -> None:
+        """Note that a product has gone to the kernels."""
+        if torch.compiler.is_dynamo_compiling():
+            _let_pass(setattr, self, "reached", True)
+        else:
+            self.reached = True
 
     def _note_layout(self, weight: Tensor) -> None:
         """Note which way the model has a weight that its products have as [.., n, k]."""
@@ -118,12 +131,23 @@ class Reroute(TorchFunctionMode):
                     route.part = Part.of(planned)  # it was sharded after it was converted
         return made
 
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a forward in the scope of this mode."""
+        if not torch.compiler.is_dynamo_compiling():
+            with self:
+                return forward(*args, **kwargs)
+        _let_pass(torch._C._push_on_torch_function_stack, self)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            _let_pass(torch._C._pop_torch_function_stack)
+
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Options | None = None) -> Any:
         kwargs = kwargs or {}
         reroute = _reroute_grouped if is_grouped(func) else PRODUCTS.get(func)
         outcome = reroute(self._find, args, kwargs) if reroute is not None else None
         if outcome is not None and outcome[1] is not None:
-            outcome[0].reached = True
+            outcome[0].note_reached()
             return outcome[1]
         if func is Tensor.unflatten and torch.compiler.is_dynamo_compiling():
             func = torch.unflatten  # Dynamo cannot follow the method to its super() under a mode (torch 2.13)
@@ -305,7 +329,7 @@ def _reroute_attention(find: Find, args: Arguments, kwargs: Options) -> Outcome:
         return None
     result = attention(tuple((name, route.kernels.as_tuple()) for name, route in routes.items()), *args, **kwargs)
     for route in routes.values():
-        route.reached = True
+        route.note_reached()
     return next(iter(routes.values())), result
 
 

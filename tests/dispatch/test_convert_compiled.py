@@ -7,8 +7,10 @@ import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 import loka
+from loka.dispatch.running.convert import unreached
 from loka.formats import PASSES
 from loka.kernel_registry import bf16_units
 from tests.dispatch.made_conversion import plan_for
@@ -126,3 +128,52 @@ def test_a_compiled_layer_casts_once_what_two_products_read(kernel, casts, monke
     x = torch.randn(7, 13, requires_grad=True)
     torch.compile(model, backend=backend, fullgraph=True)(x).square().sum().backward()
     assert found["amax"] == casts
+
+
+class Checkpointed(nn.Module):
+    """A block whose results are computed again in the backward pass."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_checkpoints_of_a_converted_model_are_part_of_the_one_graph(backend):
+    """The first forward of the model is the compiled one: nothing has been reached before."""
+    model, x = Checkpointed(converted("rowwise")), torch.randn(2, 5, 13)
+    result = stepped(torch.compile(model, backend=backend, fullgraph=True), x)
+    assert unreached(model) == ()
+    for got, want in zip(result, stepped(model, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+class Refusing(nn.Module):
+    """Reads a Parameter, and raises where it gets an odd number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(WIDTH, WIDTH) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.mix
+        if len(x) % 2:
+            raise ValueError("odd")
+        return y
+
+
+def test_a_forward_that_raises_leaves_no_mode_behind():
+    model = Refusing()
+    loka.convert(model, plan_for(model, {"mix": dict.fromkeys(PASSES, "rowwise")}), emulate=True)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    for rows in (4, 3, 4, 3):
+        x = torch.randn(rows, WIDTH)
+        if rows % 2:
+            with pytest.raises(Exception, match="odd"):
+                compiled(x)
+        else:
+            assert torch.equal(compiled(x), model(x))
+        assert not torch.overrides._get_current_function_mode_stack()
