@@ -19,7 +19,7 @@ only what leaves the output as it was stays (see `verify`); the rest is in `Appl
 import logging
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -98,6 +98,8 @@ class Applied:
                 edit.before._is_full_backward_hook = edit.after._is_full_backward_hook
             moving: nn.Module = edit.before
         elif isinstance(edit.before, nn.Parameter):
+            if nn.parameter.is_lazy(edit.before):
+                _settle(edit.before, edit.owner)
             moving = nn.ParameterList([edit.before])
         else:
             return edit.before
@@ -120,6 +122,15 @@ class Applied:
     def __str__(self) -> str:
         """Say what was replaced, and what stays as it was and why, a line each."""
         return "\n".join(map(str, (*self.replacements, *self.refused)))
+
+
+def _settle(bias: Any, owner: nn.Module) -> None:
+    """Give a bias the size that its lazy module got without it, and zeros: so the module goes on with what it does."""
+    weight = owner._parameters.get("weight")
+    size = getattr(owner, "out_features", getattr(owner, "out_channels", None))
+    if weight is not None and size is not None and not nn.parameter.is_lazy(weight):
+        bias.materialize((size,), weight.device, weight.dtype)
+        nn.init.zeros_(bias)
 
 
 def apply(

@@ -295,6 +295,31 @@ def test_a_lazy_linear_loses_its_bias_before_it_is_made():
     assert model[0].bias is None
 
 
+@pytest.mark.parametrize(
+    ("lazy", "shape"),
+    [
+        (lambda: nn.LazyLinear(8), (4, 6)),
+        (lambda: nn.LazyConv1d(8, 3), (4, 6, 5)),
+        (lambda: nn.LazyConvTranspose1d(8, 3), (4, 6, 5)),
+    ],
+    ids=["linear", "conv", "transposed"],
+)
+@pytest.mark.parametrize("ran", [True, False])
+def test_the_bias_of_a_lazy_layer_comes_back_as_the_layer_is_by_then(lazy, shape, ran):
+    model, x = nn.Sequential(lazy()), torch.randn(shape)
+    bias = model[0].bias
+    applied = loka.mods.apply(model, [NoBias(keep=[])])
+    before = model(x) if ran else None
+    applied.undo()
+    assert model[0].bias is bias
+    after = model(x)
+    assert bias.numel() == model[0](x).shape[1]
+    if before is not None:
+        assert torch.equal(after, before)
+    after.sum().backward()
+    assert bias.grad is not None
+
+
 class Cross(nn.Module):
     """Biases in a list, as cross networks keep them: the parameter itself is called `0`."""
 
