@@ -11,8 +11,9 @@ them, both copies come from one reading. What backward needs is kept as codes, s
 The operands are those of the three kernels apart, bit for bit: this is about time.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,33 @@ class Needs(NamedTuple):
 # An operand along its own rows, and its transpose along those; None where nobody reads it.
 Sides = tuple[Operand | None, Operand | None]
 Kept = tuple[Operand | Tensor | None, Operand | None]  # of x, or x itself, and of the weight; codes are turned
+
+
+# What autograd does not save of something kept: how codes are to be read, that x is itself, or that there is nothing.
+Form = OperandSpec | Literal["itself"] | None
+
+
+def pack(kept: Kept) -> tuple[list[Tensor], tuple[Form, ...]]:
+    """Return what is kept as the tensors to save for backward, and what makes it out of them again."""
+    tensors: list[Tensor] = []
+    for each in kept:
+        if isinstance(each, Operand):
+            tensors += [each.data, each.scale]
+        elif each is not None:
+            tensors.append(each)
+    return tensors, tuple("itself" if isinstance(each, Tensor) else each and each.spec for each in kept)
+
+
+def unpack(tensors: Sequence[Tensor], forms: tuple[Form, ...]) -> Kept:
+    """Return what was kept, from the saved tensors."""
+    left = iter(tensors)
+    of_x, of_weight = forms
+    x = next(left) if of_x == "itself" else _operand(left, of_x)
+    return x, _operand(left, of_weight)
+
+
+def _operand(tensors: Iterator[Tensor], form: Form) -> Operand | None:
+    return Operand(next(tensors), next(tensors), form) if isinstance(form, OperandSpec) else None
 
 
 class Made(NamedTuple):

@@ -34,9 +34,8 @@ from loka.first_derivative import depends_on, first_derivative_only
 from loka.formats import Pass
 from loka.hardware import device_info
 from loka.kernel_registry import norm_act
-from loka.kernel_registry.layers import Layer, Made, Needs
+from loka.kernel_registry.layers import Layer, Made, Needs, pack, unpack
 from loka.kernel_registry.norm_act import FusedLayer
-from loka.kernel_registry.operands import Operand
 from loka.kernel_registry.registry import default_registry
 from loka.kernel_registry.torch_mm import matmul
 from loka.sizes import known_positive
@@ -187,10 +186,8 @@ class _Layer(torch.autograd.Function):
         else:
             of_weight = None if held is None else held.sides(name, layer, weight, needs, weight.dtype)
             out, kept = layer.forward(x, weight, needs, Made(input_sides(layer, x, needs, weight.dtype), of_weight))
-        operands = [each if isinstance(each, Operand) else None for each in kept]
-        codes = (tensor for each in operands if each is not None for tensor in (each.data, each.scale))
-        ctx.save_for_backward(kept[0] if isinstance(kept[0], Tensor) else None, *codes)
-        ctx.specs = tuple(None if each is None else each.spec for each in operands)
+        tensors, ctx.forms = pack(kept)
+        ctx.save_for_backward(*tensors)
         ctx.name = name
         if not is_traced(x):
             depends_on(ctx, x, weight)
@@ -200,13 +197,11 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *codes = ctx.saved_tensors
-        tensors = iter(codes)
-        kept = [None if spec is None else Operand(next(tensors), next(tensors), spec) for spec in ctx.specs]
+        kept = unpack(ctx.saved_tensors, ctx.forms)
         if not is_traced(grad):
             forget_input()
         with torch.autocast(grad.device.type, enabled=False):
-            gradients = load_layer(ctx.name).backward(grad, (kept[0] if x is None else x, kept[1]))
+            gradients = load_layer(ctx.name).backward(grad, kept)
         passes: tuple[Pass, ...] = ("dgrad", "wgrad")
         for gradient, which in zip(gradients, passes, strict=True):
             if gradient is not None:
