@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import loka
 from loka.bounds import Bound
+from loka.dispatch.running.executions import reset_kernel_executions
 from loka.reports.build import report_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
@@ -18,7 +20,8 @@ def test_every_block_of_the_page_runs_with_the_libraries(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "docs"}
     found = re.findall(r"^```(?:python|py)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(found) == 4
+    assert len(found) == 5
+    reset_kernel_executions()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
         torch.manual_seed(0)
@@ -28,3 +31,6 @@ def test_every_block_of_the_page_runs_with_the_libraries(tmp_path, monkeypatch):
         report = report_of(tmp_path / db, Bound(row_error=0.05))
         assert (report["run"]["status"], report["run"]["steps"]) == ("complete", steps)
         assert report["sites"]
+    planned = [decision for decision in names["plan"].decisions if decision.recipe is not None]
+    assert planned
+    assert sum(loka.kernel_executions().values()) == 3 * 12 * len(planned)
