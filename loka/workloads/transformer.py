@@ -6,9 +6,11 @@ no tokenizer is needed.
 Shapes: B sequences, T positions, d = config.dim.
 """
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -133,17 +135,26 @@ def stdlib_text(num_bytes: int) -> bytes:
         raise ArgumentError(f"stdlib_text was asked for {num_bytes} bytes. Ask for 0 or more.")
     root = Path(sysconfig.get_paths()["stdlib"])
     text = bytearray()
-    for _, path in sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")):
+    for path in _sources(root):
         if len(text) >= num_bytes:
             break
-        if not _FOREIGN_FOLDERS.intersection(path.relative_to(root).parts):
-            text += path.read_bytes()
+        text += path.read_bytes()
     if len(text) < num_bytes:
         raise ArgumentError(
             f"stdlib_text was asked for {num_bytes} bytes, and the .py files under {root} hold {len(text)}. "
             "Ask for at most that, or run a Python that has its library as files."
         )
     return bytes(text[:num_bytes])
+
+
+@cache
+def _sources(root: Path) -> tuple[Path, ...]:
+    """Return the .py files under a library's folder by path, found once: installed packages may lie there, too."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - _FOREIGN_FOLDERS
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
 
 
 def text_batches(text: bytes, *, batch_size: int, length: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,10 +1,12 @@
 """Fixtures for tests that run plans."""
 
+import gc
+
 import pytest
 
 from loka.dispatch.monitoring import kernel_check, plan_watch
 from loka.dispatch.running import linear as op
-from loka.dispatch.running import routing
+from loka.dispatch.running import routing, weights
 from loka.kernel_registry.builtin import KERNELS
 from loka.kernel_registry.registry import Registry
 from loka.kernel_registry.spec import KernelSpec
@@ -19,6 +21,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     noted = Calls()
     monkeypatch.setattr(op, "_loaded", noted)
     return noted
+
+
+@pytest.fixture
+def nothing_kept() -> None:
+    """See that no weight of a test before is kept in FP8; a search for garbage, of seconds, where one still is."""
+    if weights.kept_bytes():
+        gc.collect()
+    assert weights.kept_bytes() == 0
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Weights quantised once per optimiser step: no number changes, in any form or dtype."""
 
 import copy
-import gc
 from contextlib import nullcontext
 
 import pytest
@@ -32,11 +31,7 @@ from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_converted import FORMS, Form, Written
 from tests.kernel_registry.made_devices import interprets_triton
 
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> None:
-    gc.collect()
-    assert weights.kept_bytes() == 0
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 
 # --- how often, and that nothing changes ---

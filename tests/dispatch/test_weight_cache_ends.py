@@ -33,11 +33,7 @@ from tests.dispatch.made_cached import (
 from tests.dispatch.made_conversion import plan_for
 from tests.kernel_registry.made_devices import interprets_triton
 
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> None:
-    gc.collect()
-    assert weights.kept_bytes() == 0
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 
 # --- when a weight changes ---

@@ -23,13 +23,6 @@ from tests.dispatch.made_cached import HERE, SITES, Counted, assert_equal, bf16_
 from tests.dispatch.made_conversion import plan_for
 from tests.dispatch.made_windows import Trainer, assert_same, hooks_of, sgd
 
-
-@pytest.fixture
-def nothing_kept() -> None:
-    gc.collect()
-    assert weights.kept_bytes() == 0
-
-
 # --- how often ---
 
 

@@ -1,6 +1,5 @@
 """What is kept by default, and updates that PyTorch does not see: through `.data`, by hand or by an optimiser."""
 
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -10,12 +9,6 @@ from torch import nn
 from loka.dispatch.running import weights, windows
 from tests.dispatch.made_cached import SITES, Counted, converted
 from tests.dispatch.made_windows import Trainer, assert_same, by_hand, hooks_of, zero, zero_in_place
-
-
-@pytest.fixture
-def nothing_kept() -> None:
-    gc.collect()
-    assert weights.kept_bytes() == 0
 
 
 def detached_zero(trainer: Trainer) -> None:
