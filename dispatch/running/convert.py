@@ -25,7 +25,7 @@ from loka.dispatch.deciding.job import all_or_none, check_plans
 from loka.dispatch.deciding.plan import Plan
 from loka.dispatch.running.linear import HIGH_PRECISION, linear, load
 from loka.dispatch.running.norm_act import linear_norm_act
-from loka.dispatch.running.reroute import Reroute, Route
+from loka.dispatch.running.reroute import Reroute, Route, unseen
 from loka.dispatch.running.routing import SiteKernels, device_of, site_kernels
 from loka.dispatch.running.weights import forget, grouped_halves_of, halves_of, keep
 from loka.dtensors import Part
@@ -338,7 +338,7 @@ def _converted_class(kind: Kind, base: Any) -> Any:
         route: Route = self._loka_routes["weight"]
         route.note_reached()
         kernels = route.kernels
-        return linear(input, self.weight, self.bias, kernels.fprop, kernels.dgrad, kernels.wgrad)
+        return unseen(linear, input, self.weight, self.bias, kernels.fprop, kernels.dgrad, kernels.wgrad)
 
     @is_norm_act
     def joint(self: Any, input: Tensor) -> Any:
@@ -346,7 +346,7 @@ def _converted_class(kind: Kind, base: Any) -> Any:
             return base.forward(self, input)
         route: Route = self._loka_routes["weight"]
         route.note_reached()
-        return linear_norm_act(input, self.weight, self.bias, self.eps, route.kernels.as_tuple())
+        return unseen(linear_norm_act, input, self.weight, self.bias, self.eps, route.kernels.as_tuple())
 
     @functools.wraps(base.forward)
     def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
