@@ -62,20 +62,20 @@ def without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "dynamic", "bf16_units", "backend"),
+    ("recipe", "dynamic", "bf16_units", "backend", "sites"),
     [
-        ("tensorwise", True, True, "eager"),
-        ("rowwise", None, False, "eager"),
-        ("blockwise", True, True, "aot_eager"),
-        ("mxfp8", True, False, "eager"),
+        ("tensorwise", True, True, "eager", SITES),
+        ("rowwise", None, False, "eager", SITES),
+        ("blockwise", True, True, "aot_eager", SOME),
+        ("mxfp8", True, False, "eager", SOME),
     ],
 )
 def test_a_converted_model_is_one_graph_with_the_numbers_of_eager_code(
-    recipe, dynamic, bf16_units, backend, monkeypatch
+    recipe, dynamic, bf16_units, backend, sites, monkeypatch
 ):
     if not bf16_units:
         without_bf16_units(monkeypatch)
-    eager, model = converted(recipe), converted(recipe)
+    eager, model = converted(recipe, sites), converted(recipe, sites)
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
     for rows in (8, 24):
         x = torch.randn(rows, 5, 13)

@@ -132,7 +132,8 @@ def test_what_a_model_returns_are_numbers(use, way):
         assert {type(each) for each in leaves(found)} == {Tensor}
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "exported, functional"])
+# What Dynamo makes of them is the same for AOT, which then takes the writes out.
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("compiled", "exported, functional")])
 @pytest.mark.parametrize("use", WRITES)
 def test_what_is_written_is_what_the_next_layer_reads(use, way):
     model, reference = made(WRITES[use])

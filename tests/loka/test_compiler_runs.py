@@ -220,7 +220,10 @@ class Experts(nn.Module):
 
 @pytest.mark.parametrize(
     ("recipe", "by_hand"),
-    [(each, by_hand) for each in (None, "tensorwise", "rowwise", "blockwise", "mxfp8") for by_hand in (False, True)],
+    [
+        *((recipe, True) for recipe in (None, "tensorwise", "rowwise", "blockwise", "mxfp8")),
+        *((recipe, False) for recipe in (None, "blockwise")),  # the same layers, found in the graph
+    ],
 )
 def test_experts_of_as_many_rows_as_data_say_are_one_graph(recipe: str | None, by_hand: bool) -> None:
     model, x = Experts(), torch.randn(12, 32)
