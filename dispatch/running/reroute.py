@@ -179,19 +179,20 @@ class Reroute(TorchFunctionMode):
         return None
 
 
+_depth: Final = torch._C._len_torch_function_stack  # found once: every planned product asks
+
+
 def unseen(compute: Callable[..., Tensor], *args: Any) -> Tensor:
     """Compute a planned product with the scopes around it put aside.
 
     Nothing in it is a product of the model's, and each call of torch would pass through them: with emulated kernels
     that was a quarter of the time that Dynamo took, and a tenth or more of an eager step of small matrices.
     """
-    aside: list[Any] = []
-    while (depth := torch._C._len_torch_function_stack()) and isinstance(
-        torch._C._get_function_stack_at(depth - 1), Reroute
-    ):
-        aside.append(_pop())
-    if not aside:
+    if not _depth():
         return compute(*args)
+    aside: list[Any] = []
+    while (depth := _depth()) and isinstance(torch._C._get_function_stack_at(depth - 1), Reroute):
+        aside.append(_pop())
     try:
         return compute(*args)
     finally:
