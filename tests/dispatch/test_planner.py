@@ -39,6 +39,7 @@ from tests.dispatch.made_evidence import (
     timings,
     unknown,
 )
+from tests.made_times import seconds_since
 from tests.probes.made_records import made_info, made_product, made_progress, write_run
 
 BASE, ROW = "torch.mm.bf16", "torch.scaled_mm.rowwise"
@@ -213,7 +214,7 @@ def test_two_thousand_sites_are_decided_within_three_seconds(tmp_path):
     evidence = run(*products)
     start = time.process_time()
     plan = decide_all(evidence, BOUND, registry, times, options())
-    assert time.process_time() - start <= 3.0
+    assert seconds_since(start) <= 3.0
     assert len(plan.decisions) == 6000
     assert len({decision.kernel for decision in plan.decisions}) > 1
 
